@@ -1,0 +1,33 @@
+# Two commands from a fresh machine: `make sample` draws images, `make test` proves them right.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+OUT ?= out
+VENV := .venv
+
+.PHONY: sample test format clean
+
+sample: $(VENV)/.installed
+	$(VENV)/bin/python -m dgfast.sample --out $(OUT)
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest
+
+format: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet $(TORCH)
+	$(VENV)/bin/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
