@@ -1,0 +1,111 @@
+"""Every number that a user may set, under the papers' symbols."""
+
+import math
+from dataclasses import dataclass
+
+from dgfast.errors import UserError
+
+SOLVERS = ("heun", "euler", "dpmpp-2m")
+DISCRETIZATIONS = ("edm", "vp", "ve", "iddpm")
+SCHEDULES = ("linear", "vp", "ve")
+SCALINGS = ("none", "vp")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Grid and solver (EDM, arXiv 2206.00364, table 1, algorithms 1 and 2).
+
+    Attributes:
+        num_steps: noise levels above 0. Heun spends 2 num_steps - 1 score evaluations.
+        solver: "heun" (order 2), "euler" (order 1) or "dpmpp-2m" (DPM-Solver++(2M), arXiv 2211.01095, order 2).
+        discretization: how noise levels are spaced: "edm", "vp", "ve" or "iddpm".
+        schedule: sigma(t): "linear" t, "ve" sqrt(t), or "vp".
+        scaling: s(t): "none" 1, or "vp" 1 / sqrt(1 + sigma^2).
+        sigma_min, sigma_max: first and last non-zero noise level; None takes the discretisation's own.
+        rho: exponent of the "edm" spacing.
+        alpha: Heun's second point, as a share of the step (1: trapezoidal, 1/2: midpoint).
+        S_churn: noise added anew over the whole run; S_min, S_max: the noise levels between which; S_noise: its
+            standard deviation, 1 for what the theory says.
+        epsilon_s: last time of the "vp" discretisation and schedule. C_1, C_2, M: iDDPM's grid.
+    """
+
+    num_steps: int = 18
+    solver: str = "heun"
+    discretization: str = "edm"
+    schedule: str = "linear"
+    scaling: str = "none"
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    rho: float = 7.0
+    alpha: float = 1.0
+    S_churn: float = 0.0
+    S_min: float = 0.0
+    S_max: float = math.inf
+    S_noise: float = 1.0
+    epsilon_s: float = 1e-3
+    C_1: float = 0.001
+    C_2: float = 0.008
+    M: int = 1000
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("solver", SOLVERS),
+            ("discretization", DISCRETIZATIONS),
+            ("schedule", SCHEDULES),
+            ("scaling", SCALINGS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if not self.rho > 0 or not 0 < self.alpha <= 1 or not self.S_churn >= 0 or not self.S_noise >= 0:
+            raise UserError("rho must be above 0, alpha in (0, 1], S_churn and S_noise at least 0")
+        if self.solver == "dpmpp-2m" and (self.S_churn or self.schedule != "linear" or self.scaling != "none"):
+            raise UserError(
+                "dpmpp-2m reuses the last step's slope: it takes no churn and only the linear schedule without scaling"
+            )
+
+    @property
+    def score_evaluations(self) -> int:
+        """Score-network forwards of one image, without guidance."""
+        return 2 * self.num_steps - 1 if self.solver == "heun" else self.num_steps
+
+    def gamma(self, sigma: float) -> float:
+        """Relative rise of the noise level before the step at `sigma` (EDM, algorithm 2)."""
+        if not self.S_min <= sigma <= self.S_max:
+            return 0.0
+        return min(self.S_churn / self.num_steps, math.sqrt(2) - 1)
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """Weights of the guidances; the defaults guide nothing, and what guides nothing runs no network.
+
+    Attributes:
+        dg_weight, dg_weight_2nd: discriminator guidance at the solver's first and second point of a step
+            (arXiv 2211.17091). dg_window: the VP times tau between which it acts.
+        boosting: DG's boosting for conditional nets: every fifth step churns, every second doubles the guidance, both
+            only for samples that the discriminator holds for generated.
+        published_window: judge dg_window by the smallest tau of the batch, as DG's code does.
+        classifier_scale: classifier guidance (arXiv 2105.05233).
+        cfg_scale: classifier-free guidance (arXiv 2207.12598) in the convention of Imagen, diffusers and EDM2: 1 is
+            unguided. Ho and Salimans' w is cfg_scale - 1.
+        guidance_interval: (low, high]: noise levels sigma at which cfg_scale acts (arXiv 2404.07724).
+        autoguidance: weight of guidance by a worse reference net (arXiv 2406.02507); 1 is unguided.
+    """
+
+    dg_weight: float = 0.0
+    dg_weight_2nd: float = 0.0
+    dg_window: tuple[float, float] = (0.01, 1.0)
+    boosting: bool = False
+    published_window: bool = False
+    classifier_scale: float = 0.0
+    cfg_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, math.inf)
+    autoguidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("dg_window", "guidance_interval"):
+            low, high = getattr(self, name)
+            if not low < high:
+                raise UserError(f"{name} {low:g},{high:g}: the first number must be below the second")
+        if self.boosting and not self.dg_weight:
+            raise UserError("boosting needs discriminator guidance; give it a weight other than 0")

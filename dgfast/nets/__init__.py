@@ -1,0 +1,66 @@
+"""The networks; `build` is the one way to make one."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from dgfast import denoiser
+from dgfast.nets.adm import EncoderUNetModel, create_classifier
+from dgfast.nets.dhariwal_unet import DhariwalUNet
+from dgfast.nets.features import FeatureNet
+from dgfast.nets.song_unet import SongUNet
+
+_RAW: dict[str, Callable[..., nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+_PLAIN: dict[str, Callable[..., nn.Module]] = {
+    "EncoderUNetModel": EncoderUNetModel,
+    "create_classifier": create_classifier,
+    "FeatureNet": FeatureNet,
+}
+KINDS = (*denoiser.PRECONDITIONERS, *_PLAIN)
+
+
+def build(kind: str, **keywords: Any) -> nn.Module:
+    """A network of the given kind, randomly initialised, from the keywords of its official constructor.
+
+    Kinds: EDM's preconditioners `EDMPrecond`, `VPPrecond`, `VEPrecond` and `iDDPMPrecond`, whose keyword `model_type`
+    names the raw network (SongUNet or DhariwalUNet) and which pass it what they do not use themselves; ADM's
+    `EncoderUNetModel`; `create_classifier`, the same encoder from guided-diffusion's and DG's option names; and
+    `FeatureNet`, our own, for the metrics.
+
+    Raises:
+        ValueError: unknown kind or model type, a keyword that the constructor does not know or misses.
+    """
+    try:
+        if kind in _PLAIN:
+            return _PLAIN[kind](**keywords)
+        if kind in denoiser.PRECONDITIONERS:
+            return _build_denoiser(kind, **keywords)
+    except TypeError as error:
+        raise ValueError(f"{kind}: {error}") from error
+    raise ValueError(f"unknown kind of network {kind!r}; known kinds: {', '.join(KINDS)}")
+
+
+def _build_denoiser(
+    kind: str,
+    *,
+    img_resolution: int,
+    img_channels: int,
+    model_type: str,
+    label_dim: int = 0,
+    use_fp16: bool = False,  # how the official code would run it; precision is the runtime's choice here
+    **keywords: Any,
+) -> denoiser.Preconditioner:
+    if model_type not in _RAW:
+        raise ValueError(f"{kind}: unknown model_type {model_type!r}; known: {', '.join(_RAW)}")
+    wrap = denoiser.PRECONDITIONERS[kind]
+    own = {name: keywords.pop(name) for name in inspect.signature(wrap).parameters if name in keywords}
+    raw = _RAW[model_type](
+        img_resolution=img_resolution,
+        in_channels=img_channels,
+        out_channels=img_channels * (2 if kind == "iDDPMPrecond" else 1),
+        label_dim=label_dim,
+        **keywords,
+    )
+    return wrap(raw, img_resolution, img_channels, label_dim, **own)

@@ -1,0 +1,201 @@
+"""Every noise level in dgfast: grids of sigma, the coordinates a solver may use, and the map between VE and VP.
+
+sigma is the standard deviation of the noise on images in about [-1, 1] (EDM's convention, arXiv 2206.00364).
+tau in [0, 1] is the time of the linear-beta VP SDE at the same signal-to-noise ratio (Song et al., arXiv 2011.13456,
+beta from 0.1 to 20), in which noise-aware classifiers and discriminators were trained. Pure functions, meant for
+float64.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dgfast.config import SamplingConfig
+from dgfast.errors import UserError
+
+BETA_MIN, BETA_MAX = 0.1, 20.0
+_COSINE_S = 0.008
+
+
+# VE <-> VP ------------------------------------------------------------------------------------------------------------
+def vp_alpha(sigma: Tensor) -> Tensor:
+    """Factor that brings an image with noise sigma to the unit-variance scale of the VP process."""
+    return (1 + sigma**2).rsqrt()
+
+
+def vp_time(sigma: Tensor) -> Tensor:
+    """tau(sigma), the linear-VP time: 1 at sigma 152.17, 0.01 at sigma 0.0447."""
+    slope = BETA_MAX - BETA_MIN
+    return ((BETA_MIN**2 + 2 * slope * (sigma**2).log1p()).sqrt() - BETA_MIN) / slope
+
+
+def vp_sigma(tau: Tensor) -> Tensor:
+    """sigma(tau), the inverse of `vp_time`."""
+    return (0.5 * (BETA_MAX - BETA_MIN) * tau**2 + BETA_MIN * tau).expm1().sqrt()
+
+
+def cosine_time(sigma: Tensor) -> Tensor:
+    """Time of the cosine schedule (arXiv 2102.09672, equation 17) at noise sigma; ADM's 64x64 classifier reads it."""
+    at_zero = math.cos(_COSINE_S / (1 + _COSINE_S) * math.pi / 2)
+    return (1 + _COSINE_S) * (2 / math.pi) * (at_zero * vp_alpha(sigma)).arccos() - _COSINE_S
+
+
+TIME_SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {"linear": vp_time, "cosine": cosine_time}
+
+
+def log_uniform_sigma(u: Tensor, tau_min: float = 1e-5) -> Tensor:
+    """Training noise levels of DG's discriminator from u in [0, 1].
+
+    DG draws tau with density proportional to g^2 / sigma_vp^2 on [tau_min, 1]; in sigma that is log-uniform between
+    sigma(tau_min) and sigma(1), which for the default are 0.00100 and 152.17.
+    """
+    low, high = (vp_sigma(torch.tensor(tau, dtype=torch.float64)).log() for tau in (tau_min, 1.0))
+    return (low + u.double() * (high - low)).exp()
+
+
+# Coordinates of the solver --------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Coordinates:
+    """Time t and signal scale s(t) in which a solver steps: x(t) = s(t) (clean + sigma(t) noise) (EDM, equation 4)."""
+
+    sigma: Callable[[Tensor], Tensor]
+    sigma_deriv: Callable[[Tensor], Tensor]
+    sigma_inv: Callable[[Tensor], Tensor]
+    s: Callable[[Tensor], Tensor]
+    s_deriv: Callable[[Tensor], Tensor]
+
+    def slope(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
+        """dx/dt of the probability-flow ODE (EDM, equation 4 with the score (D - x / s) / sigma^2)."""
+        sigma, s = self.sigma(t), self.s(t)
+        relative = self.sigma_deriv(t) / sigma
+        return (relative + self.s_deriv(t) / s) * x - relative * s * denoised
+
+
+def coordinates(config: SamplingConfig, sigma_min: float, sigma_max: float) -> Coordinates:
+    """The coordinates that `config.schedule` and `config.scaling` name, for a grid between the two noise levels."""
+    if config.schedule == "vp":
+        beta_d, beta_min = _vp_betas(sigma_min, sigma_max, config.epsilon_s)
+
+        def sigma(t: Tensor) -> Tensor:
+            return (0.5 * beta_d * t**2 + beta_min * t).expm1().sqrt()
+
+        def sigma_deriv(t: Tensor) -> Tensor:
+            return 0.5 * (beta_min + beta_d * t) * (sigma(t) + 1 / sigma(t))
+
+        def sigma_inv(level: Tensor) -> Tensor:
+            return ((beta_min**2 + 2 * beta_d * (level**2).log1p()).sqrt() - beta_min) / beta_d
+
+    elif config.schedule == "ve":
+
+        def sigma(t: Tensor) -> Tensor:
+            return t.sqrt()
+
+        def sigma_deriv(t: Tensor) -> Tensor:
+            return 0.5 / t.sqrt()
+
+        def sigma_inv(level: Tensor) -> Tensor:
+            return level**2
+
+    else:
+
+        def sigma(t: Tensor) -> Tensor:
+            return t
+
+        def sigma_deriv(t: Tensor) -> Tensor:
+            return torch.ones_like(t)
+
+        def sigma_inv(level: Tensor) -> Tensor:
+            return level
+
+    if config.scaling == "vp":
+
+        def s(t: Tensor) -> Tensor:
+            return vp_alpha(sigma(t))
+
+        def s_deriv(t: Tensor) -> Tensor:
+            return -sigma(t) * sigma_deriv(t) * s(t) ** 3
+
+    else:
+
+        def s(t: Tensor) -> Tensor:
+            return torch.ones_like(t)
+
+        def s_deriv(t: Tensor) -> Tensor:
+            return torch.zeros_like(t)
+
+    return Coordinates(sigma, sigma_deriv, sigma_inv, s, s_deriv)
+
+
+def _vp_betas(sigma_min: float, sigma_max: float, epsilon_s: float) -> tuple[float, float]:
+    """beta_d and beta_min for which sigma(epsilon_s) and sigma(1) are the two levels (EDM, appendix C.3)."""
+    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+    beta_d = 2 * (low / epsilon_s - high) / (epsilon_s - 1)
+    return beta_d, high - 0.5 * beta_d
+
+
+# Grids ----------------------------------------------------------------------------------------------------------------
+_VP_SIGMA_MIN = math.sqrt(math.expm1(0.5 * 19.9 * 1e-3**2 + 0.1 * 1e-3))
+_VP_SIGMA_MAX = math.sqrt(math.expm1(0.5 * 19.9 + 0.1))
+_DEFAULT_BOUNDS = {
+    "edm": (0.002, 80.0),
+    "iddpm": (0.002, 81.0),
+    "ve": (0.02, 100.0),
+    "vp": (_VP_SIGMA_MIN, _VP_SIGMA_MAX),
+}
+
+
+def sigma_bounds(config: SamplingConfig, net_min: float, net_max: float) -> tuple[float, float]:
+    """Smallest and largest non-zero noise level: the user's or the discretisation's, within what the net knows.
+
+    Raises:
+        UserError: the smallest is not below the largest.
+    """
+    default_min, default_max = _DEFAULT_BOUNDS[config.discretization]
+    low = max(default_min if config.sigma_min is None else config.sigma_min, net_min)
+    high = min(default_max if config.sigma_max is None else config.sigma_max, net_max)
+    if not 0 < low < high:
+        raise UserError(
+            f"--sigma-min {low:g} must lie above 0 and below --sigma-max {high:g} "
+            f"(this network knows sigma from {net_min:g} to {net_max:g})"
+        )
+    return low, high
+
+
+def sigma_grid(config: SamplingConfig, sigma_min: float, sigma_max: float) -> Tensor:
+    """The `config.num_steps` noise levels of the named discretisation, falling, without the final 0 (EDM, table 1).
+
+    Raises:
+        UserError: fewer than two steps, or a grid that does not fall (iDDPM has too few levels for so many steps).
+    """
+    n = config.num_steps
+    if n < 2:
+        raise UserError(f"--steps {n}: a grid needs at least 2 steps")
+    ramp = torch.arange(n, dtype=torch.float64) / (n - 1)
+    if config.discretization == "vp":
+        beta_d, beta_min = _vp_betas(sigma_min, sigma_max, config.epsilon_s)
+        t = 1 + ramp * (config.epsilon_s - 1)
+        sigmas = (0.5 * beta_d * t**2 + beta_min * t).expm1().sqrt()
+    elif config.discretization == "ve":
+        sigmas = sigma_max * (sigma_min / sigma_max) ** ramp
+    elif config.discretization == "iddpm":
+        levels = iddpm_levels(config.C_1, config.C_2, config.M)
+        levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
+        sigmas = levels[((len(levels) - 1) * ramp).round().long()]
+    else:
+        inverse = 1 / config.rho
+        sigmas = (sigma_max**inverse + ramp * (sigma_min**inverse - sigma_max**inverse)) ** config.rho
+    if not bool((sigmas.diff() < 0).all()):
+        raise UserError(f"--grid {config.discretization} has no {n} different noise levels; lower --steps")
+    return sigmas
+
+
+def iddpm_levels(C_1: float, C_2: float, M: int) -> Tensor:
+    """iDDPM's cosine levels in EDM's sigma, largest first and 0 last: float64 [M + 1] (EDM, table 1)."""
+    alpha_bar = (0.5 * math.pi * torch.arange(M + 1, dtype=torch.float64) / M / (C_2 + 1)).sin() ** 2
+    u = torch.zeros(M + 1, dtype=torch.float64)
+    for j in range(M, 0, -1):
+        u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar[j - 1] / alpha_bar[j]).clip(min=C_1) - 1).sqrt()
+    return u
