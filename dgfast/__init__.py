@@ -1,0 +1,31 @@
+"""Sampling from pretrained diffusion models under guidance, fast, and proved equal to the reference."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dgfast.config import GuidanceConfig, SamplingConfig
+    from dgfast.errors import UserError
+    from dgfast.networks import Networks, load
+    from dgfast.outputs import to_uint8
+    from dgfast.sampler import Sampler
+
+__version__ = "0.1.0"
+
+__all__ = ["GuidanceConfig", "Networks", "Sampler", "SamplingConfig", "UserError", "load", "to_uint8"]
+
+_HOMES = {
+    "GuidanceConfig": "config",
+    "Networks": "networks",
+    "Sampler": "sampler",
+    "SamplingConfig": "config",
+    "UserError": "errors",
+    "load": "networks",
+    "to_uint8": "outputs",
+}
+
+
+def __getattr__(name: str) -> Any:  # torch takes seconds to import, and `--help` does not need it
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dgfast' has no attribute {name!r}")
+    return getattr(import_module(f"dgfast.{_HOMES[name]}"), name)

@@ -1,0 +1,25 @@
+"""Which device and which number format to run in."""
+
+import torch
+
+from dgfast.errors import UserError
+
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""--dtype to the type of the weights; tf32 is float32 with TensorFloat-32 matrix products."""
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or CUDA where there is one and the CPU elsewhere.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: not usable here ({reason}); try --device cpu") from error
+    return device

@@ -1,0 +1,27 @@
+"""Guidances: each maps a denoiser to a corrected denoiser by adding to its output; they compose by addition.
+
+A gradient guidance toward a log-density l with weight w, in VE coordinates, is
+
+    D'(x; sigma) = D(x; sigma) + w sigma^2 alpha grad_u l(u, t(sigma)),    u = alpha x,  alpha = 1 / sqrt(1 + sigma^2)
+
+because the score is (D - x) / sigma^2 and a noise-aware network reads images at the VP process's unit scale.
+"""
+
+from dgfast.guidance.autoguidance import Autoguidance
+from dgfast.guidance.classifier import ClassifierGuidance
+from dgfast.guidance.classifier_free import ClassifierFreeGuidance
+from dgfast.guidance.compose import Denoiser, Guidance, GuidedDenoiser, guided_denoiser
+from dgfast.guidance.discriminator import DiscriminatorGuidance
+from dgfast.guidance.gradient import OUTSIDE_WINDOW
+
+__all__ = [
+    "OUTSIDE_WINDOW",
+    "Autoguidance",
+    "ClassifierFreeGuidance",
+    "ClassifierGuidance",
+    "Denoiser",
+    "DiscriminatorGuidance",
+    "Guidance",
+    "GuidedDenoiser",
+    "guided_denoiser",
+]

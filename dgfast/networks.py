@@ -1,0 +1,112 @@
+"""The frozen networks that a sampler works with, your own or a bundle's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dgfast import bundle as bundles
+from dgfast.config import GuidanceConfig
+from dgfast.errors import UserError
+from dgfast.guidance.classifier import NoisyClassifier
+from dgfast.guidance.compose import Denoiser
+from dgfast.guidance.discriminator import Discriminator
+from dgfast.nets import discriminator as noise_aware
+from dgfast.noise_levels import TIME_SCHEDULES, vp_time
+
+
+class ScoreNet(Protocol):
+    """What a sampler asks of a denoiser; the preconditioners of `dgfast.denoiser` provide it.
+
+    Called with x [B, C, H, W], sigma [B] and class_labels [B, label_dim] or None, it returns the denoised images.
+
+    Attributes:
+        img_channels, img_resolution: shape of its images.
+        label_dim: number of its classes, 0 if unconditional.
+        sigma_min, sigma_max: noise levels that it knows.
+    """
+
+    img_channels: int
+    img_resolution: int
+    label_dim: int
+    sigma_min: float
+    sigma_max: float
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, /) -> Tensor: ...
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest noise level that it knows."""
+        ...
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The frozen networks of a sampler; only `denoiser` must be there.
+
+    Attributes:
+        denoiser: see `ScoreNet`.
+        discriminator: (u [B, C, H, W] at VP scale, t [B] in [0, 1], class_labels or None) -> logit of "real" [B].
+        classifier: (u, t) -> logits [B, label_dim].
+        reference: a worse denoiser, for autoguidance.
+        time: t(sigma) as the classifier and the discriminator read it.
+    """
+
+    denoiser: ScoreNet
+    discriminator: Discriminator | None = None
+    classifier: NoisyClassifier | None = None
+    reference: Denoiser | None = None
+    time: Callable[[Tensor], Tensor] = vp_time
+
+
+def load(
+    bundle: str | Path | bundles.Bundle = bundles.DEFAULT,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    guidance: GuidanceConfig | None = None,
+) -> Networks:
+    """The networks of a bundle, frozen and in eval mode.
+
+    Args:
+        bundle: a folder, the name of a bundle that comes with dgfast, or one that `bundle.read` returned.
+        dtype: type of the weights; normalisation statistics and preconditioning stay float32.
+        guidance: load only what these weights need; None loads whatever the bundle has.
+
+    Raises:
+        UserError: unknown or broken bundle, a network that `guidance` needs and the bundle lacks.
+    """
+    found = bundle if isinstance(bundle, bundles.Bundle) else bundles.read(bundle)
+    wanted = _wanted(found, guidance)
+    nets: dict[str, Any] = {role: found.load(role, device, dtype) for role in wanted}
+    trunk, head = nets.get("classifier"), nets.get("discriminator")
+    score, read = nets["score"], (getattr(trunk, "in_channels", None), getattr(trunk, "image_size", None))
+    if trunk is not None and read != (score.img_channels, score.img_resolution):
+        raise UserError(
+            f"bundle {found.name}: the classifier reads {read[0]} x {read[1]} x {read[1]} images, "
+            f"the score network makes {score.img_channels} x {score.img_resolution} x {score.img_resolution}"
+        )
+    try:
+        return Networks(
+            denoiser=score,
+            discriminator=noise_aware.Discriminator(trunk, head) if trunk is not None and head is not None else None,
+            classifier=noise_aware.NoisyClassifier(trunk) if trunk is not None else None,
+            reference=nets.get("reference"),
+            time=TIME_SCHEDULES[(found.spec("classifier").time_schedule if trunk is not None else None) or "linear"],
+        )
+    except ValueError as error:
+        raise UserError(f"bundle {found.name}: {error}") from error
+
+
+def _wanted(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> set[str]:
+    if guidance is None:
+        return set(bundle.nets) - {"features"}
+    wanted = {"score"}
+    if guidance.dg_weight or guidance.dg_weight_2nd:
+        wanted |= {"classifier", "discriminator"}
+    if guidance.classifier_scale:
+        wanted |= {"classifier"}
+    if guidance.autoguidance != 1:
+        wanted |= {"reference"}
+    return wanted

@@ -1,0 +1,51 @@
+"""Solvers of the probability-flow ODE and its stochastic relatives: callables in, x out.
+
+All of them step the state x(t) = s(t) (clean + sigma(t) noise) in the time t of a `Coordinates`; t has the shape
+[B, 1, 1, 1], because boosting gives every sample a noise level of its own. They do not know what guidance is.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dgfast.noise_levels import Coordinates
+
+Slope = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> dx/dt
+
+
+def churn(x: Tensor, t: Tensor, t_hat: Tensor, noise: Tensor, S_noise: Tensor | float, coords: Coordinates) -> Tensor:
+    """Raise the noise level of x from sigma(t) to sigma(t_hat) with fresh unit noise (EDM, algorithm 2, line 6)."""
+    added = (coords.sigma(t_hat) ** 2 - coords.sigma(t) ** 2).clip(min=0).sqrt()
+    return coords.s(t_hat) / coords.s(t) * x + added * coords.s(t_hat) * S_noise * noise
+
+
+def euler_step(x: Tensor, d: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """First order: follow the slope d at (x, t)."""
+    return x + (t_next - t) * d
+
+
+def heun_step(x: Tensor, d: Tensor, t: Tensor, t_next: Tensor, slope: Slope, alpha: float = 1.0) -> Tensor:
+    """Second order: average d with the slope at a share `alpha` of the step (EDM, algorithm 3)."""
+    t_prime = t + alpha * (t_next - t)
+    d_prime = slope(euler_step(x, d, t, t_prime), t_prime)
+    return euler_step(x, (1 - 0.5 / alpha) * d + 0.5 / alpha * d_prime, t, t_next)
+
+
+def dpmpp_2m_step(
+    x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor, previous: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Second order from two steps' denoised images, exact in the linear part (arXiv 2211.01095, algorithm 2).
+
+    Args:
+        previous: the last step's denoised images and noise levels; None on the first step, which is of first order.
+
+    The step to sigma_next = 0 ends at `denoised` itself, as in the published code's last step of first order.
+    """
+    if previous is not None:
+        last_denoised, last_sigma = previous
+        h, h_last = (sigma / sigma_next).log(), (last_sigma / sigma).log()
+        ratio = torch.where(sigma_next > 0, h / (2 * h_last), 0.0)  # 1 / (2 r); infinite h marks the last step
+        denoised = denoised + ratio * (denoised - last_denoised)
+    shrink = sigma_next / sigma
+    return shrink * x + (1 - shrink) * denoised
