@@ -1,0 +1,198 @@
+"""python -m dgfast.train: train the networks of a bundle, one after the other.
+
+Each command adds one network to the bundle folder, with its held-out metrics. Interrupted, the same command goes on
+where it was; its state lies in BUNDLE/training/ROLE, which the finished bundle no longer needs.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+Command = Callable[..., None]
+
+
+def _shared(images: int, batch: int, lr: float, weight_decay: float, ema: float) -> Callable[[Command], Command]:
+    """The options that every command takes, with this network's defaults."""
+    options = [
+        click.option("--bundle", "folder", required=True, type=click.Path(path_type=Path), help="Folder to add to."),
+        click.option("--data", default="mnist", show_default=True, help="`mnist`, or an npz with images and labels."),
+        click.option("--holdout", default=1000, show_default=True, help="Images kept for the metrics."),
+        click.option("--images", default=images, show_default=True, help="Training images to draw in all."),
+        click.option("--batch", default=batch, show_default=True, help="Images a step."),
+        click.option("--lr", default=lr, show_default=True, help="Largest learning rate."),
+        click.option("--weight-decay", default=weight_decay, show_default=True),
+        click.option("--ema", default=ema, show_default=True, help="Decay of the averaged weights."),
+        click.option("--seed", default=0, show_default=True),
+        click.option("--net", "net_json", default="{}", help="Constructor keywords to change, as JSON."),
+        click.option("--device", default=None, help="cpu or cuda; default: what is there."),
+    ]
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command()
+@_shared(images=320_000, batch=128, lr=2e-3, weight_decay=0.0, ema=0.999)
+@click.option("--role", type=click.Choice(["score", "reference"]), default="score", show_default=True)
+@click.option("--name", default=None, help="Name of a new bundle; default: its folder's.")
+@click.option("--license", "license_text", default="", help="Licence of the weights.")
+@click.option("--provenance", default="", help="Where the data came from.")
+def score(role: str, name: str | None, license_text: str, provenance: str, **options: Any) -> None:
+    """A class-conditional EDM denoiser (DDPM++), with label dropout for classifier-free guidance."""
+    from dgfast.training.score import denoising_loss
+
+    job = _Job(role, **options)
+    size, channels = job.train.images.shape[1], job.train.images.shape[3]
+    keywords = {
+        "img_resolution": size, "img_channels": channels, "label_dim": job.classes, "model_type": "SongUNet",
+        "model_channels": 16, "channel_mult": [1, 2, 2], "num_blocks": 1, "attn_resolutions": [8], "dropout": 0.0,
+        "label_dropout": 0.1, "sigma_data": round(float(job.train.tensors()[0].std()), 2),
+    }  # fmt: skip
+    net = job.fit("EDMPrecond", keywords, denoising_loss(job.train, job.device))
+    held_out = job.mean_loss(net, denoising_loss(job.held_out, job.device))
+    about: dict[str, Any] = {
+        "name": name or job.bundle.name, "class_names": tuple(str(k) for k in range(job.classes)),
+        "license": license_text or job.bundle.license, "provenance": provenance or job.bundle.provenance,
+    }  # fmt: skip
+    job.finish(net, {"held_out_loss": held_out}, **about)
+
+
+@main.command()
+@_shared(images=160_000, batch=128, lr=2e-3, weight_decay=0.0, ema=0.999)
+def classifier(**options: Any) -> None:
+    """A noise-aware ADM classifier, for classifier guidance and as the discriminator's trunk."""
+    from dgfast.nets.discriminator import NoisyClassifier
+    from dgfast.training.classifier import accuracy_by_sigma, noisy_classifier_loss
+
+    job = _Job("classifier", **options)
+    size, channels = job.train.images.shape[1], job.train.images.shape[3]
+    keywords = {
+        "image_size": size, "in_channels": channels, "model_channels": 16, "out_channels": job.classes,
+        "num_res_blocks": 1, "attention_resolutions": [4], "channel_mult": [1, 1.5, 3], "num_head_channels": 24,
+        "dropout": 0.1, "use_scale_shift_norm": True, "resblock_updown": True, "pool": "attention",
+    }  # fmt: skip
+    net = job.fit("EncoderUNetModel", keywords, noisy_classifier_loss(job.train, job.device))
+    right = accuracy_by_sigma(NoisyClassifier(net), job.held_out, _SIGMAS, job.device)
+    job.finish(net, {"held_out_accuracy_by_sigma": right}, time_schedule="linear")
+
+
+@main.command()
+@_shared(images=160_000, batch=128, lr=2e-3, weight_decay=1e-4, ema=0.99)
+def features(**options: Any) -> None:
+    """A small classifier of clean images, whose features `dgfast.evaluate` compares."""
+    from dgfast.training.classifier import accuracy, clean_classifier_loss
+
+    job = _Job("features", **options)
+    keywords = {"in_channels": job.train.images.shape[3], "channels": 16, "num_classes": job.classes}
+    net = job.fit("FeatureNet", keywords, clean_classifier_loss(job.train, job.device))
+    job.finish(net, {"held_out_accuracy": round(accuracy(net, job.held_out, job.device), 4)})
+
+
+@main.command()
+@_shared(images=160_000, batch=128, lr=1e-3, weight_decay=1e-7, ema=0.999)
+@click.option(
+    "--generated", required=True, type=click.Path(path_type=Path),
+    help="Unguided images of the same score net: a folder of `python -m dgfast.sample --format npz`.",
+)  # fmt: skip
+@click.option("--dg-weight", default=1.0, show_default=True, help="Default guidance weight of the finished bundle.")
+def discriminator(generated: Path, dg_weight: float, **options: Any) -> None:
+    """DG's discriminator: a head on the frozen classifier, real against generated images."""
+    from dgfast.nets.discriminator import Discriminator
+    from dgfast.outputs import read_shards
+    from dgfast.training.data import ImageSet, split
+    from dgfast.training.discriminator import discriminator_loss, judge_by_sigma
+
+    job = _Job("discriminator", **options)
+    trunk: Any = job.bundle.load("classifier", job.device)
+    images, labels = read_shards(generated)
+    fakes, held_out_fakes = split(ImageSet(images, labels), len(images) // 5)
+    keywords = {
+        "image_size": trunk.feature_size, "in_channels": trunk.feature_channels, "model_channels": 48,
+        "out_channels": 1, "num_res_blocks": 1, "attention_resolutions": [1], "channel_mult": [1],
+        "num_head_channels": 24, "dropout": 0.1, "use_scale_shift_norm": True, "resblock_updown": True,
+        "pool": "attention", "num_classes": job.classes,
+    }  # fmt: skip
+    loss = discriminator_loss(trunk, job.train, fakes, job.classes, job.device)
+    net: Any = job.fit("EncoderUNetModel", keywords, loss)
+    judged = judge_by_sigma(Discriminator(trunk, net), job.held_out, held_out_fakes, job.classes, _SIGMAS, job.device)
+    job.finish(net, {"held_out_by_sigma": judged}, guidance=replace(job.bundle.guidance, dg_weight=dg_weight))
+
+
+_SIGMAS = (0.002, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 40.0)
+
+
+class _Job:
+    """One network's training: the data, the bundle it joins, the loop and what is written at the end."""
+
+    def __init__(
+        self, role: str, *, folder: Path, data: str, holdout: int, net_json: str, device: str | None, **schedule: Any
+    ) -> None:
+        from dgfast import bundle
+        from dgfast.devices import pick_device
+        from dgfast.errors import UserError
+        from dgfast.training.data import load_images, split
+        from dgfast.training.loop import Schedule
+
+        try:
+            self._changes = dict(json.loads(net_json))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--net {net_json!r} is not a JSON object: {error}") from error
+        self.role, self.device = role, pick_device(device)
+        self.schedule = Schedule(**schedule)
+        everything = load_images(data)
+        self.classes = int(everything.labels.max()) + 1
+        self.train, self.held_out = split(everything, holdout)
+        exists = (folder / "bundle.json").exists()
+        self.bundle = bundle.read(folder) if exists else bundle.Bundle(folder, folder.resolve().name, {})
+
+    def fit(self, kind: str, keywords: dict[str, Any], loss: Any) -> Any:
+        import torch
+
+        from dgfast import nets
+        from dgfast.errors import UserError
+        from dgfast.training.loop import fit
+
+        self._kind, self._keywords = kind, {**keywords, **self._changes}
+        torch.manual_seed(self.schedule.seed)
+        try:
+            net = nets.build(kind, **self._keywords)
+        except ValueError as error:
+            raise UserError(f"--net: {error}") from error
+        return fit(net, loss, self.schedule, self.bundle.folder / "training" / self.role, self.device)
+
+    def mean_loss(self, net: Any, loss: Any, batches: int = 20) -> float:
+        """`loss` of `net` over fixed draws."""
+        import torch
+
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return round(sum(float(loss(net, self.schedule.batch)) for _ in range(batches)) / batches, 4)
+
+    def finish(self, net: Any, metrics: dict[str, Any], time_schedule: str | None = None, **changes: Any) -> None:
+        from dgfast import bundle
+
+        command = "python -m dgfast.train " + shlex.join(sys.argv[1:])
+        parameters = sum(p.numel() for p in net.parameters())
+        record = {"command": command, "parameters": parameters, **metrics}
+        done = bundle.with_net(self.bundle, self.role, net, self._kind, self._keywords, time_schedule)
+        bundle.write(replace(done, metrics={**done.metrics, self.role: record}, **changes))
+        click.echo(f"{self.bundle.folder}: {self.role}, {parameters:,} parameters, {json.dumps(metrics)}")
+
+
+if __name__ == "__main__":
+    main()

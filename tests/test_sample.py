@@ -1,0 +1,262 @@
+"""The door `python -m dgfast.sample`: every option does something, and bad input costs nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from dgfast import bundle as bundles
+from dgfast import nets
+from dgfast.bundle import Bundle
+from dgfast.sample import IntegerRanges, main
+
+_SCORE = {
+    "img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_type": "SongUNet", "model_channels": 16,
+    "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
+}  # fmt: skip
+_ENCODER = {"num_res_blocks": 1, "attention_resolutions": [], "num_head_channels": 16, "model_channels": 16}
+_TRUNK = {"image_size": 8, "in_channels": 1, "out_channels": 3, "channel_mult": [1, 2], "resblock_updown": True}
+_HEAD = {"image_size": 4, "in_channels": 32, "out_channels": 1, "channel_mult": [1], "num_classes": 3}
+
+
+def _randomise(net: torch.nn.Module) -> torch.nn.Module:
+    """Networks are born with zeroed last layers, which would hide every guidance."""
+    torch.manual_seed(1)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with every role, for 8 x 8 images of 3 classes."""
+    bundle = Bundle(tmp_path_factory.mktemp("bundles") / "tiny", "tiny", {})
+    for role, kind, keywords in (
+        ("score", "EDMPrecond", _SCORE),
+        ("reference", "EDMPrecond", _SCORE | {"channel_mult": [2]}),
+        ("classifier", "EncoderUNetModel", _ENCODER | _TRUNK),
+        ("discriminator", "EncoderUNetModel", _ENCODER | _HEAD),
+    ):
+        bundle = bundles.with_net(bundle, role, _randomise(nets.build(kind, **keywords)), kind, keywords)
+    bundles.write(bundle)
+    return bundle.folder
+
+
+@pytest.fixture(scope="module")
+def score_only(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same score network and nothing else."""
+    net = nets.build("EDMPrecond", **_SCORE)
+    folder = tmp_path_factory.mktemp("bundles") / "score-only"
+    bundles.write(bundles.with_net(Bundle(folder, "score-only", {}), "score", net, "EDMPrecond", _SCORE))
+    return folder
+
+
+def _run(bundle: Path, out: Path, *options: str) -> Result:
+    base = ["--bundle", str(bundle), "--seeds", "0-3", "--steps", "3", "--device", "cpu", "--out", str(out)]
+    return CliRunner().invoke(main, [*base, *options])
+
+
+def _images(out: Path) -> np.ndarray:
+    return np.concatenate([np.load(path)["images"] for path in sorted(out.glob("*.npz"))])
+
+
+def _manifest(out: Path) -> dict[str, Any]:
+    return json.loads((out / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """Images of the tiny bundle without guidance."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    result = _run(tiny, out)
+    assert result.exit_code == 0, result.output
+    return _images(out)
+
+
+def test_sample_writes_grid_shards_and_manifest(tiny: Path, tmp_path: Path) -> None:
+    result = _run(tiny, tmp_path / "out", "--batch", "3", "--labels", "2,0", "--dg-weight", "1")
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "out" / "grid.png").size == (16, 16)
+    shards = [np.load(path) for path in sorted((tmp_path / "out").glob("*.npz"))]
+    assert [shard["seeds"].tolist() for shard in shards] == [[0, 1, 2], [3]]
+    assert [shard["labels"].tolist() for shard in shards] == [[2, 0, 2], [0]]
+    assert all(shard["images"].dtype == np.uint8 and shard["images"].shape[1:] == (8, 8, 1) for shard in shards)
+    manifest = _manifest(tmp_path / "out")
+    assert manifest["seeds"] == [0, 1, 2, 3] and manifest["score_evaluations"] == 5
+    assert manifest["guidance_gradients"] == manifest["guided_calls"] == 2  # the third level lies below the window
+    assert manifest["job"]["guidance"]["dg_weight"] == 1.0 and manifest["seconds"] > 0
+    last = result.output.strip().splitlines()[-1]
+    assert "4 images" in last and "images/s" in last and "5 score evaluations and 2 guidance gradients" in last
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--steps", "5"], ["--solver", "euler"], ["--solver", "dpmpp-2m"], ["--grid", "ve"], ["--grid", "iddpm"],
+        ["--schedule", "ve"], ["--scaling", "vp"], ["--sigma-min", "0.1"], ["--sigma-max", "20"], ["--rho", "3"],
+        ["--alpha", "0.5"], ["--s-churn", "2"], ["--labels", "1"], ["--dg-weight", "5"],
+        ["--dg-weight-2nd", "5"], ["--classifier-scale", "5"], ["--cfg-scale", "2"], ["--autoguidance", "2"],
+        ["--dtype", "bf16"], ["--seeds", "10-13"],
+    ],
+    ids=lambda options: " ".join(options),
+)  # fmt: skip
+def test_sample_every_option_changes_the_images(
+    tiny: Path, plain: np.ndarray, tmp_path: Path, options: list[str]
+) -> None:
+    result = _run(tiny, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert not np.array_equal(_images(tmp_path / "out"), plain)
+
+
+@pytest.mark.parametrize(
+    ("base", "option"),
+    [
+        (["--s-churn", "2"], ["--s-noise", "1.5"]),
+        (["--s-churn", "2"], ["--s-min", "10"]),
+        (["--s-churn", "2"], ["--s-max", "10"]),
+        (["--dg-weight", "5"], ["--dg-window", "0.5,1"]),
+        (["--dg-weight", "5"], ["--boosting"]),
+        (["--dg-weight", "5", "--dg-window", "0.01,0.7", "--boosting"], ["--published-window"]),
+        (["--cfg-scale", "3"], ["--guidance-interval", "0.5,10"]),
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_sample_options_of_options_change_the_images(
+    tiny: Path, tmp_path: Path, base: list[str], option: list[str]
+) -> None:
+    for name, options in (("without", base), ("with", base + option)):
+        result = _run(tiny, tmp_path / name, "--steps", "6", *options)
+        assert result.exit_code == 0, result.output
+    assert not np.array_equal(_images(tmp_path / "without"), _images(tmp_path / "with"))
+
+
+def test_sample_batch_size_leaves_the_images_alone(tiny: Path, plain: np.ndarray, tmp_path: Path) -> None:
+    assert _run(tiny, tmp_path / "out", "--batch", "1").exit_code == 0
+    assert np.abs(_images(tmp_path / "out").astype(int) - plain).max() <= 1
+
+
+def test_sample_bundle_defaults_hold_unless_overridden(tiny: Path, tmp_path: Path) -> None:
+    described = json.loads((tiny / "bundle.json").read_text())
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in tiny.glob("*.safetensors"):
+        (copy / path.name).write_bytes(path.read_bytes())
+    described |= {"sampling": {"num_steps": 4}, "guidance": {"dg_weight": 2.0, "dg_window": [0.1, 1.0]}}
+    (copy / "bundle.json").write_text(json.dumps(described))
+    base = ["--bundle", str(copy), "--seeds", "0", "--device", "cpu"]
+    assert CliRunner().invoke(main, [*base, "--out", str(tmp_path / "a")]).exit_code == 0
+    assert CliRunner().invoke(main, [*base, "--dg-weight", "0", "--out", str(tmp_path / "b")]).exit_code == 0
+    assert _manifest(tmp_path / "a")["job"]["sampling"]["num_steps"] == 4
+    assert _manifest(tmp_path / "a")["job"]["guidance"]["dg_weight"] == 2.0
+    assert _manifest(tmp_path / "b")["guidance_gradients"] == 0
+
+
+def test_sample_compiled_equals_eager(tiny: Path, tmp_path: Path) -> None:
+    for name, options in (("eager", []), ("compiled", ["--compile"])):
+        result = _run(tiny, tmp_path / name, "--batch", "3", "--dg-weight", "1", *options)
+        assert result.exit_code == 0, result.output
+    assert "compiled in" in result.output
+    eager, compiled = _images(tmp_path / "eager"), _images(tmp_path / "compiled")
+    assert eager.shape == compiled.shape and np.abs(eager.astype(int) - compiled).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bundle", "nowhere"], "unknown bundle 'nowhere'"),
+        (["--labels", "3"], "label 3 is out of range; this network knows classes 0 to 2"),
+        (["--sigma-min", "90"], "--sigma-min 90 must lie above 0 and below --sigma-max 80"),
+        (["--sigma-min", "5", "--sigma-max", "2"], "--sigma-min 5 must lie above 0 and below --sigma-max 2"),
+        (["--steps", "1"], "at least 2 steps"),
+        (["--grid", "iddpm", "--steps", "2000"], "no 2000 different noise levels"),
+        (["--solver", "dpmpp-2m", "--s-churn", "5"], "dpmpp-2m"),
+        (["--dg-window", "1,0.5"], "the first number must be below the second"),
+        (["--dg-window", "1"], "expected two numbers"),
+        (["--boosting"], "boosting needs discriminator guidance"),
+        (["--rho", "nan"], "not a finite number"),
+        (["--rho", "-1"], "rho must be above 0"),
+        (["--seeds", "3-1"], "ends before it begins"),
+        (["--seeds", "x"], "expected integers and ranges"),
+        (["--device", "cuda"], "--device cuda: not usable here"),
+        (["--device", "nonsense"], "--device nonsense: not usable here"),
+        (["--format", "jpeg"], "'jpeg' is not one of"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_sample_bad_input_is_one_line_and_writes_nothing(
+    tiny: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    if options[-1] == "cuda" and torch.cuda.is_available():
+        options[-1] = "cuda:99"
+        message = message.replace("cuda", "cuda:99")
+    result = _run(tiny, tmp_path / "out", *options)
+    errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert result.exit_code == 2 and len(errors) == 1 and message in errors[0], result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "role"),
+    [
+        (["--dg-weight", "1"], "discriminator"),
+        (["--dg-weight-2nd", "1"], "discriminator"),
+        (["--classifier-scale", "1"], "classifier"),
+        (["--autoguidance", "2"], "reference"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_sample_missing_network_is_named(score_only: Path, tmp_path: Path, options: list[str], role: str) -> None:
+    result = _run(score_only, tmp_path / "out", *options)
+    assert result.exit_code == 2 and "bundle score-only has no" in result.output and role in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_sample_used_out_is_refused_and_kept(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    result = _run(tiny, tmp_path)
+    assert result.exit_code == 2 and "already holds mine.txt" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_sample_nan_stops_and_names_step_and_sigma(tiny: Path, tmp_path: Path) -> None:
+    result = _run(tiny, tmp_path / "out", "--dg-weight", "1e300")
+    assert result.exit_code == 2 and "NaN or infinite at step" in result.output and "sigma" in result.output
+    assert not list((tmp_path / "out").glob("*.npz"))
+
+
+def test_sample_runs_as_a_module_and_help_is_quick_to_import() -> None:
+    code = "import sys, runpy; sys.argv[1:] = ['--help']\ntry: runpy.run_module('dgfast.sample', run_name='__main__')\n"
+    code += "except SystemExit as stop: assert stop.code == 0\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--dg-weight" in done.stdout
+
+
+_RANGES = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 20)), min_size=1, max_size=5)
+
+
+@given(_RANGES)
+def test_sample_seed_ranges_expand_in_order(ranges: list[tuple[int, int]]) -> None:
+    text = ",".join(f"{first}-{first + more}" if more else str(first) for first, more in ranges)
+    expected = [number for first, more in ranges for number in range(first, first + more + 1)]
+    assert IntegerRanges().convert(text, None, None) == expected
+
+
+@given(st.text(max_size=12))
+def test_sample_seed_parser_never_crashes(text: str) -> None:
+    from click import BadParameter
+
+    try:
+        numbers = IntegerRanges().convert(text.replace("-", "x"), None, None)
+    except BadParameter:
+        return
+    assert numbers and all(isinstance(number, int) and number >= 0 for number in numbers)
