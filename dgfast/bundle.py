@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dgfast import nets
@@ -175,7 +175,8 @@ def with_tensors(
     spec = NetSpec(kind, keywords, f"{role}.safetensors", time_schedule)
     bundle.folder.mkdir(parents=True, exist_ok=True)
     partial = bundle.folder / f"{spec.file}.partial"
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
+    # `save_file` would leave the file readable by its owner alone.
+    partial.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
     os.replace(partial, bundle.folder / spec.file)
     return replace(bundle, nets={**bundle.nets, role: spec})
 

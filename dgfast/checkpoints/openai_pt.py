@@ -1,0 +1,119 @@
+"""State dicts in `.pt` and `.safetensors` files, and the keywords of ADM encoders from their tensors.
+
+OpenAI publishes its noise-aware classifiers and DG its discriminators as bare state dicts: what they were built with
+is told by their shapes, within the few configurations that were ever published.
+"""
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgfast import nets
+from dgfast.bundle import load_state, read_tensors
+from dgfast.checkpoints import one_line
+from dgfast.errors import UserError
+
+# OpenAI's 64, 128, 256 and 512, DG's trunk for 32 and its discriminator on 8 x 8 features, each with either depth.
+_IMAGE_SIZES = (8, 32, 64, 128, 256, 512)
+_DEPTHS = (2, 4)
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict, by name. Of a `.pt` file only tensors and plain values are read, nothing is run.
+
+    Raises:
+        UserError: unreadable, or something else than dense tensors by name.
+    """
+    content: object
+    if path.suffix == ".safetensors":
+        content = read_tensors(path)
+    else:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        except Exception as error:  # torch does not say what a broken or hostile file makes it raise
+            # torch wraps its reason in advice on how to run the file after all
+            reason = str(error.__context__ or error).partition(" Please use")[0]
+            raise UserError(
+                f"{path} is not a file of tensors: {type(error).__name__}, {one_line(reason)}; nothing in it was run. "
+                "Give a state dict as torch.save writes it, or the weights as .safetensors"
+            ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: save net.state_dict()")
+    tensors = dict(dict.items(content))  # not `content.items`, which an attribute from the file may hide
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not name.isprintable() or not _is_dense(value):
+            what = f"{name!r:.80} is not a dense tensor of floats"
+            raise UserError(f"{path} is not a bare state dict: {what}. Save net.state_dict()")
+    return tensors
+
+
+def _is_dense(value: object) -> bool:
+    """Whether it is a plain tensor with no more elements than its storage: with stride 0 one could stand for terabytes.
+
+    Attributes from the file could hide the methods that are asked here, so it must not have any.
+    """
+    if not isinstance(value, Tensor) or type(value) not in (Tensor, nn.Parameter) or vars(value):
+        return False
+    if value.layout != torch.strided or value.is_nested or value.device.type != "cpu" or value.dtype not in _DTYPES:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def classifier_keywords(tensors: Mapping[str, Tensor], given: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Keywords with which `nets.build("create_classifier", ...)` makes a network for exactly these tensors.
+
+    Width, channels, pooling and the label table are read off the shapes; image size and depth are those of the
+    published network that fits. What is `given` is taken as it is.
+
+    Raises:
+        UserError: no published network fits; how the nearest one differs, and what to do.
+    """
+    attention = "out.2.positional_embedding" in tensors
+    read_off = {
+        "classifier_use_fp16": False,
+        "classifier_width": _extent(tensors, "time_embed.0.weight", 1, source),
+        "classifier_attention_resolutions": "32,16,8",
+        "classifier_use_scale_shift_norm": True,
+        "classifier_resblock_updown": True,
+        "classifier_pool": "attention" if attention else "adaptive",
+        "out_channels": _extent(tensors, "out.2.c_proj.weight" if attention else "out.3.weight", 0, source),
+        "in_channels": _extent(tensors, "input_blocks.0.0.weight", 1, source),
+        "condition": "label_emb.weight" in tensors,
+    }
+    actual = {name: value.shape for name, value in tensors.items()}
+    fits: list[tuple[int, dict[str, Any], nn.Module]] = []
+    reason = ""
+    for size, depth in itertools.product(_IMAGE_SIZES, _DEPTHS):
+        keywords = {"image_size": size, "classifier_depth": depth, **read_off, **given}
+        try:
+            with torch.device("meta"):
+                net = nets.build("create_classifier", **keywords)
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # a width that this size cannot have
+            reason = str(error)
+            continue
+        shapes = {name: value.shape for name, value in net.state_dict().items()}
+        fits.append((len(shapes.items() ^ actual.items()), keywords, net))
+    remedy = "For a network of your own give --kind EncoderUNetModel and its keywords with --set"
+    if not fits:
+        raise UserError(f"{source} is no published classifier or discriminator: {reason}. {remedy}")
+    differences, keywords, net = min(fits, key=lambda fit: fit[0])
+    if differences:
+        try:
+            load_state(net, tensors, source)
+        except UserError as error:
+            nearest = f"image_size {keywords['image_size']}, classifier_depth {keywords['classifier_depth']}"
+            raise UserError(f"{error.message} (the nearest published one, {nearest}). {remedy}") from error
+    return keywords
+
+
+def _extent(tensors: Mapping[str, Tensor], name: str, axis: int, source: object) -> int:
+    if name not in tensors or tensors[name].dim() <= axis:
+        raise UserError(f"{source} is no ADM classifier or discriminator: {name} is missing or misshapen")
+    return tensors[name].shape[axis]

@@ -1,0 +1,190 @@
+"""python -m dgfast.convert: put an official checkpoint into a bundle, without running code from it.
+
+FILE is a network snapshot of NVIDIA's EDM (.pkl), which says itself what it is, or a state dict (.pt, .safetensors),
+whose --role must be given. OpenAI's classifiers and DG's discriminators are known by their shapes; any other state dict
+needs --kind and the constructor's keywords. Convert each file with the same --out to join them in one bundle.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dgfast.config import SamplingConfig
+from dgfast.errors import UserError
+
+if TYPE_CHECKING:  # torch takes longer to import than --help may take
+    from torch import nn
+
+    from dgfast.bundle import Bundle
+
+_DENOISERS = ("score", "reference")
+_ENCODERS = ("classifier", "discriminator")
+_STATE_DICTS = (".pt", ".pth", ".safetensors")
+
+
+@click.command(help=__doc__)
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle, new or not.")
+@click.option("--role", type=click.Choice(_DENOISERS + _ENCODERS), help="Default for .pkl: score.")
+@click.option("--kind", help="EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, EncoderUNetModel, create_classifier.")
+@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Keywords as JSON.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One keyword more; VALUE as JSON.")
+@click.option("--time-schedule", type=click.Choice(["linear", "cosine"]), help="The time that a classifier reads.")
+@click.option("--name", help="Name of a new bundle; default: that of FILE.")
+@click.option("--license", "license_", help="License of the weights.")
+@click.option("--provenance", help="Where they come from; default: the name of FILE.")
+def main(
+    file: Path,
+    out: Path,
+    role: str | None,
+    kind: str | None,
+    config: Path | None,
+    settings: tuple[str, ...],
+    time_schedule: str | None,
+    **texts: str | None,
+) -> None:
+    given = _keywords(config, settings)
+    if file.suffix == ".pkl":
+        if kind or given:
+            raise UserError(f"{file} says itself what it is: leave out --kind, --config and --set")
+        role = role or "score"
+    elif file.suffix not in _STATE_DICTS:
+        raise UserError(f"{file}: unknown ending {file.suffix!r}; use .pkl or {', '.join(_STATE_DICTS)}")
+    elif role is None:
+        raise UserError(f"{file} does not say what it is for: give --role {', '.join(_DENOISERS + _ENCODERS)}")
+    if time_schedule and role != "classifier":
+        raise UserError(f"--time-schedule is for a classifier; a {role} network has none of its own")
+    bundle = _bundle(out, role, file, **texts)
+    net, kind, keywords = _network(file, role, kind, given)
+    if role == "classifier" and time_schedule is None:
+        time_schedule = "cosine" if keywords["image_size"] == 64 else "linear"  # what ADM trained them on
+    if role == "score" and bundle.sampling == SamplingConfig():
+        # EDM's own numbers of steps, for CIFAR-10 and for FFHQ and AFHQ
+        bundle = replace(bundle, sampling=SamplingConfig(num_steps=18 if keywords["img_resolution"] < 64 else 40))
+    _write(bundle, role, net, kind, keywords, time_schedule)
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    click.echo(f"{out}: {role} {kind}, {parameters:,} parameters")
+
+
+def _keywords(config: Path | None, settings: tuple[str, ...]) -> dict[str, Any]:
+    """The constructor's keywords from the command line; --set goes over --config."""
+    keywords: dict[str, Any] = {}
+    if config is not None:
+        try:
+            keywords = json.loads(config.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{config} is not readable JSON: {error}") from error
+        if not isinstance(keywords, dict):
+            raise UserError(f"{config} must hold an object: the constructor's keywords and their values")
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not key or not equals:
+            raise UserError(f"--set {setting}: expected KEY=VALUE, such as --set image_size=64")
+        try:
+            keywords[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            keywords[key] = value
+    try:
+        json.dumps(keywords, allow_nan=False)
+    except ValueError as error:
+        raise UserError("a bundle holds finite keywords only: leave out what is infinite by default") from error
+    return keywords
+
+
+def _bundle(
+    out: Path, role: str, file: Path, name: str | None, license_: str | None, provenance: str | None
+) -> "Bundle":
+    """The bundle in `out`, or a new one, with the texts about the network to come.
+
+    Raises:
+        UserError: no room for that network in `out`.
+    """
+    from dgfast import bundle as bundles
+
+    if (out / "bundle.json").is_file():
+        bundle = bundles.read(out)
+        if name not in (None, bundle.name):
+            raise UserError(f"{out} holds the bundle {bundle.name!r} already; leave out --name, or use another --out")
+    else:
+        bundle = bundles.Bundle(folder=out, name=name or file.stem, nets={})
+    if role in bundle.nets or (out / f"{role}.safetensors").exists():
+        raise UserError(f"{out} has a {role} network already; nothing was replaced. Use another --out")
+
+    def extended(text: str, more: str | None) -> str:
+        return "; ".join(filter(None, [text, more and f"{role}: {more}"]))
+
+    return replace(
+        bundle,
+        provenance=extended(bundle.provenance, provenance or f"converted from {file.name}"),
+        license=extended(bundle.license, license_),
+    )
+
+
+def _network(
+    file: Path, role: str, kind: str | None, given: Mapping[str, Any]
+) -> "tuple[nn.Module, str, dict[str, Any]]":
+    """The network in `file` with its weights, and what `nets.build` made it from.
+
+    Raises:
+        UserError: unreadable, unsuited to the role, or of another shape than its keywords say.
+    """
+    from dgfast import bundle as bundles
+    from dgfast import denoiser, nets
+    from dgfast.checkpoints import nvidia_pickle, one_line, openai_pt
+
+    keywords = dict(given)
+    if file.suffix == ".pkl":
+        snapshot = nvidia_pickle.read(file)
+        kind, keywords, tensors = snapshot.kind, snapshot.keywords, snapshot.tensors
+    else:
+        tensors = openai_pt.read(file)
+        if kind is None and role in _DENOISERS:
+            raise UserError(f"{file}: give --kind ({', '.join(denoiser.PRECONDITIONERS)}) and its keywords with --set")
+        if kind in (None, "create_classifier"):
+            kind, keywords = "create_classifier", openai_pt.classifier_keywords(tensors, given, file)
+    kinds = [k for k in nets.KINDS if (k in denoiser.PRECONDITIONERS) == (role in _DENOISERS)]
+    if kind not in kinds:
+        raise UserError(f"a {role} network cannot be of the kind {kind!r}; use {', '.join(kinds)}")
+    try:
+        net = nets.build(kind, **keywords)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: its keywords make no {kind} ({one_line(error)}); mend them with --set") from error
+    bundles.load_state(net, tensors, file)
+    return net, kind, keywords
+
+
+def _write(
+    bundle: "Bundle", role: str, net: "nn.Module", kind: str, keywords: dict[str, Any], time_schedule: str | None
+) -> None:
+    """Write the network and `bundle.json`, or leave everything as it was.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    from dgfast import bundle as bundles
+
+    out = bundle.folder
+    new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        bundles.write(bundles.with_net(bundle, role, net, kind, keywords, time_schedule))
+    except BaseException as error:
+        if new_folders:
+            shutil.rmtree(new_folders[-1], ignore_errors=True)
+        for name in (f"{role}.safetensors", f"{role}.safetensors.partial", "bundle.json.partial"):
+            with suppress(OSError):
+                (out / name).unlink()
+        if isinstance(error, OSError | SafetensorError):
+            raise UserError(f"cannot write to {out}: {error}; nothing was changed") from error
+        raise
+
+
+if __name__ == "__main__":
+    main()

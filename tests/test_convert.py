@@ -1,0 +1,391 @@
+"""The door `python -m dgfast.convert`: official files in, bundles out, nothing else ever."""
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+from torch import nn
+
+from dgfast import bundle as bundles
+from dgfast.convert import main
+
+TINY: dict[str, Any] = {
+    "img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_type": "SongUNet",
+    "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8],
+}  # fmt: skip
+HEAD: dict[str, Any] = {
+    "image_size": 8, "classifier_use_fp16": False, "classifier_width": 128, "classifier_depth": 2,
+    "classifier_attention_resolutions": "32,16,8", "classifier_use_scale_shift_norm": True,
+    "classifier_resblock_updown": True, "classifier_pool": "attention", "out_channels": 1, "in_channels": 512,
+    "condition": False,
+}  # fmt: skip
+TRUNK = {**HEAD, "image_size": 32, "classifier_width": 64, "out_channels": 10, "in_channels": 3}
+FilledNet = Callable[..., nn.Module]
+
+
+def convert(*arguments: object) -> tuple[int, str]:
+    """Exit code and what was printed."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+def refused(*arguments: object) -> str:
+    """The one line with which the conversion ends."""
+    code, output = convert(*arguments)
+    assert code == 2 and output.startswith("Error: ") and output.count("\n") == 1, output
+    return output
+
+
+@pytest.fixture
+def saved(tmp_path: Path, filled_net: FilledNet) -> Callable[..., tuple[Path, nn.Module]]:
+    """(file name, kind, keywords, prefix) -> a state dict in a file, and the network that it is of."""
+
+    def save(name: str, kind: str, keywords: dict[str, Any], prefix: str = "convert/") -> tuple[Path, nn.Module]:
+        net = filled_net(kind, keywords, prefix)
+        write = save_file if name.endswith(".safetensors") else torch.save
+        write(net.state_dict(), tmp_path / name)
+        return tmp_path / name, net
+
+    return save
+
+
+def assert_same_weights(found: nn.Module, wanted: nn.Module) -> None:
+    tensors = found.state_dict()
+    assert tensors.keys() == wanted.state_dict().keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in wanted.state_dict().items())
+
+
+# What is converted ----------------------------------------------------------------------------------------------------
+def test_snapshot_denoises_as_the_official_network(golden_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "bundle"
+    code, output = convert(golden_folder / "edm_tiny.pkl", "--out", out)
+    net = bundles.read(out).load("score")
+    count = sum(parameter.numel() for parameter in net.parameters())
+    assert (code, output) == (0, f"{out}: score EDMPrecond, {count:,} parameters\n")
+    assert sorted(path.name for path in out.iterdir()) == ["bundle.json", "score.safetensors"]
+
+    golden = np.load(golden_folder / "edm_tiny_expected.npz")
+    labels = torch.from_numpy(golden["class_labels"])
+    calls = [(scale * golden["x_base"], sigma) for scale, sigma in zip(golden["x_scale"], golden["sigma"], strict=True)]
+    for (x, sigma), expected in zip(calls, golden["D"], strict=True):
+        denoised = net(torch.from_numpy(x), torch.tensor(sigma), labels).numpy()
+        assert np.abs(denoised - expected).max() <= 2e-4 * expected.std(), sigma
+
+
+def test_texts_and_defaults(golden_folder: Path, tmp_path: Path) -> None:
+    convert(golden_folder / "edm_tiny.pkl", "--out", tmp_path / "plain")
+    plain = bundles.read(tmp_path / "plain")
+    assert (plain.name, plain.license, plain.class_names) == ("edm_tiny", "", ())
+    assert plain.provenance == "score: converted from edm_tiny.pkl"
+    assert (plain.sampling.num_steps, plain.sampling.discretization) == (18, "edm")
+    texts = ("--name", "tiny", "--license", "MIT", "--provenance", "a test")
+    convert(golden_folder / "edm_tiny.pkl", "--out", tmp_path / "told", *texts)
+    told = bundles.read(tmp_path / "told")
+    assert (told.name, told.license, told.provenance) == ("tiny", "score: MIT", "score: a test")
+
+
+def test_large_images_get_edms_larger_number_of_steps(saved: Callable[..., Any], tmp_path: Path) -> None:
+    keywords = {**TINY, "img_resolution": 64}
+    file, _ = saved("x.safetensors", "EDMPrecond", keywords)
+    (tmp_path / "keywords.json").write_text(json.dumps(keywords))
+    convert(
+        file, "--out", tmp_path / "b", "--role", "score", "--kind", "EDMPrecond", "--config", tmp_path / "keywords.json"
+    )
+    assert bundles.read(tmp_path / "b").sampling.num_steps == 40
+
+
+@pytest.mark.parametrize("kind", ["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"])
+def test_score_state_dict_with_its_keywords(saved: Callable[..., Any], tmp_path: Path, kind: str) -> None:
+    file, net = saved("x.safetensors", kind, TINY)
+    config = tmp_path / "keywords.json"
+    config.write_text(json.dumps({**TINY, "label_dim": 1000}))
+    code, output = convert(
+        file, "--out", tmp_path / "b", "--role", "reference", "--kind", kind, "--config", config, "--set", "label_dim=3"
+    )
+    assert code == 0, output
+    assert_same_weights(bundles.read(tmp_path / "b").load("reference"), net)
+
+
+@pytest.mark.parametrize("prefix", ["pub/dis_u/", "pub/dis_c22/"])
+def test_discriminator_of_dg(saved: Callable[..., Any], tmp_path: Path, golden_folder: Path, prefix: str) -> None:
+    keywords = {**HEAD, "condition": prefix == "pub/dis_c22/"}
+    file, net = saved("discriminator_60.pt", "create_classifier", keywords, prefix)
+    assert convert(file, "--out", tmp_path / "b", "--role", "discriminator")[0] == 0
+    bundle = bundles.read(tmp_path / "b")
+    assert (bundle.spec("discriminator").keywords, bundle.spec("discriminator").time_schedule) == (keywords, None)
+    assert_same_weights(bundle.load("discriminator"), net)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "schedule"),
+    [
+        pytest.param(32, (), "linear", id="32"),
+        pytest.param(64, (), "cosine", id="64"),
+        pytest.param(64, ("--time-schedule", "linear"), "linear", id="64_told_otherwise"),
+    ],
+)
+def test_classifier(
+    saved: Callable[..., Any], tmp_path: Path, size: int, options: tuple[str, ...], schedule: str
+) -> None:
+    keywords = {**TRUNK, "image_size": size}
+    file, net = saved("classifier.pt", "create_classifier", keywords)
+    assert convert(file, "--out", tmp_path / "b", "--role", "classifier", *options)[0] == 0
+    bundle = bundles.read(tmp_path / "b")
+    assert (bundle.spec("classifier").keywords, bundle.spec("classifier").time_schedule) == (keywords, schedule)
+    assert_same_weights(bundle.load("classifier"), net)
+
+
+def test_encoder_of_ones_own(saved: Callable[..., Any], tmp_path: Path) -> None:
+    keywords: dict[str, Any] = {"image_size": 16, "in_channels": 1, "model_channels": 32, "out_channels": 10}
+    keywords |= {"num_res_blocks": 1, "attention_resolutions": [2], "channel_mult": [1, 2], "num_head_channels": 32}
+    file, net = saved("x.pt", "EncoderUNetModel", keywords)
+    settings = [part for name, value in keywords.items() for part in ("--set", f"{name}={value}")]
+    role = ("--out", tmp_path / "b", "--role", "classifier")
+    assert "--kind EncoderUNetModel" in refused(file, *role)
+    assert convert(file, *role, "--kind", "EncoderUNetModel", *settings)[0] == 0
+    assert_same_weights(bundles.read(tmp_path / "b").load("classifier"), net)
+
+
+def test_roles_join_in_one_bundle_and_are_never_replaced(
+    saved: Callable[..., Any], golden_folder: Path, tmp_path: Path
+) -> None:
+    head, _ = saved("head.pt", "create_classifier", HEAD)
+    snapshot, out = golden_folder / "edm_tiny.pkl", tmp_path / "b"
+    assert convert(head, "--out", out, "--role", "discriminator", "--license", "MIT", "--name", "both")[0] == 0
+    assert convert(snapshot, "--out", out, "--license", "CC BY-NC-SA 4.0", "--name", "both")[0] == 0
+    bundle = bundles.read(out)
+    assert (bundle.name, list(bundle.nets)) == ("both", ["discriminator", "score"])
+    assert bundle.license == "discriminator: MIT; score: CC BY-NC-SA 4.0"
+    assert bundle.provenance == "discriminator: converted from head.pt; score: converted from edm_tiny.pkl"
+
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "has a score network already" in refused(snapshot, "--out", out)
+    assert "holds the bundle 'both' already" in refused(
+        snapshot, "--out", out, "--role", "reference", "--name", "other"
+    )
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert convert(snapshot, "--out", out, "--role", "reference")[0] == 0
+    assert len(bundles.read(out).nets) == 3
+
+
+def test_a_file_that_lies_in_the_folder_is_not_overwritten(golden_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "score.safetensors").write_text("precious")
+    assert "has a score network already" in refused(golden_folder / "edm_tiny.pkl", "--out", tmp_path)
+    assert (tmp_path / "score.safetensors").read_text() == "precious"
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        pytest.param({"out.2.c_proj.bias": None}, "missing out.2.c_proj.bias", id="missing"),
+        pytest.param({"out.2.qkv_proj.bias": (4,)}, "misshapen out.2.qkv_proj.bias [4], not [384]", id="misshapen"),
+        pytest.param({"extra": (4,)}, "superfluous extra", id="superfluous"),
+        pytest.param({"time_embed.0.weight": None}, "time_embed.0.weight is missing", id="no_width"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    saved: Callable[..., Any], tmp_path: Path, spoil: dict[str, Any], complaint: str
+) -> None:
+    file, net = saved("head.pt", "create_classifier", HEAD)
+    changed = {**net.state_dict(), **{name: shape and torch.zeros(shape) for name, shape in spoil.items()}}
+    torch.save({name: tensor for name, tensor in changed.items() if tensor is not None}, file)
+    assert complaint in refused(file, "--out", tmp_path / "b", "--role", "discriminator")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        pytest.param("x.pt", "", "give --role", id="no_role"),
+        pytest.param("x.onnx", "--role score", "unknown ending '.onnx'", id="ending"),
+        pytest.param("x.pkl", "--kind EDMPrecond", "leave out --kind", id="pkl_kind"),
+        pytest.param("x.pkl", "--set a=1", "leave out --kind", id="pkl_set"),
+        pytest.param("x.pkl", "--role classifier", "cannot be of the kind 'EDMPrecond'", id="pkl_role"),
+        pytest.param("x.pkl", "--time-schedule linear", "a score network has none", id="score_time"),
+        pytest.param("x.pt", "--role score", "give --kind (EDMPrecond", id="score_without_kind"),
+        pytest.param("x.pt", "--role score --kind SongUNet", "cannot be of the kind 'SongUNet'", id="unknown_kind"),
+        pytest.param("x.pt", "--role classifier --kind EDMPrecond", "cannot be of the kind", id="unfit_kind"),
+        pytest.param("x.pt", "--role score --kind EDMPrecond", "its keywords make no EDMPrecond", id="no_keywords"),
+        pytest.param("x.pt", "--role discriminator --set image_size=9", "known sizes", id="image_size"),
+        pytest.param("x.pt", "--role discriminator --set colour=red", "unexpected keyword", id="unknown_keyword"),
+        pytest.param("x.pt", "--role discriminator --set classifier_width=-64", "negative", id="negative_width"),
+        pytest.param("x.pt", "--role score --set image_size", "expected KEY=VALUE", id="no_value"),
+        pytest.param("x.pt", "--role score --set sigma_max=Infinity", "finite keywords only", id="infinity"),
+        pytest.param("x.pt", "--role score --set sigma_max=1e999", "finite keywords only", id="overflow"),
+        pytest.param("x.pt", "--role discriminator --set image_size=" + "9" * 5000, "known sizes", id="long_number"),
+        pytest.param("x.pt", "--role discriminator --set kind=x", "multiple values", id="reserved_keyword"),
+        pytest.param("x.pt", "--role score --config x.pt", "not readable JSON", id="broken_config"),
+        pytest.param("x.pt", "--role score --config list.json", "must hold an object", id="list_config"),
+    ],
+)
+def test_orders_that_make_no_sense(
+    saved: Callable[..., Any],
+    golden_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    options: str,
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved("x.pt", "create_classifier", HEAD)
+    Path("x.pkl").write_bytes((golden_folder / "edm_tiny.pkl").read_bytes())
+    Path("x.onnx").touch()
+    Path("list.json").write_text("[]")
+    assert complaint in refused(name, "--out", "b", *options.split())
+    assert not Path("b").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/below/it"])
+def test_unwritable_folder(golden_folder: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").write_text("precious")
+    assert "cannot write to" in refused(golden_folder / "edm_tiny.pkl", "--out", tmp_path / out)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
+@pytest.mark.parametrize("moment", ["write", "with_net"])
+def test_failed_writing_leaves_everything_as_it_was(
+    saved: Callable[..., Any],
+    golden_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    existing: bool,
+) -> None:
+    out = tmp_path / "new" / "bundle"
+    if existing:
+        head, _ = saved("head.pt", "create_classifier", HEAD)
+        convert(head, "--out", out, "--role", "discriminator")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(*_: object) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "score.safetensors.partial").write_text("half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bundles, moment, full)
+    assert "No space left" in refused(golden_folder / "edm_tiny.pkl", "--out", out)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert (tmp_path / "new").exists() == existing
+
+
+# Hostile pickles, written by hand: what a program on the stack machine may try ----------------------------------------
+def text(content: str) -> bytes:
+    return b"\x8c" + bytes([len(content)]) + content.encode()
+
+
+def glob(module: str, name: str) -> bytes:
+    return text(module) + text(name) + b"\x93"
+
+
+def raw(content: bytes) -> bytes:
+    return b"B" + struct.pack("<I", len(content)) + content
+
+
+TOUCH = "touch marker"
+CALL, ARG, NONE = b"R", b"\x85", b"N"
+SYSTEM = b"\x80\x02cposix\nsystem\nX\x0c\x00\x00\x00touch marker\x85R."
+STORAGE = glob("torch.storage", "_load_from_bytes")
+REBUILD = glob("torch._utils", "_rebuild_tensor_v2")
+PERSISTENT = glob("torch_utils.persistence", "_reconstruct_persistent_obj")
+ORDERED = glob("collections", "OrderedDict")
+SCALAR, DTYPE = glob("numpy.core.multiarray", "scalar"), glob("numpy", "dtype")
+HOSTILE = {
+    "eval": (glob("builtins", "eval") + text("open('marker', 'w')") + ARG + CALL, "'builtins.eval'"),
+    "old_global": (b"cposix\nsystem\n" + text(TOUCH) + ARG + CALL, "'posix.system'"),
+    "attribute_of_allowed": (glob("collections", "OrderedDict.fromkeys"), "'collections.OrderedDict.fromkeys'"),
+    "getattr": (glob("builtins", "getattr") + ORDERED + text("clear") + b"\x86" + CALL, "'builtins.getattr'"),
+    "inst": (b"(" + text(TOUCH) + b"iposix\nsystem\n", "opcode INST"),
+    "obj": (b"(" + glob("collections", "OrderedDict") + text(TOUCH) + b"o", "opcode OBJ"),
+    "newobj_ex": (glob("collections", "OrderedDict") + b")}\x92", "opcode NEWOBJ_EX"),
+    "extension": (b"\x82\x01", "opcode EXT1"),
+    "persistent_id": (text(TOUCH) + b"Q", "opcode BINPERSID"),
+    "old_persistent_id": (b"Ptouch marker\n", "opcode PERSID"),
+    "storage_runs": (STORAGE + raw(SYSTEM) + ARG + CALL, "'posix.system'"),
+    "storage_is_zip": (STORAGE + raw(b"PK\x03\x04") + ARG + CALL, "broken pickle"),
+    "storage_calls_dtype": (STORAGE + raw(b"\x80\x02ctorch\nFloatStorage\n)R.") + ARG + CALL, "broken pickle"),
+    "object_scalar": (SCALAR + DTYPE + text("O8") + ARG + CALL + raw(SYSTEM) + b"\x86" + CALL, "broken pickle"),
+    "number_of_text": (SCALAR + text("f8") + raw(bytes(8)) + b"\x86" + CALL, "where _NumberType belongs"),
+    "short_number": (SCALAR + DTYPE + text("f8") + ARG + CALL + raw(bytes(7)) + b"\x86" + CALL, "broken pickle"),
+    "parameter_of_text": (glob("torch._utils", "_rebuild_parameter") + text("a") + ARG + CALL, "where Tensor belongs"),
+    "tensor_of_text": (REBUILD + text("a") + b"K\x00))t" + CALL, "broken pickle"),
+    "state_of_function": (REBUILD + NONE + b"}" + text("__defaults__") + b")s\x86b", "Global where _NumberType"),
+    "state_of_dict": (ORDERED + b")" + CALL + b"}" + text("items") + REBUILD + b"sb", "dict where _NumberType belongs"),
+    "call_of_dict": (b"})" + CALL, "dict where Global belongs"),
+    "arguments": (ORDERED + b"]" + ARG + CALL, "broken pickle"),
+    "meta_of_text": (PERSISTENT + text("a") + ARG + CALL, "str where dict belongs"),
+    "deep_key": (b"})" + ARG * 200_000 + NONE + b"s", "tuple where str belongs"),
+    "deep_value": (b"}" + text("ema") + b")" + ARG * 200_000 + b"s", "tuple where PersistentObject belongs"),
+    "huge_bytes": (b"\x8e" + struct.pack("<Q", 2**50), "broken pickle"),
+    "huge_memo_index": (NONE + b"r\xff\xff\xff\xff", "no network under 'ema'"),
+    "two_values": (NONE + NONE, "does not end with one value"),
+    "open_mark": (b"(" + NONE, "does not end with one value"),
+    "empty": (b"", "does not end with one value"),
+}  # fmt: skip
+
+
+class Command:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (TOUCH,)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """(file name, its bytes, options) -> the line of the refusal, after which nothing may have happened."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(name: str, content: bytes, *options: str) -> str:
+        Path(name).write_bytes(content)
+        line = refused(name, "--out", "b", *options)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert line.rstrip("\n").isprintable() and name in line
+        return line
+
+    return check
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_snapshots_do_nothing(hostile: Callable[..., str], case: str) -> None:
+    program, complaint = HOSTILE[case]
+    assert complaint in hostile("x.pkl", b"\x80\x04" + program + b".")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickled_commands_do_not_run(hostile: Callable[..., str], protocol: int) -> None:
+    line = hostile("x.pkl", pickle.dumps({"ema": Command()}, protocol))
+    assert "asks for the global 'posix.system'" in line or protocol < 2
+    line = hostile("x.pkl", pickle.dumps({"ema": None, "loss_fn": [Command()]}, protocol))
+    assert "asks for the global 'posix.system'" in line or protocol < 2
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_commands_in_state_dicts_do_not_run(hostile: Callable[..., str], tmp_path: Path, legacy: bool) -> None:
+    torch.save({"a": Command()}, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    line = hostile("x.pt", (tmp_path / "x.pt").read_bytes(), "--role", "classifier")
+    assert "posix.system" in line and "add_safe_globals" not in line
+
+
+def test_a_global_may_not_colour_the_terminal(hostile: Callable[..., str]) -> None:
+    hostile("x.pkl", b"\x80\x04" + text("o\x1b[2Js") + text("sys\ntem") + b"\x93.")
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    check = "import sys, dgfast.convert; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parents[1])
+    code, output = convert("--help")
+    assert code == 0 and "network snapshot of NVIDIA's EDM" in output
