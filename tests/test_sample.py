@@ -17,6 +17,8 @@ from PIL import Image
 from dgfast import bundle as bundles
 from dgfast import nets
 from dgfast.bundle import Bundle
+from dgfast.nets.discriminator import Discriminator
+from dgfast.outputs import read_shards
 from dgfast.sample import IntegerRanges, main
 
 _SCORE = {
@@ -36,17 +38,30 @@ def _randomise(net: torch.nn.Module) -> torch.nn.Module:
     return net
 
 
+def _centre(trunk: torch.nn.Module, head: torch.nn.Module) -> None:
+    """Shift a random head's logits to both sides of 0 around time 0.6, as boosting needs."""
+    with torch.no_grad():
+        rows = torch.eye(3)[torch.arange(60) % 3]
+        logits = Discriminator(trunk, head)(torch.randn(60, 1, 8, 8), torch.full((60,), 0.6), rows)
+        head.get_parameter("out.3.bias").sub_(logits.median())
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with every role, for 8 x 8 images of 3 classes."""
     bundle = Bundle(tmp_path_factory.mktemp("bundles") / "tiny", "tiny", {})
+    trunk: torch.nn.Module | None = None
     for role, kind, keywords in (
         ("score", "EDMPrecond", _SCORE),
         ("reference", "EDMPrecond", _SCORE | {"channel_mult": [2]}),
         ("classifier", "EncoderUNetModel", _ENCODER | _TRUNK),
         ("discriminator", "EncoderUNetModel", _ENCODER | _HEAD),
     ):
-        bundle = bundles.with_net(bundle, role, _randomise(nets.build(kind, **keywords)), kind, keywords)
+        net = _randomise(nets.build(kind, **keywords))
+        trunk = net if role == "classifier" else trunk
+        if role == "discriminator":
+            _centre(trunk, net)
+        bundle = bundles.with_net(bundle, role, net, kind, keywords)
     bundles.write(bundle)
     return bundle.folder
 
@@ -66,7 +81,7 @@ def _run(bundle: Path, out: Path, *options: str) -> Result:
 
 
 def _images(out: Path) -> np.ndarray:
-    return np.concatenate([np.load(path)["images"] for path in sorted(out.glob("*.npz"))])
+    return read_shards(out)[0]
 
 
 def _manifest(out: Path) -> dict[str, Any]:
@@ -85,8 +100,12 @@ def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
 def test_sample_writes_grid_shards_and_manifest(tiny: Path, tmp_path: Path) -> None:
     result = _run(tiny, tmp_path / "out", "--batch", "3", "--labels", "2,0", "--dg-weight", "1")
     assert result.exit_code == 0, result.output
-    assert Image.open(tmp_path / "out" / "grid.png").size == (16, 16)
-    shards = [np.load(path) for path in sorted((tmp_path / "out").glob("*.npz"))]
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.size == (16, 16)
+    shards = []
+    for path in sorted((tmp_path / "out").glob("*.npz")):
+        with np.load(path) as file:
+            shards.append(dict(file))
     assert [shard["seeds"].tolist() for shard in shards] == [[0, 1, 2], [3]]
     assert [shard["labels"].tolist() for shard in shards] == [[2, 0, 2], [0]]
     assert all(shard["images"].dtype == np.uint8 and shard["images"].shape[1:] == (8, 8, 1) for shard in shards)
@@ -125,7 +144,7 @@ def test_sample_every_option_changes_the_images(
         (["--s-churn", "2"], ["--s-max", "10"]),
         (["--dg-weight", "5"], ["--dg-window", "0.5,1"]),
         (["--dg-weight", "5"], ["--boosting"]),
-        (["--dg-weight", "5", "--dg-window", "0.01,0.7", "--boosting"], ["--published-window"]),
+        (["--dg-weight", "5", "--dg-window", "0.541,1", "--boosting", "--steps", "12"], ["--published-window"]),
         (["--cfg-scale", "3"], ["--guidance-interval", "0.5,10"]),
     ],
     ids=lambda options: " ".join(options),
@@ -134,7 +153,7 @@ def test_sample_options_of_options_change_the_images(
     tiny: Path, tmp_path: Path, base: list[str], option: list[str]
 ) -> None:
     for name, options in (("without", base), ("with", base + option)):
-        result = _run(tiny, tmp_path / name, "--steps", "6", *options)
+        result = _run(tiny, tmp_path / name, "--steps", "6", "--seeds", "0-15", *options)
         assert result.exit_code == 0, result.output
     assert not np.array_equal(_images(tmp_path / "without"), _images(tmp_path / "with"))
 
@@ -161,8 +180,9 @@ def test_sample_bundle_defaults_hold_unless_overridden(tiny: Path, tmp_path: Pat
 
 
 def test_sample_compiled_equals_eager(tiny: Path, tmp_path: Path) -> None:
+    job = ["--batch", "3", "--dg-weight", "1", "--dg-window", "0,1", "--solver", "euler"]  # one function to compile
     for name, options in (("eager", []), ("compiled", ["--compile"])):
-        result = _run(tiny, tmp_path / name, "--batch", "3", "--dg-weight", "1", *options)
+        result = _run(tiny, tmp_path / name, *job, *options)
         assert result.exit_code == 0, result.output
     assert "compiled in" in result.output
     eager, compiled = _images(tmp_path / "eager"), _images(tmp_path / "compiled")

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dgfast.guidance.compose import Denoiser
@@ -34,5 +33,5 @@ class ClassifierFreeGuidance:
     def correct(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor) -> tuple[Tensor, None]:
         unconditional = self.denoiser(x, sigma, None).to(denoised.dtype)
         inside = (self.interval[0] < sigma) & (sigma <= self.interval[1])
-        weight = torch.where(inside, self.scale - 1, 0.0).to(denoised.dtype).view(-1, 1, 1, 1)
+        weight = ((self.scale - 1) * inside.to(sigma.dtype)).to(denoised.dtype).view(-1, 1, 1, 1)
         return weight * (denoised - unconditional), None

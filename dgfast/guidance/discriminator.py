@@ -58,7 +58,7 @@ class DiscriminatorGuidance:
             tau = tau.amin().expand_as(tau)
         inside = (self.window[0] <= tau) & (tau <= self.window[1])
         log_ratio = torch.where(inside, log_ratio, OUTSIDE_WINDOW)
-        weight = torch.where(inside, self.weight, 0.0)
+        weight = self.weight * inside.to(sigma.dtype)
         if self.boost != 1:
             weight = torch.where(log_ratio < 0, weight * self.boost, weight)
         return weight.to(correction.dtype).view(-1, 1, 1, 1) * correction, log_ratio
