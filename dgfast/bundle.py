@@ -13,6 +13,7 @@ the trunk of the discriminator), `discriminator` (its head), `features` (clean i
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -113,28 +114,36 @@ def read(bundle: str | Path) -> Bundle:
         raw = json.loads(path.read_text())
         if raw["format"] != FORMAT:
             raise UserError(f"{path}: format {raw['format']}, this dgfast reads format {FORMAT}")
-        specs = {role: NetSpec(**spec) for role, spec in raw["nets"].items()}
+        specs = {role: _checked(role, NetSpec(**spec), path) for role, spec in raw["nets"].items()}
         bundle_ = Bundle(
             folder=folder,
             name=raw["name"],
             nets=specs,
             sampling=SamplingConfig(**raw.get("sampling", {})),
-            guidance=GuidanceConfig(**_tuples(raw.get("guidance", {}))),
+            guidance=GuidanceConfig(**_from_json(raw.get("guidance", {}))),
             class_names=tuple(raw.get("class_names", ())),
             provenance=raw.get("provenance", ""),
             license=raw.get("license", ""),
             metrics=raw.get("metrics", {}),
         )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UserError as error:
+        raise UserError(error.message if str(path) in error.message else f"{path}: {error.message}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not a bundle description: {error!r}") from error
-    for role, spec in specs.items():
-        if role not in ROLES:
-            raise UserError(f"{path}: unknown role {role!r}; roles: {', '.join(ROLES)}")
-        if Path(spec.file).name != spec.file:
-            raise UserError(f"{path}: {role} names the file {spec.file!r}, which is not beside bundle.json")
-        if spec.time_schedule not in (None, *TIME_SCHEDULES):
-            raise UserError(f"{path}: {role} has time_schedule {spec.time_schedule!r}; use linear or cosine")
     return bundle_
+
+
+def _checked(role: str, spec: NetSpec, path: Path) -> NetSpec:
+    """The spec, if it may stand in the `bundle.json` at `path`."""
+    if role not in ROLES:
+        raise UserError(f"{path}: unknown role {role!r}; roles: {', '.join(ROLES)}")
+    if not isinstance(spec.kind, str) or not isinstance(spec.keywords, dict):
+        raise UserError(f"{path}: {role} needs a kind by name and keywords as an object")
+    if not isinstance(spec.file, str) or Path(spec.file).name != spec.file:
+        raise UserError(f"{path}: {role} names the file {spec.file!r}, which is not beside bundle.json")
+    if spec.time_schedule not in (None, *TIME_SCHEDULES):
+        raise UserError(f"{path}: {role} has time_schedule {spec.time_schedule!r}; use linear or cosine")
+    return spec
 
 
 def write(bundle: Bundle) -> None:
@@ -144,7 +153,7 @@ def write(bundle: Bundle) -> None:
         "name": bundle.name,
         "nets": {role: _without_defaults(spec) for role, spec in bundle.nets.items()},
         "sampling": _without_defaults(bundle.sampling),
-        "guidance": _without_defaults(bundle.guidance),
+        "guidance": _to_json(_without_defaults(bundle.guidance)),
         "class_names": list(bundle.class_names),
         "provenance": bundle.provenance,
         "license": bundle.license,
@@ -229,5 +238,16 @@ def _without_defaults(record: Any) -> dict[str, Any]:
     return {f.name: values[f.name] for f in fields(record) if values[f.name] != f.default}
 
 
-def _tuples(raw: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+def _to_json(guidance: dict[str, Any]) -> dict[str, Any]:
+    """Intervals may end at infinity, for which JSON has no number."""
+    return {
+        name: [end if math.isfinite(end) else str(end) for end in value] if isinstance(value, tuple) else value
+        for name, value in guidance.items()
+    }
+
+
+def _from_json(guidance: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: tuple(float(end) for end in value) if isinstance(value, list) else value
+        for name, value in guidance.items()
+    }

@@ -56,6 +56,10 @@ class SamplingConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if not isinstance(self.num_steps, int) or not isinstance(self.M, int) or self.M < 1:
+            raise UserError(f"num_steps {self.num_steps} and M {self.M} must be whole numbers, M at least 1")
+        if not 0 < self.epsilon_s < 1 or math.isnan(self.S_min) or math.isnan(self.S_max):
+            raise UserError("epsilon_s must lie between 0 and 1, S_min and S_max must be numbers")
         if not self.rho > 0 or not 0 < self.alpha <= 1 or not self.S_churn >= 0 or not self.S_noise >= 0:
             raise UserError("rho must be above 0, alpha in (0, 1], S_churn and S_noise at least 0")
         if self.solver == "dpmpp-2m" and (self.S_churn or self.schedule != "linear" or self.scaling != "none"):
@@ -103,9 +107,12 @@ class GuidanceConfig:
     autoguidance: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("dg_weight", "dg_weight_2nd", "classifier_scale", "cfg_scale", "autoguidance"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} {getattr(self, name)} is not a finite number")
         for name in ("dg_window", "guidance_interval"):
-            low, high = getattr(self, name)
-            if not low < high:
-                raise UserError(f"{name} {low:g},{high:g}: the first number must be below the second")
+            pair = getattr(self, name)
+            if len(pair) != 2 or not pair[0] < pair[1]:
+                raise UserError(f"{name} {pair}: give two numbers, the first below the second")
         if self.boosting and not self.dg_weight:
             raise UserError("boosting needs discriminator guidance; give it a weight other than 0")

@@ -91,8 +91,9 @@ class VPPrecond(Preconditioner):
     ) -> None:  # fmt: skip
         super().__init__(model, img_resolution, img_channels, label_dim)
         self.beta_d, self.beta_min, self.M = beta_d, beta_min, M
-        self.sigma_min = float(self.sigma(torch.tensor(epsilon_t, dtype=torch.float64)))
-        self.sigma_max = float(self.sigma(torch.tensor(1.0, dtype=torch.float64)))
+        # In float32 and without expm1, as the official code computes its bounds.
+        low, high = (torch.tensor(0.5 * beta_d * t**2 + beta_min * t).exp().sub(1).sqrt() for t in (epsilon_t, 1.0))
+        self.sigma_min, self.sigma_max = float(low), float(high)
 
     def sigma(self, t: Tensor) -> Tensor:
         """Noise level at VP time t."""
@@ -131,7 +132,7 @@ class iDDPMPrecond(Preconditioner):  # noqa: N801 - the official name, which bun
     ) -> None:  # fmt: skip
         super().__init__(model, img_resolution, img_channels, label_dim)
         self.M = M
-        self.register_buffer("u", iddpm_levels(C_1, C_2, M).float())
+        self.register_buffer("u", iddpm_levels(C_1, C_2, M, torch.float32))
         self.sigma_min, self.sigma_max = float(self.u[M - 1]), float(self.u[0])
 
     def _nearest(self, sigma: Tensor) -> Tensor:

@@ -94,6 +94,7 @@ class _Judge:
         import torch
         from torch.nn import functional as F
 
+        from dgfast.errors import UserError
         from dgfast.guidance import DiscriminatorGuidance
         from dgfast.training.classifier import to_vp
 
@@ -101,6 +102,8 @@ class _Judge:
         guidance = DiscriminatorGuidance(self._networks.discriminator, time=self._networks.time)
         pixels, labels = (tensor.to(self._device) for tensor in images.tensors())
         classes = self._networks.denoiser.label_dim
+        if classes and not bool(((labels >= 0) & (labels < classes)).all()):
+            raise UserError(f"the discriminator judges classes 0 to {classes - 1}; other labels were found")
         rows = F.one_hot(labels, classes).float() if classes else None
         torch.manual_seed(0)
         total = 0.0

@@ -101,7 +101,7 @@ def load(
 
 def _wanted(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> set[str]:
     if guidance is None:
-        return set(bundle.nets) - {"features"}
+        return {"score", *bundle.nets} - {"features"}
     wanted = {"score"}
     if guidance.dg_weight or guidance.dg_weight_2nd:
         wanted |= {"classifier", "discriminator"}

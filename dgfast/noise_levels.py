@@ -168,7 +168,7 @@ def sigma_grid(config: SamplingConfig, sigma_min: float, sigma_max: float) -> Te
     """The `config.num_steps` noise levels of the named discretisation, falling, without the final 0 (EDM, table 1).
 
     Raises:
-        UserError: fewer than two steps, or a grid that does not fall (iDDPM has too few levels for so many steps).
+        UserError: fewer than two steps, or a grid that does not fall or has too few levels.
     """
     n = config.num_steps
     if n < 2:
@@ -183,19 +183,30 @@ def sigma_grid(config: SamplingConfig, sigma_min: float, sigma_max: float) -> Te
     elif config.discretization == "iddpm":
         levels = iddpm_levels(config.C_1, config.C_2, config.M)
         levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
+        if len(levels) < n:
+            raise UserError(
+                f"--grid iddpm has {len(levels)} levels from {sigma_min:g} to {sigma_max:g}; lower --steps {n}"
+            )
         sigmas = levels[((len(levels) - 1) * ramp).round().long()]
     else:
         inverse = 1 / config.rho
         sigmas = (sigma_max**inverse + ramp * (sigma_min**inverse - sigma_max**inverse)) ** config.rho
     if not bool((sigmas.diff() < 0).all()):
-        raise UserError(f"--grid {config.discretization} has no {n} different noise levels; lower --steps")
+        raise UserError(
+            f"--grid {config.discretization} does not fall in {n} steps from {sigma_max:g} to {sigma_min:g}; "
+            "change --steps, --sigma-min or --sigma-max"
+        )
     return sigmas
 
 
-def iddpm_levels(C_1: float, C_2: float, M: int) -> Tensor:
-    """iDDPM's cosine levels in EDM's sigma, largest first and 0 last: float64 [M + 1] (EDM, table 1)."""
-    alpha_bar = (0.5 * math.pi * torch.arange(M + 1, dtype=torch.float64) / M / (C_2 + 1)).sin() ** 2
-    u = torch.zeros(M + 1, dtype=torch.float64)
+def iddpm_levels(C_1: float, C_2: float, M: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """iDDPM's cosine levels in EDM's sigma, largest first and 0 last: [M + 1] (EDM, table 1).
+
+    The grid takes them in float64, the network in float32. Both rest on alpha_bar in float32, as the official code's
+    do: in float64 the network's smallest level would lie above the grid's, and its bounds would cut that level off.
+    """
+    alpha_bar = (0.5 * math.pi * torch.arange(M + 1, dtype=torch.float32) / M / (C_2 + 1)).sin() ** 2
+    u = torch.zeros(M + 1, dtype=dtype)
     for j in range(M, 0, -1):
         u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar[j - 1] / alpha_bar[j]).clip(min=C_1) - 1).sqrt()
     return u

@@ -113,8 +113,10 @@ class Sampler:
             on_step: see `integrate`.
 
         Raises:
-            UserError: labels out of range or of another number, NaN in the images.
+            UserError: no seeds, labels out of range or of another number, NaN in the images.
         """
+        if not len(seeds):
+            raise UserError("no seeds: give one an image")
         net = self.networks.denoiser
         streams = SeedStreams(seeds)
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
@@ -143,9 +145,12 @@ class Sampler:
         classes = self.networks.denoiser.label_dim
         if labels is None:
             return None
-        indices = torch.as_tensor(labels, dtype=torch.int64, device=self.device)
         if not classes:
             raise UserError("this score network is unconditional; leave the labels out")
+        indices = torch.as_tensor(labels, device=self.device)
+        if indices.is_floating_point():
+            raise UserError("labels are class indices: whole numbers")
+        indices = indices.long()
         if indices.shape != (count,):
             raise UserError(f"{indices.numel()} labels for {count} images; give one label an image")
         wrong = indices[(indices < 0) | (indices >= classes)]

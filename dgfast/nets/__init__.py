@@ -30,14 +30,15 @@ def build(kind: str, **keywords: Any) -> nn.Module:
     `FeatureNet`, our own, for the metrics.
 
     Raises:
-        ValueError: unknown kind or model type, a keyword that the constructor does not know or misses.
+        ValueError: unknown kind or model type, a keyword that the constructor does not know or misses, a
+            size of zero.
     """
     try:
         if kind in _PLAIN:
             return _PLAIN[kind](**keywords)
         if kind in denoiser.PRECONDITIONERS:
             return _build_denoiser(kind, **keywords)
-    except TypeError as error:
+    except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{kind}: {error}") from error
     raise ValueError(f"unknown kind of network {kind!r}; known kinds: {', '.join(KINDS)}")
 

@@ -137,6 +137,13 @@ class FourierEmbedding(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
+def drop_labels(class_labels: Tensor, probability: float) -> Tensor:
+    """Rows of class_labels [B, label_dim], each zeroed with this probability, for classifier-free guidance."""
+    if not probability:
+        return class_labels
+    return class_labels * (torch.rand(len(class_labels), 1, device=class_labels.device) >= probability)
+
+
 class UNetBlock(nn.Module):
     """Residual block with noise-level embedding and optional self-attention (EDM, figure 9).
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgfast.nets.blocks import KAIMING, Conv2d, GroupNorm, Linear, PositionalEmbedding, UNetBlock
+from dgfast.nets.blocks import KAIMING, Conv2d, GroupNorm, Linear, PositionalEmbedding, UNetBlock, drop_labels
 
 
 class DhariwalUNet(nn.Module):
@@ -89,9 +89,7 @@ class DhariwalUNet(nn.Module):
             emb = emb + self.map_augment(augment_labels.to(x.dtype))
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None and class_labels is not None:
-            labels = class_labels.to(x.dtype)
-            if self.training and self.label_dropout:
-                labels = labels * (torch.rand(len(labels), 1, device=labels.device) >= self.label_dropout)
+            labels = drop_labels(class_labels.to(x.dtype), self.label_dropout if self.training else 0.0)
             emb = emb + self.map_label(labels)
         emb = F.silu(emb)
 

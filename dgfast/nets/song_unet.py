@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgfast.nets.blocks import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock
+from dgfast.nets.blocks import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock, drop_labels
 
 
 class SongUNet(nn.Module):
@@ -154,9 +154,7 @@ class SongUNet(nn.Module):
         emb = self.map_noise(noise_labels)
         emb = torch.cat(emb.chunk(2, dim=1)[::-1], dim=1).to(dtype)  # EDM's nets were trained with sines first
         if self.map_label is not None and class_labels is not None:
-            labels = class_labels.to(dtype)
-            if self.training and self.label_dropout:
-                labels = labels * (torch.rand(len(labels), 1, device=labels.device) >= self.label_dropout)
+            labels = drop_labels(class_labels.to(dtype), self.label_dropout if self.training else 0.0)
             emb = emb + self.map_label(labels * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels.to(dtype))

@@ -11,7 +11,10 @@ from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.noise_levels import vp_alpha, vp_sigma, vp_time
 from dgfast.training.data import ImageSet
 
-_SHIFT = 2  # pixels by which the feature network's training images move, so that it does not read positions off
+# The feature network's training images move and get noise, so that its features see strokes rather than exact
+# positions and the last grey levels.
+_SHIFT = 2  # pixels
+_NOISE = 0.25  # largest standard deviation, for pixels in [-1, 1]
 
 
 def noisy_classifier_loss(data: ImageSet, device: torch.device) -> Callable[[nn.Module, int], Tensor]:
@@ -29,7 +32,7 @@ def noisy_classifier_loss(data: ImageSet, device: torch.device) -> Callable[[nn.
 
 
 def clean_classifier_loss(data: ImageSet, device: torch.device) -> Callable[[nn.Module, int], Tensor]:
-    """Cross-entropy of a `FeatureNet` on randomly shifted clean images."""
+    """Cross-entropy of a `FeatureNet` on images with a random shift and a little noise."""
     images, labels = (tensor.to(device) for tensor in data.tensors())
     size = images.shape[-1]
     padded = F.pad(images, (_SHIFT,) * 4, value=-1.0)
@@ -37,7 +40,9 @@ def clean_classifier_loss(data: ImageSet, device: torch.device) -> Callable[[nn.
     def loss(net: nn.Module, batch: int) -> Tensor:
         picks = torch.randint(len(images), (batch,)).to(device)
         top, left = (int(torch.randint(2 * _SHIFT + 1, ())) for _ in range(2))
-        return F.cross_entropy(net(padded[picks, :, top : top + size, left : left + size]), labels[picks])
+        shifted = padded[picks, :, top : top + size, left : left + size]
+        noise = _NOISE * torch.rand(batch, 1, 1, 1) * torch.randn(shifted.shape)
+        return F.cross_entropy(net(shifted + noise.to(device)), labels[picks])
 
     return loss
 

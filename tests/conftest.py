@@ -1,0 +1,134 @@
+"""Shared set-up: the golden folder, its recipe for weights, tiny networks, and the golden table after the run."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from torch import nn
+
+from dgfast import nets
+from dgfast.nets.discriminator import Discriminator
+
+# The same examples in every run: a numeric law that fails, fails every time. No deadline: the machine may be busy.
+hypothesis.settings.register_profile("dgfast", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("dgfast")
+
+_OWN_FOLDER = Path(__file__).parent / "golden"
+_TABLE: list[tuple[str, int, float, float]] = []  # file, keys judged, largest error / tolerance, largest relative error
+_NOT_COVERED: dict[str, str] = {}  # file -> the output keys that dgfast has no network for, "" for all of them
+
+
+def _golden_folder() -> Path:
+    """The folder in the environment variable DGFAST_GOLDEN, or the one beside this file."""
+    return Path(os.environ.get("DGFAST_GOLDEN", _OWN_FOLDER))
+
+
+@cache
+def _golden_fill() -> ModuleType:
+    path = _golden_folder() / "golden_fill.py"
+    spec = importlib.util.spec_from_file_location("golden_fill", path if path.is_file() else _OWN_FOLDER / path.name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "golden_path" in metafunc.fixturenames:
+        paths = sorted(_golden_folder().glob("*.npz"))
+        if not paths:  # without parameters the test would not run, and the run would look green
+            raise pytest.UsageError(f"no golden files (*.npz) in {_golden_folder()}; check DGFAST_GOLDEN")
+        metafunc.parametrize("golden_path", paths, ids=[path.stem for path in paths])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deterministic_torch() -> Iterator[None]:
+    """Repeatable kernels; this mode also fills `torch.empty` with NaN, so reading what nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    return _golden_folder()
+
+
+@pytest.fixture(scope="session")
+def golden_fill() -> ModuleType:
+    """The module that draws weights and inputs by name."""
+    return _golden_fill()
+
+
+@pytest.fixture(scope="session")
+def golden_report() -> Callable[[str, int, float, float, str | None], None]:
+    """(file, keys judged, largest error / tolerance, largest relative error, keys not covered) -> the table below."""
+
+    def report(file: str, keys: int, ratio: float, relative: float, not_covered: str | None = None) -> None:
+        if keys:
+            _TABLE.append((file, keys, ratio, relative))
+        if not_covered is not None:
+            _NOT_COVERED[file] = not_covered
+
+    return report
+
+
+@pytest.fixture(scope="session")
+def filled_net() -> Callable[..., nn.Module]:
+    """(kind, keywords, prefix) -> that network with the recipe's weights, in eval mode, frozen; built once."""
+    built: dict[str, nn.Module] = {}
+
+    def net(kind: str, keywords: dict[str, Any], prefix: str) -> nn.Module:
+        key = repr((kind, sorted(keywords.items()), prefix))
+        if key not in built:
+            built[key] = _golden_fill().fill_(nets.build(kind, **keywords), prefix).eval().requires_grad_(False)
+        return built[key]
+
+    return net
+
+
+@pytest.fixture(scope="session")
+def tiny_net(filled_net: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """(label_dim, kind, prefix, other keywords) -> a U-Net for 8 x 8 images that runs in a few milliseconds."""
+
+    def net(label_dim: int = 0, kind: str = "EDMPrecond", prefix: str = "tiny/", **keywords: Any) -> nn.Module:
+        shape = {"img_resolution": 8, "img_channels": 1, "label_dim": label_dim}
+        size = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8]}
+        return filled_net(kind, {"model_type": "SongUNet", **shape, **size, **keywords}, prefix)
+
+    return net
+
+
+@pytest.fixture(scope="session")
+def tiny_discriminator(filled_net: Callable[..., nn.Module]) -> Callable[..., Discriminator]:
+    """(num_classes) -> a discriminator for the images of `tiny_net`."""
+
+    def discriminator(num_classes: int = 0) -> Discriminator:
+        common = {"model_channels": 32, "num_res_blocks": 1, "attention_resolutions": [], "num_head_channels": 32}
+        trunk = {"image_size": 8, "in_channels": 1, "out_channels": 10, "channel_mult": [1, 2], "resblock_updown": True}
+        head = {"image_size": 4, "in_channels": 64, "out_channels": 1, "channel_mult": [1], "pool": "attention"}
+        return Discriminator(
+            filled_net("EncoderUNetModel", common | trunk, "tiny/trunk/"),
+            filled_net("EncoderUNetModel", common | head | {"num_classes": num_classes}, "tiny/head/"),
+        ).eval()
+
+    return discriminator
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _TABLE:
+        terminalreporter.section(f"goldens in {_golden_folder()}")
+        width = max(len(row[0]) for row in _TABLE)
+        terminalreporter.write_line(f"{'file':{width}}  keys  error / tolerance  relative error")
+        for file, keys, ratio, relative in sorted(_TABLE):
+            terminalreporter.write_line(f"{file:{width}}  {keys:4}  {ratio:17.4f}  {relative:14.1e}")
+    if _NOT_COVERED:
+        named = [f"{file} ({keys})" if keys else file for file, keys in sorted(_NOT_COVERED.items())]
+        terminalreporter.write_line(f"goldens not yet covered: {', '.join(named)}")

@@ -1,0 +1,507 @@
+"""Every number that the official implementations left in the golden folder.
+
+The files say themselves what they hold: the network to build, the cases to run, the outputs to judge. A further file of
+a known kind needs no change here, and an output that no line below judges is a failure.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dgfast import nets
+from dgfast import noise_levels as nl
+from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.guidance import OUTSIDE_WINDOW, DiscriminatorGuidance
+from dgfast.nets.discriminator import Discriminator, NoisyClassifier
+from dgfast.networks import Networks
+from dgfast.sampler import Sampler
+
+# Tolerances of the folder's README: times the standard deviation of the reference, of each call or step on its own.
+NET_TOL, UNCONDITIONAL_GRADIENT_TOL, SAMPLER_TOL, VE_SCHEDULE_TOL = 2e-4, 4e-4, 5e-4, 1e-2
+SIGMA_TOL = 1e-6  # noise levels are a formula, not a network; judged relative to each of them, small ones too
+TABLE_TOL = 1e-3  # iDDPM's are a table that the official code sums in float32; neighbours lie 3e-3 apart and more
+INPUTS_AMONG_OUTPUTS = {"t_vec", "grid_sigma", "grid_t"}  # some files list them there
+
+NetFactory = Callable[..., nn.Module]
+
+
+class Golden:
+    """One file, and a record of which of its outputs were judged and how."""
+
+    def __init__(self, path: Path, filled_net: NetFactory) -> None:
+        with np.load(path) as stored:
+            self.arrays = {key: stored[key] for key in stored.files}
+        self.path, self.filled_net = path, filled_net
+        self.meta: dict[str, Any] = json.loads(str(self.arrays.pop("meta")))
+        self.judged: set[str] = set()
+        self.failures: list[str] = []
+        self.ratio = self.relative = 0.0
+
+    def tensor(self, key: str) -> Tensor:
+        """An input."""
+        self.judged |= {key} & INPUTS_AMONG_OUTPUTS
+        return torch.from_numpy(self.arrays[key])
+
+    def labels(self) -> Tensor | None:
+        return self.tensor("class_labels") if "class_labels" in self.arrays else None
+
+    def net(self, kind: str, config: str, prefix: str, state_dict: str | None = None) -> nn.Module:
+        """The network of those entries of `meta`, its state dict compared with the official one."""
+        net = self.filled_net(kind, self.meta[config], self.meta[prefix])
+        if state_dict is not None:
+            mine = {name: list(value.shape) for name, value in net.state_dict().items()}
+            official = self.meta[state_dict]
+            wrong = [name for name in mine.keys() | official.keys() if mine.get(name) != official.get(name)]
+            self.failures += [f"{state_dict}: {', '.join(sorted(wrong))}"] if wrong else []
+        return net
+
+    def discriminator(self) -> Discriminator:
+        return Discriminator(
+            self.net("create_classifier", "classifier", "prefix_classifier"),
+            self.net("create_classifier", "discriminator", "prefix_discriminator"),
+        )
+
+    def wants(self, base: str) -> bool:
+        """Whether the file records `base`, or a part or a summary of it."""
+        return any(base + suffix in self.arrays for suffix in ("", *_SUMMARIES))
+
+    def judge(self, key: str, mine: Tensor | float, tol: float, how: str = "std") -> None:
+        """Compare one output; `how` says what `tol` is a share of: "std", "relative" to each number, or "absolute"."""
+        self.judged.add(key)
+        reference = self.arrays[key]
+        ours = np.asarray(mine)
+        if ours.shape != reference.shape:
+            self.failures.append(f"{key}: shape {ours.shape}, not {reference.shape}")
+            return
+        if np.issubdtype(reference.dtype, np.integer):
+            self._record(key, 0.0 if np.array_equal(ours, reference) else np.inf, tol)
+            return
+        ours, reference = ours.astype(np.float64), reference.astype(np.float64)
+        stacked = reference.ndim >= 4
+        for a, b in zip(ours, reference, strict=True) if stacked else [(ours, reference)]:
+            self._record(key, _error(a, b, how), tol)
+
+    def judge_all(self, base: str, mine: Tensor, tol: float) -> None:
+        """Compare whatever the file records of `base`: all of it, every n-th entry, means, deviations, norms."""
+        for suffix, summary in (("", lambda full, _: full), *_SUMMARIES.items()):
+            if base + suffix in self.arrays:
+                self.judge(base + suffix, summary(mine, self.arrays[base + suffix].shape), tol)
+
+    def judge_log_ratio(self, key: str, mine: Tensor, tol: float) -> None:
+        """As `judge`, but samples outside the window must be marked exactly, and do not count for the spread."""
+        outside = self.arrays[key] == OUTSIDE_WINDOW
+        if not np.array_equal(mine.numpy() == OUTSIDE_WINDOW, outside):
+            self.failures.append(f"{key}: {mine.tolist()} is outside the window at other places than the reference")
+        self.arrays[key] = self.arrays[key][~outside]
+        self.judge(key, mine[torch.from_numpy(~outside)], tol)
+
+    def _record(self, key: str, error: float, tol: float) -> None:
+        error = np.inf if np.isnan(error) else error
+        self.ratio, self.relative = max(self.ratio, error / tol), max(self.relative, error)
+        if error > tol:
+            self.failures.append(f"{key}: error {error:.3g}, tolerance {tol:.3g}")
+
+
+def _error(mine: np.ndarray, reference: np.ndarray, how: str) -> float:
+    difference = np.abs(mine - reference)
+    if how == "absolute" or not difference.any():
+        return float(difference.max(initial=0.0))
+    if how == "relative":
+        differs = difference != 0
+        return float((difference[differs] / np.abs(reference[differs])).max()) if reference[differs].all() else np.inf
+    # A single number has no spread, and a guidance of zeros must be zeros.
+    scale = reference.std() or np.abs(reference).max()
+    return float(difference.max() / scale) if scale else np.inf
+
+
+def _every_nth(full: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What the file keeps of a large array: its shape tells the stride along each axis."""
+    return full[tuple(slice(None, None, -(-whole // kept)) for whole, kept in zip(full.shape, shape, strict=True))]
+
+
+def _over_trailing(reduce: Callable[..., Tensor]) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+    return lambda full, shape: reduce(full.double(), dim=tuple(range(len(shape), full.ndim)))
+
+
+_SUMMARIES: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
+    "_sub": _every_nth,
+    "_mean": _over_trailing(torch.mean),
+    "_std": _over_trailing(lambda full, dim: full.std(dim=dim, correction=0)),
+    "_norm": _over_trailing(lambda full, dim: full.square().sum(dim=dim).sqrt()),
+}
+
+
+class Recorder:
+    """A denoiser that keeps the noise levels it is asked for and hands everything else on."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.sigmas: list[Tensor] = []
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+        self.sigmas.append(sigma.clone())
+        return self.net(x, sigma, class_labels)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.net, name)
+
+
+# Denoisers ------------------------------------------------------------------------------------------------------------
+def judge_denoiser(golden: Golden) -> None:
+    net = golden.net(golden.meta["cls"], "config", "prefix", "state_dict")
+    x_base, labels = golden.tensor("x_base"), golden.labels()
+    augment = golden.tensor("augment_labels") if "augment_labels" in golden.arrays else None
+    calls = {"D": list(zip(golden.tensor("x_scale"), golden.tensor("sigma"), strict=True))}
+    if "sigma_vec" in golden.arrays:
+        calls["D_vec"] = [(golden.tensor("x_scale_vec")[:, None, None, None], golden.tensor("sigma_vec"))]
+    for base, inputs in calls.items():
+        for suffix, conditions in (("", (labels,)), ("_nolabel", ()), ("_augment", (labels, augment))):
+            if golden.wants(base + suffix):
+                outputs = [net(scale * x_base, sigma, *conditions) for scale, sigma in inputs]
+                golden.judge_all(base + suffix, torch.stack(outputs) if base == "D" else outputs[0], NET_TOL)
+    judge_noise_levels_of_net(golden, net)
+
+
+def level_tol(net: nn.Module, discretization: str = "edm") -> float:
+    return TABLE_TOL if discretization == "iddpm" or hasattr(net, "u") else SIGMA_TOL
+
+
+def judge_noise_levels_of_net(golden: Golden, net: nn.Module) -> None:
+    has = golden.arrays.__contains__
+    tol = level_tol(net)
+    for key in filter(has, ("sigma_min", "sigma_max")):
+        golden.judge(key, getattr(net, key), tol, "relative")
+    if has("u"):
+        golden.judge("u", net.u, tol, "relative")
+    if has("grid_sigma"):
+        grid = golden.tensor("grid_sigma")
+        rounded = net.round_sigma(grid)
+        golden.judge("round_sigma", rounded, tol, "relative")
+        if has("round_sigma_index"):
+            golden.judge("round_sigma_index", (rounded[:, None] == net.u).int().argmax(dim=1), tol)
+        if has("round_sigma_0d"):  # recorded without its input, which is the level of the grid that rounds to it
+            (place,) = np.nonzero(golden.arrays["round_sigma"] == golden.arrays["round_sigma_0d"])
+            golden.judge("round_sigma_0d", net.round_sigma(grid[place[0]]), tol, "relative")
+        if has("sigma_inv"):
+            golden.judge("sigma_inv", net.sigma_inv(grid), SIGMA_TOL, "relative")
+        if has("sigma_inv_f32"):
+            golden.judge("sigma_inv_f32", net.sigma_inv(grid.float()), SIGMA_TOL)
+    if has("grid_t"):
+        golden.judge("sigma_of_t", net.sigma(golden.tensor("grid_t")), SIGMA_TOL, "relative")
+
+
+# Classifiers and discriminators ---------------------------------------------------------------------------------------
+def judge_classifier(golden: Golden) -> None:
+    encoder = golden.net("create_classifier", "config", "prefix", "state_dict")
+    classifier, x = NoisyClassifier(encoder), golden.tensor("x")
+    times = [t.expand(len(x)) for t in golden.tensor("t")]
+    golden.judge_all("logits", torch.stack([classifier(x, t) for t in times]), NET_TOL)
+    golden.judge_all("feature", torch.stack([encoder.features(x, 999 * t) for t in times]), NET_TOL)
+    if "t_vec" in golden.arrays:
+        t_vec = golden.tensor("t_vec")
+        golden.judge_all("feature_vec", encoder.features(x, 999 * t_vec), NET_TOL)
+        if golden.wants("logits_vec"):
+            golden.judge_all("logits_vec", classifier(x, t_vec), NET_TOL)
+
+
+class GivenFeatures(nn.Module):
+    """Stands for the trunk where a file gives the feature map itself."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.given = nn.Parameter(features)
+        self.feature_channels, self.feature_size = features.shape[1], features.shape[-1]
+
+    def features(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        return self.given
+
+
+def judge_discriminator(golden: Golden, golden_fill: ModuleType) -> None:
+    match = re.search(r'draw16\("([^"]+)", \(([\d, ]+)\)\)', golden.meta["note"])
+    assert match, f"{golden.path.name}: its note does not say how to draw the feature map"
+    features = torch.from_numpy(golden_fill.draw16(match[1], [int(n) for n in match[2].split(",")])).float()
+    t, labels = golden.tensor("t"), golden.tensor("labels")
+    images = torch.zeros(len(features), 3, 8, 8)  # what the trunk would read
+    for config in [key for key in golden.meta if key.startswith("config_")]:
+        name = config.removeprefix("config_")
+        state_dict = f"state_dict_{name}" if f"state_dict_{name}" in golden.meta else "state_dict"
+        head = golden.net("create_classifier", config, f"prefix_{name}", state_dict)
+        discriminator = Discriminator(GivenFeatures(features), head)
+        one_hot = F.one_hot(labels, int(labels.max()) + 1).float()
+        outputs = {
+            f"{name}_logit": head(features, 999 * t, labels),
+            f"{name}_logit_onehot": discriminator(images, t, one_hot)[:, None],
+            f"{name}_logit_label0": discriminator(images, t)[:, None],
+        }
+        outputs[f"{name}_prob"] = outputs[f"{name}_logit"].sigmoid()
+        for key in golden.arrays.keys() & outputs.keys():
+            golden.judge(key, outputs[key], NET_TOL)
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+def gradient_guidance(golden: Golden, published_window: bool) -> DiscriminatorGuidance:
+    meta = golden.meta
+    time = nl.cosine_time if meta["resolution"] == 64 else nl.vp_time  # DG's code chooses by the resolution as well
+    window = meta["time_min"], meta["time_max"]
+    return DiscriminatorGuidance(golden.discriminator(), 1.0, window, time, published_window)
+
+
+def gradient_calls(golden: Golden) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(prefix of the outputs, x, sigma [B]) of every call; the calls with one sigma for all come first, without one."""
+    x_base = golden.tensor("x_base")
+    for scale, sigma in zip(golden.tensor("x_scale"), golden.tensor("sigma"), strict=True):
+        yield "", scale * x_base, sigma.expand(len(x_base))
+    for j, sigma in enumerate(golden.tensor("sigma_vec") if "sigma_vec" in golden.arrays else []):
+        yield f"vec{j}_", sigma[:, None, None, None] * x_base, sigma
+
+
+def gradient_tol(golden: Golden) -> float:
+    return NET_TOL if golden.meta["condition"] else UNCONDITIONAL_GRADIENT_TOL
+
+
+def judge_gradient(golden: Golden) -> None:
+    guidance, labels, tol = gradient_guidance(golden, published_window=True), golden.labels(), gradient_tol(golden)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for prefix, x, sigma in gradient_calls(golden):
+        correction, log_ratio = guidance.correct(x, sigma, labels, x)
+        found.setdefault(prefix, []).append((-correction, log_ratio))  # DG subtracts its guidance, dgfast adds
+    for prefix, results in found.items():
+        gradients, log_ratios = (torch.stack(column) for column in zip(*results, strict=True))
+        golden.judge_all(f"{prefix}guidance", gradients if prefix == "" else gradients[0], tol)
+        golden.judge_log_ratio(f"{prefix}log_ratio", log_ratios if prefix == "" else log_ratios[0], tol)
+
+
+# Samplers -------------------------------------------------------------------------------------------------------------
+def judge_edm_sampler(golden: Golden) -> None:
+    latents, noises = golden.tensor("latents"), golden.tensor("noises")
+    for tag, case in golden.meta["cases"].items():
+        recorder = Recorder(golden.filled_net(case["net_class"], case["net_config"], case["prefix"]))
+        config = SamplingConfig(**case["kwargs"])
+        states: list[Tensor] = []
+        x = Sampler(Networks(recorder), config).integrate(
+            latents,
+            golden.labels() if recorder.label_dim else None,
+            iter(noises).__next__,
+            lambda _, x, states=states: states.append(x),
+        )
+        # The reference itself moves by 3e-4 there: sigma = sqrt(t) on a grid made for another schedule.
+        loose = config.solver == "heun" and config.schedule == "ve" and config.discretization != "ve"
+        tol = VE_SCHEDULE_TOL if loose else SAMPLER_TOL
+        golden.judge(f"{tag}/x", x, tol)
+        sigmas = torch.stack([_one_level(sigma) for sigma in recorder.sigmas])
+        golden.judge(f"{tag}/sigma_calls", sigmas, level_tol(recorder.net, config.discretization), "relative")
+        golden.judge_all(f"{tag}/x_steps", torch.stack(states), tol)
+
+
+def judge_dg_sampler(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = golden.meta["dg_kwargs"]
+    recorder = Recorder(golden.net("EDMPrecond", "net_config", "prefix_net"))
+    latents = golden.tensor("latents")
+    none = torch.zeros_like(latents), torch.full((len(latents),), OUTSIDE_WINDOW)  # outside the window nothing is asked
+    guidances: dict[int, tuple[Tensor, Tensor]] = {}
+    correct = DiscriminatorGuidance.correct
+
+    def recording(self: DiscriminatorGuidance, *arguments: Any) -> tuple[Tensor, Tensor]:
+        correction, log_ratio = correct(self, *arguments)
+        weight = self.weight * torch.where(log_ratio < 0, self.boost, 1.0)  # DG recorded it without weight and boost
+        guidances[len(recorder.sigmas) - 1] = -correction / weight.view(-1, 1, 1, 1), log_ratio
+        return correction, log_ratio
+
+    monkeypatch.setattr(DiscriminatorGuidance, "correct", recording)
+    sampler = Sampler(
+        Networks(recorder, discriminator=golden.discriminator()),
+        SamplingConfig(**golden.meta["sampler_kwargs"]),
+        GuidanceConfig(
+            dg_weight=options["dg_weight_1st_order"],
+            dg_weight_2nd=options["dg_weight_2nd_order"],
+            dg_window=(options["time_min"], options["time_max"]),
+            boosting=bool(options["boosting"]),
+            published_window=True,
+        ),
+    )
+    # In the steps that the file leaves out, the official code multiplied its noise by zero.
+    noises = torch.zeros(len(sampler.steps), *latents.shape, dtype=torch.float64)
+    if "noises" in golden.arrays:
+        noises[golden.tensor("noise_steps")] = golden.tensor("noises").double()
+    states: list[Tensor] = []
+    x = sampler.integrate(latents, golden.labels(), iter(noises).__next__, lambda _, x: states.append(x))
+
+    golden.judge("x", x, SAMPLER_TOL)
+    golden.judge_all("x_steps", torch.stack(states), SAMPLER_TOL)
+    golden.judge("t_hat", torch.stack(recorder.sigmas[0::2]), SIGMA_TOL, "relative")
+    golden.judge("t_next", torch.stack([_one_level(s) for s in recorder.sigmas[1::2]]), SIGMA_TOL, "relative")
+    for name, calls in (("", range(0, len(recorder.sigmas), 2)), ("2", range(1, len(recorder.sigmas), 2))):
+        gradients, log_ratios = (
+            torch.stack(column) for column in zip(*(guidances.get(k, none) for k in calls), strict=True)
+        )
+        golden.judge_all(f"guidance{name}", gradients, SAMPLER_TOL)
+        if f"log_ratio{name}" in golden.arrays:
+            golden.judge_log_ratio(f"log_ratio{name}", log_ratios, SAMPLER_TOL)
+
+
+def _one_level(sigma: Tensor) -> Tensor:
+    assert (sigma == sigma[0]).all(), f"one noise level for the whole batch expected, not {sigma.tolist()}"
+    return sigma[0]
+
+
+# Noise levels ---------------------------------------------------------------------------------------------------------
+def judge_vpsde(golden: Golden) -> None:
+    u = golden.tensor("u")
+    for suffix, dtype, tol in (("", torch.float64, 1e-10), ("_f32", torch.float32, 1e-5)):
+        sigma, t = golden.tensor("sigma").to(dtype), golden.tensor("t_lin").to(dtype)
+        of_t, of_tau = nl.vp_sigma(t), nl.vp_sigma(golden.tensor(f"tau{suffix}"))  # their tau, where float32 cancels
+        outputs = {
+            "tau": nl.vp_time(sigma),
+            "mean": nl.vp_alpha(of_tau),
+            "std": of_tau * nl.vp_alpha(of_tau),
+            "tcos_of_tau": nl.cosine_time(sigma),
+            "tcos_of_t_lin": nl.cosine_time(of_t),
+            "integral_beta": (of_t**2).log1p(),
+            "antiderivative": 2 * of_t.log(),  # of g^2 / sigma_vp^2, the density that DG draws training times from
+        }
+        for key, mine in outputs.items():
+            if key + suffix in golden.arrays:
+                cancels = key + suffix == "antiderivative_f32"
+                golden.judge(key + suffix, mine, 5e-4 if cancels else tol, "absolute" if cancels else "std")
+    for key in golden.arrays:
+        rule, _, tau_min = key.rpartition("_")
+        if rule == "train_t_importance":
+            golden.judge(key, nl.vp_time(nl.log_uniform_sigma(u, float(tau_min))), 5e-4, "absolute")
+        elif rule == "train_t_uniform":  # dgfast never draws these; they judge its maps as each other's inverse
+            t = float(tau_min) + u.double() * (1 - float(tau_min))
+            golden.judge(key, nl.vp_time(nl.vp_sigma(t)), 5e-4, "absolute")
+        elif rule == "train_Z":
+            ends = nl.log_uniform_sigma(torch.tensor([0.0, 1.0]), float(tau_min))
+            golden.judge(key, 2 * ends.log().diff()[0], 1e-3, "relative")
+
+
+# Not yet, and elsewhere -----------------------------------------------------------------------------------------------
+def judge_adm(golden: Golden) -> None:
+    """The classifier of ADM's repository; its score network and samplers are not in dgfast."""
+    assert "UNetModel" not in nets.KINDS, "dgfast has ADM's score network now: judge these files in full"
+    if "classifier_logits" not in golden.arrays:
+        return
+    net = golden.net("EncoderUNetModel", "classifier_config", "prefix_classifier", "state_dict_classifier")
+    y, logits, gradients = golden.tensor("y"), [], []
+    for t in golden.tensor("t"):
+        with torch.enable_grad():
+            x = golden.tensor("xc").clone().requires_grad_()
+            logits.append(net(x, t))
+            log_probability = F.log_softmax(logits[-1], dim=-1).gather(1, y[:, None]).sum()
+            gradients.append(torch.autograd.grad(log_probability, x)[0])
+    golden.judge("classifier_logits", torch.stack(logits).detach(), NET_TOL)
+    golden.judge("cond_fn", golden.tensor("scale") * torch.stack(gradients), NET_TOL)
+
+
+def judge_dit(golden: Golden) -> None:
+    assert "DiT" not in nets.KINDS, "dgfast has DiT now: judge these files"
+
+
+def judge_pickle(golden: Golden) -> None:
+    """The outputs of a pickled network are judged in test_checkpoints.py, which reads the pickle."""
+    pickle = golden.path.with_name(golden.path.stem.removesuffix("_expected") + ".pkl")
+    assert pickle.is_file(), f"{golden.path.name} belongs to {pickle.name}, which is not there"
+
+
+def kind_of(meta: dict[str, Any]) -> str:
+    source = meta.get("source", "")
+    if "pickle" in source:
+        return "pickle"
+    if source.startswith("openai/guided-diffusion"):
+        return "adm"
+    if source.startswith("alsdudrla10/DG_imagenet"):
+        return "dit"
+    if "vpsde" in source:
+        return "vpsde"
+    if meta.keys() >= {"cls", "config"}:
+        return "denoiser"
+    if "classifier_width" in meta.get("config", {}):
+        return "classifier"
+    if any(key.startswith("config_") for key in meta):
+        return "discriminator"
+    if "dg_kwargs" in meta:
+        return "dg sampler"
+    if meta.keys() >= {"time_min", "prefix_classifier", "prefix_discriminator"}:
+        return "gradient"
+    if "cases" in meta and all("function" in case for case in meta["cases"].values()):
+        return "edm sampler"
+    return "unknown"
+
+
+@torch.no_grad()
+def test_golden_outputs_agree_with_the_official_code(
+    golden_path: Path,
+    filled_net: NetFactory,
+    golden_fill: ModuleType,
+    golden_report: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    golden = Golden(golden_path, filled_net)
+    judges: dict[str, Callable[[], None]] = {
+        "denoiser": lambda: judge_denoiser(golden),
+        "classifier": lambda: judge_classifier(golden),
+        "discriminator": lambda: judge_discriminator(golden, golden_fill),
+        "gradient": lambda: judge_gradient(golden),
+        "edm sampler": lambda: judge_edm_sampler(golden),
+        "dg sampler": lambda: judge_dg_sampler(golden, monkeypatch),
+        "vpsde": lambda: judge_vpsde(golden),
+        "adm": lambda: judge_adm(golden),
+        "dit": lambda: judge_dit(golden),
+        "pickle": lambda: judge_pickle(golden),
+    }
+    kind = kind_of(golden.meta)
+    assert kind in judges, f"{golden_path.name}: unknown kind of golden file, meta has {sorted(golden.meta)}"
+    judges[kind]()
+    outputs = set(golden.meta["outputs"])
+    assert outputs, f"{golden_path.name} lists no outputs"
+    missing, judged = outputs - golden.judged, len(outputs & golden.judged)
+    not_covered = kind in ("adm", "dit")
+    named = (", ".join(sorted(missing)) if judged else "") if not_covered else None
+    golden_report(golden_path.stem, judged, golden.ratio, golden.relative, named)
+    assert not golden.failures, f"{golden_path.name}:\n" + "\n".join(golden.failures)
+    if not (not_covered or kind == "pickle"):
+        assert not missing, f"{golden_path.name}: nothing judges {', '.join(sorted(missing))}"
+
+
+@torch.no_grad()
+def test_golden_default_window_judges_each_sample_on_its_own(golden_folder: Path, filled_net: NetFactory) -> None:
+    """DG judges the window by the smallest tau of the batch; by default, dgfast judges each sample by its own."""
+    judged = 0
+    own = Path(__file__).parent / "golden"  # this law of dgfast holds whatever files another folder has
+    for path in sorted({*golden_folder.glob("*.npz"), *own.glob("dg_grad*.npz")}):
+        golden = Golden(path, filled_net)
+        if kind_of(golden.meta) != "gradient":
+            continue
+        guidance, labels, tol = gradient_guidance(golden, published_window=False), golden.labels(), gradient_tol(golden)
+        low, high = guidance.window
+        for prefix, x, sigma in gradient_calls(golden):
+            if prefix == "":
+                continue  # one tau for the whole batch: both windows are the same condition
+            correction, log_ratio = guidance.correct(x, sigma, labels, x)
+            tau = nl.vp_time(sigma)
+            for b in range(len(x)):
+                one, where = slice(b, b + 1), f"{path.stem}, {prefix}, sample {b}"
+                if not low <= tau[b] <= high:
+                    assert not correction[b].any() and log_ratio[b] == OUTSIDE_WINDOW, where
+                    continue
+                if low <= tau.min() <= high:  # then the published code guides this sample too
+                    name = "guidance" if f"{prefix}guidance" in golden.arrays else "guidance_sub"
+                    wanted = -torch.from_numpy(golden.arrays[prefix + name][one])
+                    ratio = float(golden.arrays[f"{prefix}log_ratio"][b])
+                else:
+                    alone = None if labels is None else labels[one]
+                    wanted, ratio = guidance.correct(x[one], sigma[one], alone, x[one])
+                mine = _every_nth(correction[one], wanted.shape)
+                assert wanted.std() > 0 and (mine - wanted).abs().max() <= tol * wanted.std(), where
+                assert log_ratio[b].item() == pytest.approx(float(ratio), abs=1e-3), where
+                judged += 1
+    assert judged, "no file has a call with one noise level a sample"

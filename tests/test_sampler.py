@@ -1,0 +1,240 @@
+"""The sampler as a whole: every image from its own seed, every network call accounted for, errors at the door."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.errors import UserError
+from dgfast.guidance import GuidedDenoiser
+from dgfast.networks import Networks
+from dgfast.randomness import SeedStreams
+from dgfast.sampler import Sampler
+
+NetFactory = Callable[..., Any]
+CPU = torch.device("cpu")
+
+
+class Counting:
+    """A network that counts its calls and can answer NaN below a noise level."""
+
+    def __init__(self, net: Callable[..., Tensor], nan_below: float = -math.inf) -> None:
+        self.net, self.nan_below, self.calls = net, nan_below, 0
+
+    def __call__(self, x: Tensor, sigma: Tensor, *rest: Any) -> Tensor:
+        self.calls += 1
+        out = self.net(x, sigma, *rest)
+        return torch.where(sigma.view(-1, 1, 1, 1) < self.nan_below, torch.nan, out) if out.ndim == 4 else out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.net, name)
+
+
+# Seeds ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("sampling", "guidance"),
+    [
+        (SamplingConfig(num_steps=6), GuidanceConfig()),
+        (SamplingConfig(num_steps=6, S_churn=3.0, S_noise=1.01), GuidanceConfig(dg_weight=1.5, boosting=True)),
+        (SamplingConfig(num_steps=6, solver="dpmpp-2m"), GuidanceConfig(dg_weight=1.0, cfg_scale=1.5)),
+    ],
+    ids=["plain", "churn and boosting", "multistep"],
+)
+def test_sampler_draws_each_image_from_its_seed_alone(
+    tiny_net: NetFactory, tiny_discriminator: NetFactory, sampling: SamplingConfig, guidance: GuidanceConfig
+) -> None:
+    """Whatever the batch, its size and its order; rounding in other batch sizes is all that may differ."""
+    networks = Networks(tiny_net(label_dim=4), discriminator=tiny_discriminator(num_classes=4))
+    sampler = Sampler(networks, sampling, guidance)
+    seeds = [7, 3, 123456789, 0, 42]
+    together = dict(zip(seeds, sampler(seeds), strict=True))
+    assert (together[7] - together[3]).abs().max() > 0.1
+    for other_batch in ([3], [42, 7], seeds[::-1], [9, *seeds, 8]):
+        for seed, image in zip(other_batch, sampler(other_batch), strict=True):
+            if seed in together:
+                assert (image - together[seed]).abs().max() < 1e-4
+
+
+def test_sampler_noise_and_labels_of_a_seed_are_exactly_the_same_in_any_batch() -> None:
+    seeds = [5, 1, 9]
+    batch, alone = SeedStreams(seeds), [SeedStreams([seed]) for seed in seeds]
+    for draw in (
+        lambda s: s.normal((3, 4, 4), torch.float32, CPU),
+        lambda s: s.labels(10),
+        lambda s: s.normal((3, 4, 4), torch.float64, CPU),
+    ):
+        assert torch.equal(draw(batch), torch.cat([draw(stream) for stream in alone]))
+
+
+def test_sampler_draws_in_edms_order(tiny_net: NetFactory) -> None:
+    """generate.py: latents in float32, then the label, then each step's noise in float64, one generator a seed."""
+    seeds, shape = [0, 17, 2**70 + 17], (1, 8, 8)
+    sampler = Sampler(Networks(tiny_net(label_dim=10)), SamplingConfig(num_steps=3, S_churn=1.0))
+    latents, labels, noises = [], [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed % (1 << 32))
+        latents.append(torch.randn(shape, generator=generator))
+        labels.append(torch.randint(10, size=(), generator=generator))
+        noises.append(torch.stack([torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]))
+    assert torch.equal(sampler.draw_labels(seeds), torch.stack(labels))
+    steps = iter(torch.stack(noises, dim=1))
+    one_hot = sampler.class_labels(torch.stack(labels), len(seeds))
+    by_hand = sampler.integrate(torch.stack(latents), one_hot, steps.__next__)
+    assert torch.equal(sampler(seeds), by_hand.float())
+    assert torch.equal(sampler(seeds)[1], sampler(seeds)[2])  # EDM takes seeds modulo 2^32
+
+
+def test_sampler_labels_change_the_image_and_not_its_noise(tiny_net: NetFactory) -> None:
+    sampler = Sampler(Networks(tiny_net(label_dim=4)), SamplingConfig(num_steps=4, S_churn=1.0))
+    drawn = sampler.draw_labels([11, 12])
+    assert torch.equal(sampler([11, 12], drawn), sampler([11, 12]))
+    assert torch.equal(sampler([11, 12], drawn.tolist()), sampler([11, 12]))
+    others = (drawn + 1) % 4
+    assert (sampler([11, 12], others) - sampler([11, 12])).abs().max() > 1e-3
+
+
+def test_sampler_shows_each_step_before_it_takes_it(tiny_net: NetFactory) -> None:
+    sampler = Sampler(Networks(tiny_net()), SamplingConfig(num_steps=4))
+    seen: list[tuple[int, Tensor]] = []
+    images = sampler([1, 2], on_step=lambda step, x: seen.append((step.index, x.clone())))
+    assert [index for index, _ in seen] == [0, 1, 2, 3]
+    latents = SeedStreams([1, 2]).normal((1, 8, 8), torch.float32, CPU)
+    torch.testing.assert_close(seen[0][1], sampler.steps[0].sigma * latents.double())
+    assert images.dtype == torch.float32 and images.shape == (2, 1, 8, 8)
+
+
+# Accounts -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("solver", "plain"), [("heun", 13), ("euler", 7), ("dpmpp-2m", 7)])
+def test_sampler_counts_the_network_calls_that_it_makes(
+    tiny_net: NetFactory, tiny_discriminator: NetFactory, solver: str, plain: int
+) -> None:
+    config = SamplingConfig(num_steps=7, solver=solver)
+    for guidance in (
+        GuidanceConfig(),
+        GuidanceConfig(dg_weight=1.0),
+        GuidanceConfig(dg_weight=1.0, dg_weight_2nd=0.5, dg_window=(0.0, 2.0)),
+        GuidanceConfig(cfg_scale=2.0, guidance_interval=(0.1, 20.0)),
+        GuidanceConfig(cfg_scale=2.0, autoguidance=1.5, dg_weight=1.0, classifier_scale=1.0),
+    ):
+        score, reference = (Counting(tiny_net(label_dim=4, prefix=prefix)) for prefix in ("tiny/", "worse/"))
+        discriminator = Counting(tiny_discriminator(num_classes=4))
+        classifier = Counting(lambda u, t: u.flatten(1)[:, :4])
+        sampler = Sampler(Networks(score, discriminator, classifier, reference), config, guidance)
+        sampler([1, 2])
+        assert score.calls + reference.calls == sampler.score_evaluations
+        assert discriminator.calls + classifier.calls == sampler.guidance_gradients
+        if guidance == GuidanceConfig():
+            assert sampler.score_evaluations == config.score_evaluations == plain
+            assert sampler.guidance_gradients == 0
+
+
+def test_sampler_prepare_builds_every_function_that_sampling_calls(
+    tiny_net: NetFactory, tiny_discriminator: NetFactory
+) -> None:
+    """Boosting and the two windows need several; after `prepare`, sampling builds no further one of that size."""
+    built: list[torch.Size] = []
+
+    def runtime(function: GuidedDenoiser, example: tuple[Tensor, Tensor, Tensor | None]) -> GuidedDenoiser:
+        built.append(example[0].shape)
+        return function
+
+    networks = Networks(tiny_net(label_dim=4), discriminator=tiny_discriminator(num_classes=4))
+    guidance = GuidanceConfig(
+        dg_weight=1.0, dg_weight_2nd=0.5, boosting=True, cfg_scale=2.0, guidance_interval=(0.1, 20.0)
+    )
+    sampler = Sampler(networks, SamplingConfig(num_steps=7), guidance, runtime=runtime)
+    assert not built
+    sampler.prepare(3)
+    different = {g for step in sampler.steps for g in (step.predictor, step.corrector) if g is not None}
+    assert len(built) == len(different) > 3
+    eager = Sampler(networks, SamplingConfig(num_steps=7), guidance)
+    assert torch.equal(sampler([1, 2, 3]), eager([1, 2, 3]))
+    assert built == [(3, 1, 8, 8)] * len(different)
+    sampler([1, 2])  # another size is another set of functions
+    assert built[len(different) :] == [(2, 1, 8, 8)] * len(different)
+
+
+def test_sampler_state_dtype_is_the_type_of_the_state(tiny_net: NetFactory) -> None:
+    double, single = (
+        Sampler(Networks(tiny_net()), SamplingConfig(num_steps=5), state_dtype=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert double.integrate(latents).dtype == torch.float64
+    assert single.integrate(latents).dtype == torch.float32
+    torch.testing.assert_close(single.integrate(latents), double.integrate(latents).float(), rtol=1e-3, atol=1e-3)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+def test_sampler_names_the_step_at_which_the_images_became_nan(tiny_net: NetFactory) -> None:
+    """The first such step, though the later ones are no better."""
+    sigmas = [step.sigma for step in Sampler(Networks(tiny_net()), SamplingConfig(num_steps=9)).steps]
+    broken = Counting(tiny_net(), nan_below=sigmas[4] * 1.001)  # Heun meets sigmas[4] first at the end of step 3
+    sampler = Sampler(Networks(broken), SamplingConfig(num_steps=9))
+    with pytest.raises(UserError, match=rf"step 3 of 9, sigma {sigmas[3]:.4g}"):
+        sampler([1, 2])
+    euler = Sampler(Networks(broken), SamplingConfig(num_steps=9, solver="euler"))
+    with pytest.raises(UserError, match=rf"step 4 of 9, sigma {sigmas[4]:.4g}"):
+        euler([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [([0, 4], "label 4 .* 0 to 3"), ([-1, 0], "label -1 "), ([1], "1 labels for 2"), ([0, 1, 2], "3 labels for 2")],
+)
+def test_sampler_refuses_labels_that_the_network_does_not_know(
+    tiny_net: NetFactory, labels: list[int], message: str
+) -> None:
+    sampler = Sampler(Networks(tiny_net(label_dim=4)), SamplingConfig(num_steps=2))
+    with pytest.raises(UserError, match=message):
+        sampler([1, 2], labels)
+
+
+def test_sampler_refuses_labels_for_an_unconditional_network(tiny_net: NetFactory) -> None:
+    sampler = Sampler(Networks(tiny_net()), SamplingConfig(num_steps=2))
+    assert sampler.draw_labels([1, 2]) is None
+    with pytest.raises(UserError, match="unconditional"):
+        sampler([1, 2], [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("guidance", "role"),
+    [
+        (GuidanceConfig(dg_weight=1.0), "discriminator"),
+        (GuidanceConfig(dg_weight_2nd=1.0), "discriminator"),
+        (GuidanceConfig(classifier_scale=1.0), "classifier"),
+        (GuidanceConfig(autoguidance=2.0), "reference"),
+    ],
+)
+def test_sampler_names_the_network_that_a_guidance_misses(
+    tiny_net: NetFactory, guidance: GuidanceConfig, role: str
+) -> None:
+    with pytest.raises(UserError, match=f"needs a {role} network"):
+        Sampler(Networks(tiny_net(label_dim=4)), guidance=guidance)
+
+
+@pytest.mark.parametrize("guidance", [GuidanceConfig(cfg_scale=2.0), GuidanceConfig(classifier_scale=1.0)])
+def test_sampler_refuses_guidance_by_class_without_classes(tiny_net: NetFactory, guidance: GuidanceConfig) -> None:
+    networks = Networks(tiny_net(), classifier=lambda u, t: u.flatten(1))
+    with pytest.raises(UserError, match="conditional"):
+        Sampler(networks, guidance=guidance)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dg_window": (0.5, 0.5)},
+        {"dg_window": (1.0, 0.01)},
+        {"guidance_interval": (2.0, 1.0)},
+        {"guidance_interval": (math.nan, 1.0)},
+        {"boosting": True},
+    ],
+)
+def test_sampler_guidance_config_names_the_setting_it_refuses(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(UserError, match=name):
+        GuidanceConfig(**wrong)
