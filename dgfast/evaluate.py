@@ -6,7 +6,10 @@ bundle's discriminator. The first row is the yardstick: training images in the p
 these features are for comparison with each other only, not with published Inception figures.
 """
 
+import io
 import json
+import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
     from dgfast.training.data import ImageSet
 
 _NEAREST_K = 5  # prdc's recommendation
-_LOG_RATIO_SIGMAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_LOG_RATIO_SIGMAS = (0.05, 0.2, 0.5, 1.0, 2.0)
+_YARDSTICK = 2000  # training images in the first row
+_CHUNK = 250  # images a network call
 
 
 @click.command(help=__doc__)
@@ -38,7 +43,8 @@ def main(
 
     found = bundles.read(bundle)
     train, held_out = split(load_images(data), holdout)
-    sets = {"training images": train} | {str(folder): ImageSet(*read_shards(folder)) for folder in folders}
+    yardstick = ImageSet(train.images[:_YARDSTICK], train.labels[:_YARDSTICK])
+    sets = {"training images": yardstick} | {str(folder): ImageSet(*read_shards(folder)) for folder in folders}
     judge = _Judge(found, held_out, pick_device(device))
     rows = {name: judge(images) for name, images in sets.items()}
     _print_table(rows)
@@ -61,7 +67,8 @@ class _Judge:
         from prdc import compute_prdc
 
         fake = self._features(images)
-        scores = compute_prdc(self._real.numpy(), fake.numpy(), nearest_k=_NEAREST_K)
+        with redirect_stdout(io.StringIO()):  # prdc prints its arguments
+            scores = compute_prdc(self._real.numpy(), fake.numpy(), nearest_k=_NEAREST_K)
         found = {"images": len(images), **self._distances(images), **{k: float(v) for k, v in scores.items()}}
         if self._networks.discriminator is not None:
             found["log_ratio"] = self._mean_log_ratio(images)
@@ -71,7 +78,8 @@ class _Judge:
         import torch
 
         with torch.no_grad():
-            return self._net.features(images.tensors()[0].to(self._device)).cpu()
+            chunks = images.tensors()[0].split(_CHUNK)
+            return torch.cat([self._net.features(chunk.to(self._device)).cpu() for chunk in chunks])
 
     def _distances(self, images: "ImageSet") -> dict[str, float]:
         import torch
@@ -82,11 +90,13 @@ class _Judge:
         extractor = _feature_module(self._net)
         subset = min(500, len(images) // 2, len(self._held_out) // 2)
         frechet = FrechetInceptionDistance(feature=extractor).to(self._device)
-        kernel = KernelInceptionDistance(feature=extractor, subset_size=subset).to(self._device)
+        with warnings.catch_warnings():  # that it keeps all features: a few thousand small ones
+            warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all")
+            kernel = KernelInceptionDistance(feature=extractor, subset_size=subset).to(self._device)
         for data, real in ((self._held_out, True), (images, False)):
-            pixels = data.tensors()[0].to(self._device)
-            frechet.update(pixels, real=real)
-            kernel.update(pixels, real=real)
+            for chunk in data.tensors()[0].split(_CHUNK):
+                frechet.update(chunk.to(self._device), real=real)
+                kernel.update(chunk.to(self._device), real=real)
         return {"frechet": float(frechet.compute()), "kernel": float(kernel.compute()[0])}
 
     def _mean_log_ratio(self, images: "ImageSet") -> float:
@@ -100,18 +110,19 @@ class _Judge:
 
         assert self._networks.discriminator is not None
         guidance = DiscriminatorGuidance(self._networks.discriminator, time=self._networks.time)
-        pixels, labels = (tensor.to(self._device) for tensor in images.tensors())
+        pixels, labels = images.tensors()
         classes = self._networks.denoiser.label_dim
         if classes and not bool(((labels >= 0) & (labels < classes)).all()):
             raise UserError(f"the discriminator judges classes 0 to {classes - 1}; other labels were found")
-        rows = F.one_hot(labels, classes).float() if classes else None
         torch.manual_seed(0)
         total = 0.0
         with torch.no_grad():
             for level in _LOG_RATIO_SIGMAS:
-                sigma = torch.full((len(pixels),), level, dtype=torch.float64, device=self._device)
-                total += float(guidance.log_ratio(to_vp(pixels, sigma), sigma, rows).mean())
-        return total / len(_LOG_RATIO_SIGMAS)
+                for x, y in zip(pixels.split(_CHUNK), labels.split(_CHUNK), strict=True):
+                    sigma = torch.full((len(x),), level, dtype=torch.float64, device=self._device)
+                    rows = F.one_hot(y, classes).float().to(self._device) if classes else None
+                    total += float(guidance.log_ratio(to_vp(x.to(self._device), sigma), sigma, rows).sum())
+        return total / len(pixels) / len(_LOG_RATIO_SIGMAS)
 
 
 def _feature_module(net: Any) -> Any:

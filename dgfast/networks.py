@@ -99,14 +99,15 @@ def load(
         raise UserError(f"bundle {found.name}: {error}") from error
 
 
-def _wanted(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> set[str]:
+def _wanted(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str]:
+    """Roles to load, what a guidance is named after before what it stands on."""
     if guidance is None:
-        return {"score", *bundle.nets} - {"features"}
-    wanted = {"score"}
-    if guidance.dg_weight or guidance.dg_weight_2nd:
-        wanted |= {"classifier", "discriminator"}
-    if guidance.classifier_scale:
-        wanted |= {"classifier"}
-    if guidance.autoguidance != 1:
-        wanted |= {"reference"}
-    return wanted
+        return ["score", *(role for role in bundle.nets if role not in ("score", "features"))]
+    discriminator = bool(guidance.dg_weight or guidance.dg_weight_2nd)
+    needed = {
+        "score": True,
+        "reference": guidance.autoguidance != 1,
+        "discriminator": discriminator,
+        "classifier": discriminator or bool(guidance.classifier_scale),
+    }
+    return [role for role, wanted in needed.items() if wanted]

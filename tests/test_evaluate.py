@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from click.testing import CliRunner
 
 from dgfast.evaluate import main
@@ -18,7 +19,8 @@ def _write(folder: Path, images: np.ndarray, labels: np.ndarray) -> str:
     return str(folder)
 
 
-def test_evaluate_orders_copies_training_digits_and_noise(tmp_path: Path) -> None:
+def test_evaluate_orders_copies_training_digits_and_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dgfast.evaluate._YARDSTICK", 300)
     _, held_out = split(load_images("mnist"), 1000)
     noise = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 1), dtype=np.uint8)
     copies = _write(tmp_path / "copies", held_out.images, held_out.labels)

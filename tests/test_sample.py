@@ -197,7 +197,7 @@ def test_sample_compiled_equals_eager(tiny: Path, tmp_path: Path) -> None:
         (["--sigma-min", "90"], "--sigma-min 90 must lie above 0 and below --sigma-max 80"),
         (["--sigma-min", "5", "--sigma-max", "2"], "--sigma-min 5 must lie above 0 and below --sigma-max 2"),
         (["--steps", "1"], "at least 2 steps"),
-        (["--grid", "iddpm", "--steps", "2000"], "has 999 levels"),
+        (["--grid", "iddpm", "--steps", "2000"], "lower --steps 2000"),
         (["--solver", "dpmpp-2m", "--s-churn", "5"], "dpmpp-2m"),
         (["--dg-window", "1,0.5"], "two numbers, the first below the second"),
         (["--dg-window", "1"], "expected two numbers"),
