@@ -7,6 +7,7 @@ computes its coefficients in float32, runs F in the dtype of F's weights and ret
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from dgfast.noise_levels import iddpm_levels
 
 
-class Preconditioner(nn.Module):
+class Preconditioner(nn.Module, ABC):
     """What the four preconditioners share; `model` is the raw network, under EDM's state-dict name.
 
     Attributes:
@@ -31,9 +32,9 @@ class Preconditioner(nn.Module):
         self.model = model
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
 
+    @abstractmethod
     def coefficients(self, sigma: Tensor) -> tuple[Tensor | float, Tensor, Tensor | float, Tensor]:
         """c_skip, c_out, c_in, c_noise for sigma [B, 1, 1, 1]."""
-        raise NotImplementedError
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest noise level that the network knows: sigma itself, but for discrete-time networks."""
