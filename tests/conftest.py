@@ -62,6 +62,12 @@ def golden_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def own_golden_folder() -> Path:
+    """The repository's copy, for tests that need one certain file of it."""
+    return _OWN_FOLDER
+
+
+@pytest.fixture(scope="session")
 def golden_fill() -> ModuleType:
     """The module that draws weights and inputs by name."""
     return _golden_fill()

@@ -82,8 +82,8 @@ def tiny_snapshot(dump: Callable[[Any], Path]) -> Path:
 
 
 # EDM's snapshots ------------------------------------------------------------------------------------------------------
-def test_golden_snapshot_has_the_recipes_weights(golden_folder: Path, golden_fill: ModuleType) -> None:
-    snapshot = nvidia_pickle.read(golden_folder / "edm_tiny.pkl")
+def test_golden_snapshot_has_the_recipes_weights(own_golden_folder: Path, golden_fill: ModuleType) -> None:
+    snapshot = nvidia_pickle.read(own_golden_folder / "edm_tiny.pkl")
     built = nets.build(snapshot.kind, **snapshot.keywords).state_dict()
     assert list(snapshot.tensors) and snapshot.tensors.keys() == built.keys()
     for name, tensor in snapshot.tensors.items():
@@ -211,8 +211,8 @@ def test_tensors_reach_no_further_than_their_storage(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.3, 0.5, 0.8, 0.99, 0.9999])
-def test_torn_snapshots_are_refused(golden_folder: Path, tmp_path: Path, share: float) -> None:
-    whole = (golden_folder / "edm_tiny.pkl").read_bytes()
+def test_torn_snapshots_are_refused(own_golden_folder: Path, tmp_path: Path, share: float) -> None:
+    whole = (own_golden_folder / "edm_tiny.pkl").read_bytes()
     (tmp_path / "torn.pkl").write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(UserError, match=r"torn\.pkl is no network snapshot of EDM: broken pickle"):
         nvidia_pickle.read(tmp_path / "torn.pkl")

@@ -67,15 +67,15 @@ def assert_same_weights(found: nn.Module, wanted: nn.Module) -> None:
 
 
 # What is converted ----------------------------------------------------------------------------------------------------
-def test_snapshot_denoises_as_the_official_network(golden_folder: Path, tmp_path: Path) -> None:
+def test_snapshot_denoises_as_the_official_network(own_golden_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "bundle"
-    code, output = convert(golden_folder / "edm_tiny.pkl", "--out", out)
+    code, output = convert(own_golden_folder / "edm_tiny.pkl", "--out", out)
     net = bundles.read(out).load("score")
     count = sum(parameter.numel() for parameter in net.parameters())
     assert (code, output) == (0, f"{out}: score EDMPrecond, {count:,} parameters\n")
     assert sorted(path.name for path in out.iterdir()) == ["bundle.json", "score.safetensors"]
 
-    golden = np.load(golden_folder / "edm_tiny_expected.npz")
+    golden = np.load(own_golden_folder / "edm_tiny_expected.npz")
     labels = torch.from_numpy(golden["class_labels"])
     calls = [(scale * golden["x_base"], sigma) for scale, sigma in zip(golden["x_scale"], golden["sigma"], strict=True)]
     for (x, sigma), expected in zip(calls, golden["D"], strict=True):
@@ -83,14 +83,14 @@ def test_snapshot_denoises_as_the_official_network(golden_folder: Path, tmp_path
         assert np.abs(denoised - expected).max() <= 2e-4 * expected.std(), sigma
 
 
-def test_texts_and_defaults(golden_folder: Path, tmp_path: Path) -> None:
-    convert(golden_folder / "edm_tiny.pkl", "--out", tmp_path / "plain")
+def test_texts_and_defaults(own_golden_folder: Path, tmp_path: Path) -> None:
+    convert(own_golden_folder / "edm_tiny.pkl", "--out", tmp_path / "plain")
     plain = bundles.read(tmp_path / "plain")
     assert (plain.name, plain.license, plain.class_names) == ("edm_tiny", "", ())
     assert plain.provenance == "score: converted from edm_tiny.pkl"
     assert (plain.sampling.num_steps, plain.sampling.discretization) == (18, "edm")
     texts = ("--name", "tiny", "--license", "MIT", "--provenance", "a test")
-    convert(golden_folder / "edm_tiny.pkl", "--out", tmp_path / "told", *texts)
+    convert(own_golden_folder / "edm_tiny.pkl", "--out", tmp_path / "told", *texts)
     told = bundles.read(tmp_path / "told")
     assert (told.name, told.license, told.provenance) == ("tiny", "score: MIT", "score: a test")
 
@@ -118,7 +118,7 @@ def test_score_state_dict_with_its_keywords(saved: Callable[..., Any], tmp_path:
 
 
 @pytest.mark.parametrize("prefix", ["pub/dis_u/", "pub/dis_c22/"])
-def test_discriminator_of_dg(saved: Callable[..., Any], tmp_path: Path, golden_folder: Path, prefix: str) -> None:
+def test_discriminator_of_dg(saved: Callable[..., Any], tmp_path: Path, own_golden_folder: Path, prefix: str) -> None:
     keywords = {**HEAD, "condition": prefix == "pub/dis_c22/"}
     file, net = saved("discriminator_60.pt", "create_classifier", keywords, prefix)
     assert convert(file, "--out", tmp_path / "b", "--role", "discriminator")[0] == 0
@@ -158,10 +158,10 @@ def test_encoder_of_ones_own(saved: Callable[..., Any], tmp_path: Path) -> None:
 
 
 def test_roles_join_in_one_bundle_and_are_never_replaced(
-    saved: Callable[..., Any], golden_folder: Path, tmp_path: Path
+    saved: Callable[..., Any], own_golden_folder: Path, tmp_path: Path
 ) -> None:
     head, _ = saved("head.pt", "create_classifier", HEAD)
-    snapshot, out = golden_folder / "edm_tiny.pkl", tmp_path / "b"
+    snapshot, out = own_golden_folder / "edm_tiny.pkl", tmp_path / "b"
     assert convert(head, "--out", out, "--role", "discriminator", "--license", "MIT", "--name", "both")[0] == 0
     assert convert(snapshot, "--out", out, "--license", "CC BY-NC-SA 4.0", "--name", "both")[0] == 0
     bundle = bundles.read(out)
@@ -179,9 +179,9 @@ def test_roles_join_in_one_bundle_and_are_never_replaced(
     assert len(bundles.read(out).nets) == 3
 
 
-def test_a_file_that_lies_in_the_folder_is_not_overwritten(golden_folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_lies_in_the_folder_is_not_overwritten(own_golden_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "score.safetensors").write_text("precious")
-    assert "has a score network already" in refused(golden_folder / "edm_tiny.pkl", "--out", tmp_path)
+    assert "has a score network already" in refused(own_golden_folder / "edm_tiny.pkl", "--out", tmp_path)
     assert (tmp_path / "score.safetensors").read_text() == "precious"
 
 
@@ -232,7 +232,7 @@ def test_tensors_that_do_not_fit_are_named(
 )
 def test_orders_that_make_no_sense(
     saved: Callable[..., Any],
-    golden_folder: Path,
+    own_golden_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -241,7 +241,7 @@ def test_orders_that_make_no_sense(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     saved("x.pt", "create_classifier", HEAD)
-    Path("x.pkl").write_bytes((golden_folder / "edm_tiny.pkl").read_bytes())
+    Path("x.pkl").write_bytes((own_golden_folder / "edm_tiny.pkl").read_bytes())
     Path("x.onnx").touch()
     Path("list.json").write_text("[]")
     assert complaint in refused(name, "--out", "b", *options.split())
@@ -249,9 +249,9 @@ def test_orders_that_make_no_sense(
 
 
 @pytest.mark.parametrize("out", ["file", "file/below/it"])
-def test_unwritable_folder(golden_folder: Path, tmp_path: Path, out: str) -> None:
+def test_unwritable_folder(own_golden_folder: Path, tmp_path: Path, out: str) -> None:
     (tmp_path / "file").write_text("precious")
-    assert "cannot write to" in refused(golden_folder / "edm_tiny.pkl", "--out", tmp_path / out)
+    assert "cannot write to" in refused(own_golden_folder / "edm_tiny.pkl", "--out", tmp_path / out)
     assert (tmp_path / "file").read_text() == "precious"
 
 
@@ -259,7 +259,7 @@ def test_unwritable_folder(golden_folder: Path, tmp_path: Path, out: str) -> Non
 @pytest.mark.parametrize("moment", ["write", "with_net"])
 def test_failed_writing_leaves_everything_as_it_was(
     saved: Callable[..., Any],
-    golden_folder: Path,
+    own_golden_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     moment: str,
@@ -277,7 +277,7 @@ def test_failed_writing_leaves_everything_as_it_was(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(bundles, moment, full)
-    assert "No space left" in refused(golden_folder / "edm_tiny.pkl", "--out", out)
+    assert "No space left" in refused(own_golden_folder / "edm_tiny.pkl", "--out", out)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert (tmp_path / "new").exists() == existing
 
