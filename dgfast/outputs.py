@@ -85,10 +85,10 @@ def _strict(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> None:
-    """One PNG of uint8 images [N, H, W, C], row by row, as near to a square as `columns` leaves it."""
+def save_grid(images: np.ndarray, path: Path) -> None:
+    """One PNG of uint8 images [N, H, W, C], row by row, as near to a square as can be."""
     count, height, width, channels = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
+    columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     sheet = np.zeros((rows * columns, height, width, channels), dtype=np.uint8)
     sheet[:count] = images

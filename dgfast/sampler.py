@@ -229,11 +229,11 @@ class Sampler:
         )
         labels = self.class_labels([0] * batch, batch) if net.label_dim else None
         sigma = torch.ones(batch, dtype=torch.float64, device=self.device)
-        for step in self.steps:
-            for guidances in (step.predictor, step.corrector):
-                if guidances is not None:
-                    with torch.no_grad():
-                        self._function(guidances, (x, sigma, labels))(x, sigma, labels)
+        calls = (guidances for step in self.steps for guidances in (step.predictor, step.corrector))
+        for guidances in dict.fromkeys(calls):  # each function once, not once a step
+            if guidances is not None:
+                with torch.no_grad():
+                    self._function(guidances, (x, sigma, labels))(x, sigma, labels)
 
     def _plan(self, sigmas: Tensor) -> tuple[Step, ...]:
         net, config = self.networks.denoiser, self.sampling

@@ -49,7 +49,7 @@ def test_outputs_unlabelled_images_say_minus_one(tmp_path: Path) -> None:
 
 def test_outputs_grid_shows_image_k_at_row_major_place_k(tmp_path: Path) -> None:
     images = _images(5)
-    save_grid(images, tmp_path / "grid.png", columns=3)
+    save_grid(images, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as file:
         sheet = np.asarray(file)
     assert sheet.shape == (16, 24)
