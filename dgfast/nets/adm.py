@@ -5,6 +5,7 @@ Dhariwal and Nichol, arXiv 2105.05233; state-dict names and keywords are those o
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,10 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def _zeroed(layer: nn.Conv2d | nn.Conv1d) -> nn.Module:
+Layer = TypeVar("Layer", nn.Conv1d, nn.Conv2d)
+
+
+def _zeroed(layer: Layer) -> Layer:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -100,11 +104,14 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
-        flat = x.reshape(b, c, height * width)
-        qkv = self.qkv(self.norm(flat)).reshape(b, self.num_heads, 3, c // self.num_heads, height * width)
-        q, k, v = qkv.transpose(-1, -2).unbind(2)  # each [B, heads, HW, C / heads]
-        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, height * width)
-        return (flat + self.proj_out(h)).reshape(b, c, height, width)
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
+        weight, bias = self.qkv.weight.squeeze(-1), self.qkv.bias
+        # A matrix product over tokens leaves q, k and v contiguous in their channels, as fused attention kernels ask.
+        qkv = F.linear(tokens, weight, bias).unflatten(-1, (self.num_heads, 3, -1))
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [B, heads, HW, C / heads]
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
+        return x + out.transpose(1, 2).reshape(b, c, height, width)
 
 
 class AttentionPool2d(nn.Module):

@@ -209,7 +209,16 @@ class UNetBlock(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
-        # EDM interleaves query, key and value channel by channel inside each head.
-        qkv = self.qkv(x).reshape(b, self.num_heads, c // self.num_heads, 3, height * width)
-        q, k, v = qkv.transpose(-1, 2).unbind(3)  # each [B, heads, HW, C / heads]
-        return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, height, width)
+        tokens = x.flatten(2).transpose(1, 2)  # [B, HW, C]
+        # EDM interleaves query, key and value channel by channel inside each head. Turning the weights instead of the
+        # result leaves each of the three contiguous in its channels, which the fused attention kernels ask for.
+        weight, bias = (_deinterleaved(parameter, self.num_heads) for parameter in (self.qkv.weight, self.qkv.bias))
+        qkv = F.linear(tokens, weight.flatten(1), bias).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, HW, C / heads]
+        return F.scaled_dot_product_attention(q, k, v).permute(0, 1, 3, 2).reshape(b, c, height, width)
+
+
+def _deinterleaved(parameter: Tensor | None, heads: int) -> Tensor:
+    """Rows ordered (head, channel, q | k | v) brought into the order (q | k | v, head, channel)."""
+    assert parameter is not None
+    return parameter.unflatten(0, (heads, -1, 3)).movedim(2, 0).flatten(0, 2)
