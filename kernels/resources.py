@@ -1,0 +1,143 @@
+"""What each kernel takes of a GPU, without one: registers, shared memory and spills, compiled ahead of time.
+
+    python -m dgfast.kernels.resources        # prints the table; exits with 1 if anything spills
+
+`programs` is how many of a kernel's programs the registers of one multiprocessor hold at a time.
+
+The options are those that the launchers choose, for layers of the CIFAR-10 and ImageNet-64 networks, channels-last.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dgfast.kernels.churn import churn_kernel
+from dgfast.kernels.euler_update import euler_update_kernel
+from dgfast.kernels.group_norm import options
+from dgfast.kernels.group_norm_silu import group_norm_silu_kernel
+from dgfast.kernels.group_norm_silu_backward import group_norm_silu_backward_kernel
+from dgfast.kernels.guide import guide_kernel
+from dgfast.kernels.heun_update import heun_update_kernel
+from dgfast.kernels.tuning import BACKWARD, ELEMENTWISE, FORWARD
+
+ARCHITECTURES = (80, 90, 100)
+LAYERS = ((128, 32), (256, 16), (384, 16), (512, 8), (192, 64))
+"""Channels and image side, all in 32 groups of 4 to 16 channels: tiles held whole and looped over."""
+
+_POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+_REGISTERS = 65536  # of one multiprocessor, on all three
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel and the arguments of one launch, in which a dtype stands for a pointer to it."""
+
+    kernel: Any
+    name: str
+    num_warps: int
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One row: registers, stack and local memory a thread (spills lie in the last two), shared bytes a program."""
+
+    kernel: str
+    case: str
+    sm: int
+    warps: int
+    registers: int
+    shared: int
+    stack: int
+    local: int
+    programs: int
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel at the types and shapes in which it will mostly run."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for channels, side in LAYERS:
+            yield from _group_norm_cases(dtype, channels, side)
+    for state in (torch.float64, torch.float32):
+        yield from _elementwise_cases(state)
+
+
+def _group_norm_cases(dtype: torch.dtype, channels: int, side: int) -> Iterator[Case]:
+    name = f"{str(dtype).removeprefix('torch.')} {channels} x {side} x {side}"
+    big, rows = ("x", "y", "grad", "dx"), ("weight", "bias", "scale", "shift", "channel_bias")
+    pointers = dict.fromkeys(big + rows, dtype) | dict.fromkeys(("mean", "rstd"), torch.float32)
+    scalars = {"scale_stride": 2 * channels, "shift_stride": 2 * channels, "channel_bias_stride": channels, "eps": 1e-5}
+    for kernel, limits in ((group_norm_silu_kernel, FORWARD), (group_norm_silu_backward_kernel, BACKWARD)):
+        fixed = options((1, channels, side, side), 32, dtype.itemsize, True, True, limits)
+        warps = fixed.pop("num_warps")
+        yield Case(kernel, name, warps, pointers | scalars | fixed)
+
+
+def _elementwise_cases(state: torch.dtype) -> Iterator[Case]:
+    name = f"{str(state).removeprefix('torch.')} state"
+    tensors = dict.fromkeys(("x", "noise", "x_hat", "x_next", "d", "x_prime", "guided"), state)
+    networks = {"denoised": torch.float32, "gradient": torch.bfloat16, "net_input": torch.bfloat16}
+    per_sample = ("scale_x", "scale_noise", "gate", "a", "b", "h", "h_first", "h_second", "c_in")
+    arguments = tensors | networks | dict.fromkeys(per_sample, torch.float64) | {"N": 3 * 32 * 32} | ELEMENTWISE
+    for kernel in (churn_kernel, guide_kernel, euler_update_kernel, heun_update_kernel):
+        yield Case(kernel, name, ELEMENTWISE["num_warps"], arguments)
+
+
+def measure(case: Case, sm: int) -> Usage:
+    """Compile one case for one architecture and read the usage from its machine code."""
+    source = _source(case)
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": case.num_warps})
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [str(tool), "--dump-resource-usage", cubin.name]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = _USAGE.search(printed)
+    assert found is not None, printed
+    registers, stack, local = (int(group) for group in found.groups())
+    shared = compiled.metadata.shared
+    programs = _REGISTERS // (-(-registers // 8) * 8 * 32 * case.num_warps)  # a thread gets a multiple of 8
+    return Usage(source.name, case.name, sm, case.num_warps, registers, shared, stack, local, programs)
+
+
+def _source(case: Case) -> Any:
+    """The kernel as its launch would specialise it: pointers and numbers that 16 divides are marked as such."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    hints: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(case.kernel.params):
+        value = case.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        kind = _POINTERS[value] if isinstance(value, torch.dtype) else "i32" if isinstance(value, int) else "fp32"
+        signature[parameter.name] = kind
+        if kind.startswith("*") or (kind == "i32" and value % 16 == 0):
+            hints[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(case.kernel, signature, constants, hints)
+
+
+def main() -> int:
+    """Print the table; 1 if anything spills."""
+    rows = [measure(case, sm) for case in cases() for sm in ARCHITECTURES]
+    table = [tuple(field.name for field in fields(Usage)), *(tuple(map(str, astuple(row))) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return int(any(row.stack or row.local for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
