@@ -7,7 +7,7 @@ VENV := .venv
 .PHONY: sample test format clean
 
 sample: $(VENV)/.installed
-	$(VENV)/bin/python -m dgfast.sample --out $(OUT)
+	$(VENV)/bin/python -m dgfast.sample --compile --out $(OUT)
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

@@ -9,6 +9,7 @@ SOLVERS = ("heun", "euler", "dpmpp-2m")
 DISCRETIZATIONS = ("edm", "vp", "ve", "iddpm")
 SCHEDULES = ("linear", "vp", "ve")
 SCALINGS = ("none", "vp")
+REUSES = ("hold", "linear")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class GuidanceConfig:
     Attributes:
         dg_weight, dg_weight_2nd: discriminator guidance at the solver's first and second point of a step
             (arXiv 2211.17091). dg_window: the VP times tau between which it acts.
+        dg_every: compute the discriminator's gradient at every so many guided calls only. dg_reuse: what the calls
+            between use: "hold" the last gradient, or the "linear" continuation of the last two in log sigma.
         boosting: DG's boosting for conditional nets: every fifth step churns, every second doubles the guidance, both
             only for samples that the discriminator holds for generated.
         published_window: judge dg_window by the smallest tau of the batch, as DG's code does.
@@ -99,6 +102,8 @@ class GuidanceConfig:
     dg_weight: float = 0.0
     dg_weight_2nd: float = 0.0
     dg_window: tuple[float, float] = (0.01, 1.0)
+    dg_every: int = 1
+    dg_reuse: str = "hold"
     boosting: bool = False
     published_window: bool = False
     classifier_scale: float = 0.0
@@ -114,5 +119,11 @@ class GuidanceConfig:
             pair = getattr(self, name)
             if len(pair) != 2 or not pair[0] < pair[1]:
                 raise UserError(f"{name} {pair}: give two numbers, the first below the second")
+        if not isinstance(self.dg_every, int) or self.dg_every < 1:
+            raise UserError(f"dg_every {self.dg_every} must be a whole number, at least 1")
+        if self.dg_reuse not in REUSES:
+            raise UserError(f"dg_reuse {self.dg_reuse!r} is not one of {', '.join(REUSES)}")
+        if self.dg_every > 1 and self.boosting:
+            raise UserError("boosting judges every call by its own log-ratio; it does not go with dg_every above 1")
         if self.boosting and not self.dg_weight:
             raise UserError("boosting needs discriminator guidance; give it a weight other than 0")

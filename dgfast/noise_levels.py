@@ -67,11 +67,10 @@ class Coordinates:
     s: Callable[[Tensor], Tensor]
     s_deriv: Callable[[Tensor], Tensor]
 
-    def slope(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
-        """dx/dt of the probability-flow ODE (EDM, equation 4 with the score (D - x / s) / sigma^2)."""
-        sigma, s = self.sigma(t), self.s(t)
-        relative = self.sigma_deriv(t) / sigma
-        return (relative + self.s_deriv(t) / s) * x - relative * s * denoised
+    def slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a, b of dx/dt = a x - b D, the probability-flow ODE (EDM, equation 4; the score is (D - x / s) / sigma^2)."""
+        s, relative = self.s(t), self.sigma_deriv(t) / self.sigma(t)
+        return relative + self.s_deriv(t) / s, relative * s
 
 
 def coordinates(config: SamplingConfig, sigma_min: float, sigma_max: float) -> Coordinates:

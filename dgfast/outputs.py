@@ -3,11 +3,12 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,8 +20,27 @@ GRID_IMAGES = 400
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Float images [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C]; values outside are clipped (as EDM does)."""
-    pixels = (images.float() * 127.5 + 128).clip(0, 255)
-    return pixels.permute(0, 2, 3, 1).to("cpu").numpy().astype(np.uint8)
+    return fetch_uint8(images)()
+
+
+def fetch_uint8(images: Tensor) -> Callable[[], np.ndarray]:
+    """As `to_uint8`, in two halves: the copy off the device starts now, and the returned function waits for it.
+
+    So the next batch can be queued on the device before this one is on the disk.
+    """
+    pixels = (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    if not pixels.is_cuda:
+        return pixels.numpy
+    host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+    host.copy_(pixels, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return wait
 
 
 class Writer:

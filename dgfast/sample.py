@@ -6,7 +6,7 @@ the command line is the bundle's own default.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import click
 
 from dgfast import __version__
-from dgfast.config import DISCRETIZATIONS, SCALINGS, SCHEDULES, SOLVERS, GuidanceConfig
+from dgfast.config import DISCRETIZATIONS, REUSES, SCALINGS, SCHEDULES, SOLVERS, GuidanceConfig
+from dgfast.errors import UserError
 
 _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
@@ -95,6 +96,8 @@ _NUMBER = FiniteFloat()
 @click.option("--dg-weight", type=_NUMBER, help="Discriminator guidance; 0 turns it off.")
 @click.option("--dg-weight-2nd", type=_NUMBER, help="The same at the solver's second point.")
 @click.option("--dg-window", type=FloatPair(), help="VP times between which it acts.")
+@click.option("--dg-every", type=int, help="Compute its gradient at every so many guided calls only.")
+@click.option("--dg-reuse", type=click.Choice(REUSES), help="What the calls between use.")
 @click.option("--boosting", is_flag=True, default=None, help="DG's boosting, for conditional nets.")
 @click.option(
     "--published-window", is_flag=True, default=None, help="Judge the window by the batch, as DG's code does."
@@ -105,7 +108,15 @@ _NUMBER = FiniteFloat()
 @click.option("--autoguidance", type=_NUMBER, help="Guidance by a worse net; 1 turns it off.")
 @click.option("--dtype", type=click.Choice(["float32", "tf32", "bf16", "fp16"]), default="float32", show_default=True)
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: what is there.")
-@click.option("--compile", "compiled", is_flag=True, help="Compile the guided denoiser before sampling.")
+@click.option(
+    "--compile",
+    "compiled",
+    type=click.Choice(["always", "try"]),
+    is_flag=False,
+    flag_value="always",
+    help="Compile the guided denoiser before sampling; --compile=try samples without where that can't be done.",
+)
+@click.option("--kernels", type=click.Choice(["reference", "triton"]), default="reference", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="A new folder.")
 @click.option(
     "--format", "formats", multiple=True, type=click.Choice(["png", "npz"]), default=("png", "npz"), show_default=True
@@ -113,6 +124,7 @@ _NUMBER = FiniteFloat()
 def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **options: Any) -> None:
     from dgfast import bundle as bundles
     from dgfast.networks import load
+    from dgfast.ops import kernels
     from dgfast.outputs import Writer
     from dgfast.sampler import Sampler
 
@@ -121,31 +133,53 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
     sampling = replace(found.sampling, **{name: given[name] for name in _SAMPLING if name in given})
     guidance = replace(found.guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
     device, dtype = _device_and_dtype(options["device"], options["dtype"])
-    runtime = None
-    if options["compiled"]:
-        from dgfast.runtimes import compiled
+    networks = load(found, device, dtype, guidance)
 
-        runtime = compiled.build
-    sampler = Sampler(load(found, device, dtype, guidance), sampling, guidance, device, runtime)
+    def make(compiled: bool) -> Any:
+        return Sampler(networks, sampling, guidance, device, **(_runtimes(device) if compiled else {}))
+
+    sampler = make(compiled=options["compiled"] is not None)
     classes = _labels_for(sampler, seeds, labels)
     writer = Writer(options["out"], options["formats"])
-
     batch = min(batch, len(seeds))
-    began = time.perf_counter()
-    if runtime is not None:
-        sampler.prepare(batch)
-        click.echo(f"compiled in {time.perf_counter() - began:.1f} s")
-    compile_seconds = time.perf_counter() - began if runtime else 0.0
-    seconds = _draw(sampler, seeds, classes, batch, writer, static=runtime is not None)
+    with kernels(options["kernels"]):
+        began = time.perf_counter()
+        compiled = False
+        if options["compiled"]:
+            sampler, compiled = _compiled(sampler, make, batch, options["compiled"])
+        compile_seconds = time.perf_counter() - began if compiled else 0.0
+        seconds = _draw(sampler, seeds, classes, batch, writer, static=compiled)
     job = {"bundle": bundle, "sampling": asdict(sampling), "guidance": asdict(guidance)}
     writer.finish(
-        _manifest(job, sampler, seeds, batch, options) | {"compile_seconds": compile_seconds, "seconds": seconds}
+        _manifest(job, sampler, seeds, batch, options | {"compiled": compiled})
+        | {"compile_seconds": compile_seconds, "seconds": seconds}
     )
     click.echo(
         f"{len(seeds)} images in {seconds:.1f} s: {len(seeds) / seconds:.2f} images/s, "
         f"{sampler.score_evaluations} score evaluations and {sampler.guidance_gradients} guidance gradients an image, "
         f"in {options['out']}/"
     )
+
+
+def _runtimes(device: Any) -> dict[str, Any]:
+    """The sampler's runtimes when it is to be compiled."""
+    from dgfast.runtimes import compiled, cuda_graph
+
+    return {"runtime": compiled.build, "step_runtime": cuda_graph.build if device.type == "cuda" else None}
+
+
+def _compiled(sampler: Any, make: Callable[[bool], Any], batch: int, demand: str) -> tuple[Any, bool]:
+    """The sampler, ready for batches of this size, and whether it is compiled."""
+    began = time.perf_counter()
+    try:
+        sampler.prepare(batch)
+    except UserError as error:
+        if demand != "try":
+            raise
+        click.echo(f"not compiled: {error.message}", err=True)
+        return make(False), False
+    click.echo(f"compiled in {time.perf_counter() - began:.1f} s")
+    return sampler, True
 
 
 def _device_and_dtype(device: str | None, dtype: str) -> tuple[Any, Any]:
@@ -170,25 +204,21 @@ def _labels_for(sampler: Any, seeds: Sequence[int], labels: list[int] | None) ->
 
 def _draw(sampler: Any, seeds: list[int], labels: list[int] | None, batch: int, writer: Any, static: bool) -> float:
     """Sample all seeds, batch by batch, into the writer; the seconds it took."""
-    import torch
     from tqdm import tqdm
 
-    from dgfast.outputs import to_uint8
+    from dgfast.batches import draw
 
     began = time.perf_counter()
-    starts = range(0, len(seeds), batch)
-    with tqdm(total=len(starts) * len(sampler.steps), unit="step", desc="sampling", dynamic_ncols=True) as bar:
-        for start in starts:
-            chunk = seeds[start : start + batch]
-            # A compiled function has one shape: the last batch is filled up with copies of its last image.
-            filled = chunk + chunk[-1:] * (batch - len(chunk)) if static else chunk
-            if labels is not None:
-                classes = torch.tensor((labels[start : start + batch] + [labels[-1]] * batch)[: len(filled)])
-            else:
-                classes = sampler.draw_labels(filled)
-            images = to_uint8(sampler(filled, classes, on_step=lambda step, x: bar.update()))
-            known = None if classes is None else classes.numpy()[: len(chunk)]
-            writer.add(images[: len(chunk)], chunk, known)
+    steps = math.ceil(len(seeds) / batch) * len(sampler.steps)
+    with tqdm(total=steps, unit="step", desc="sampling", dynamic_ncols=True) as bar:
+
+        def smaller(batch: int) -> None:
+            bar.write(f"out of memory: going on with batches of {batch} images")
+
+        draw(
+            sampler, seeds, labels, batch, writer.add, static=static,
+            on_step=lambda step, x: bar.update(), on_smaller_batch=smaller,
+        )  # fmt: skip
     return time.perf_counter() - began
 
 
@@ -198,7 +228,13 @@ def _manifest(job: dict[str, Any], sampler: Any, seeds: list[int], batch: int, o
     import torch
 
     return {
-        "job": {**job, "dtype": options["dtype"], "compile": options["compiled"], "batch": batch},
+        "job": {
+            **job,
+            "dtype": options["dtype"],
+            "compile": options["compiled"],
+            "kernels": options["kernels"],
+            "batch": batch,
+        },
         "versions": {"dgfast": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": str(sampler.device),
         "seeds": seeds,

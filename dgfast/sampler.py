@@ -1,8 +1,7 @@
 """Noise levels + guided denoiser + solver + runtime = a sampler."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,47 +10,22 @@ from torch.nn import functional as F
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
 from dgfast.guidance import (
-    Autoguidance,
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
+    CarriedGradient,
     DiscriminatorGuidance,
     Guidance,
-    GuidedDenoiser,
+    gradient_keeping_denoiser,
     guided_denoiser,
 )
-from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.networks import Networks
 from dgfast.noise_levels import coordinates, sigma_bounds, sigma_grid
+from dgfast.plan import Step, plan
 from dgfast.randomness import SeedStreams
 from dgfast.solvers import churn, dpmpp_2m_step, euler_step, heun_step
 
-# DG's boosting (arXiv 2211.17091, published code): every 5th step churns, every 2nd doubles the guidance.
-_BOOST_CHURN, _BOOST_CHURN_PERIOD = 4.0, 5
-_BOOST_WEIGHT, _BOOST_WEIGHT_PERIOD = 2.0, 2
-
-Runtime = Callable[[GuidedDenoiser, tuple[Tensor, Tensor, Tensor | None]], GuidedDenoiser]
-SlopeFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the plan. All of it is known before the first network call.
-
-    Attributes:
-        t, t_next: solver times; sigma: noise level at t; gamma: its relative rise by churn, and by boosting's churn.
-        predictor, corrector: the guidances at the first and at the second point; corrector None: first order.
-    """
-
-    index: int
-    t: float
-    t_next: float
-    sigma: float
-    gamma: float
-    boost_gamma: float | None
-    predictor: tuple[Guidance, ...]
-    corrector: tuple[Guidance, ...] | None
+Function = Callable[..., tuple[Tensor, ...]]
+Runtime = Callable[[Function, tuple[Tensor | None, ...]], Function]
+"""Makes a faster callable of a pure function of tensors (or None), for the shapes of the example."""
+Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Sampler:
@@ -74,12 +48,14 @@ class Sampler:
         device: torch.device | str | None = None,
         runtime: Runtime | None = None,
         state_dtype: torch.dtype = torch.float64,
+        step_runtime: Runtime | None = None,
     ) -> None:
         """
         Args:
             device: where to sample; None: where the denoiser's weights are.
             runtime: makes a faster callable of the guided denoiser for one shape, such as `runtimes.compiled.build`;
                 None runs it as it is.
+            step_runtime: the same for a whole step of the solver, such as `runtimes.cuda_graph.build`.
             state_dtype: type of the solver's state; float64 as EDM's.
 
         Raises:
@@ -90,11 +66,12 @@ class Sampler:
         weights = net.parameters() if isinstance(net, nn.Module) else iter(())
         at = next((parameter.device for parameter in weights), torch.device("cpu"))
         self.device, self.state_dtype = at if device is None else torch.device(device), state_dtype
-        self._runtime = runtime
-        self._functions: dict[tuple[object, ...], GuidedDenoiser] = {}
+        self._runtime, self._step_runtime = runtime, step_runtime
+        self._functions: dict[tuple[object, ...], Function] = {}
         low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
         self.coordinates = coordinates(sampling, low, high)
-        self.steps = self._plan(sigma_grid(sampling, low, high))
+        grid = sigma_grid(sampling, low, high).to(self.device)
+        self.steps = plan(networks, sampling, guidance, grid, self.coordinates)
         calls = [g for step in self.steps for g in (step.predictor, step.corrector) if g is not None]
         self.score_evaluations = sum(1 + sum(guidance.evaluations for guidance in call) for call in calls)
         self.guidance_gradients = sum(guidance.gradients for call in calls for guidance in call)
@@ -188,29 +165,18 @@ class Sampler:
         log_ratio = torch.full((batch,), torch.inf, dtype=torch.float64, device=latents.device)
         first_bad = torch.full((), len(self.steps), device=latents.device)  # on the device: looking would wait for it
         previous: tuple[Tensor, Tensor] | None = None
+        carried = CarriedGradient(self.guidance.dg_reuse) if self.guidance.dg_every > 1 else None
         t = time(self.steps[0].t)
         x = latents.to(self.state_dtype) * (coords.sigma(t) * coords.s(t)).to(self.state_dtype)
         for step in self.steps:
             if on_step is not None:
                 on_step(step, x)
             t, t_next = time(step.t), time(step.t_next)
-            t_hat, x = self._churn(step, x, t, log_ratio, noise)
-            x_hat = x
-            predict = self._slope(step.predictor, class_labels)
-            d, denoised, log_ratio = predict(x_hat, t_hat)
+            t_hat, x_hat = self._churn(step, x, t, log_ratio, noise)
+            arguments = (x_hat, t_hat, t_next, class_labels, *(previous or ()))
+            x, denoised, log_ratio = self._step_function(step, arguments, carried)(*arguments)
             if self.sampling.solver == "dpmpp-2m":
-                x = dpmpp_2m_step(x_hat, denoised, t_hat, t_next, previous)
                 previous = denoised, t_hat
-            elif step.corrector is None:
-                x = euler_step(x_hat, d, t_hat, t_next)
-            else:
-                evaluate = self._slope(step.corrector, class_labels)
-
-                def correct(x: Tensor, t: Tensor, evaluate: SlopeFunction = evaluate) -> Tensor:
-                    return evaluate(x, t)[0]
-
-                x = heun_step(x_hat, d, t_hat, t_next, correct, self.sampling.alpha)
-            x = x.to(self.state_dtype)
             bad = ~x.isfinite().all() & (first_bad == len(self.steps))
             first_bad = torch.where(bad, step.index, first_bad)
         failed = int(first_bad)
@@ -224,72 +190,17 @@ class Sampler:
     def prepare(self, batch: int) -> None:
         """Build every function that the plan calls for batches of this size, so that sampling itself compiles none."""
         net = self.networks.denoiser
-        x = torch.zeros(
-            batch, net.img_channels, net.img_resolution, net.img_resolution, dtype=self.state_dtype, device=self.device
-        )
+        shape = (batch, net.img_channels, net.img_resolution, net.img_resolution)
+        x = torch.zeros(shape, dtype=self.state_dtype, device=self.device)
         labels = self.class_labels([0] * batch, batch) if net.label_dim else None
         sigma = torch.ones(batch, dtype=torch.float64, device=self.device)
-        calls = (guidances for step in self.steps for guidances in (step.predictor, step.corrector))
-        for guidances in dict.fromkeys(calls):  # each function once, not once a step
-            if guidances is not None:
-                with torch.no_grad():
-                    self._function(guidances, (x, sigma, labels))(x, sigma, labels)
-
-    def _plan(self, sigmas: Tensor) -> tuple[Step, ...]:
-        net, config = self.networks.denoiser, self.sampling
-        levels = net.round_sigma(sigmas.to(self.device)).cpu()
-        times = [*self.coordinates.sigma_inv(levels).tolist(), 0.0]
-        predictors, boosted, correctors = self._guidances()
-        steps = []
-        for i, (sigma, t, t_next) in enumerate(zip(levels.tolist(), times[:-1], times[1:], strict=True)):
-            gamma, boost_gamma = config.gamma(sigma), None
-            if self.guidance.boosting and i % _BOOST_CHURN_PERIOD == 0:
-                boost_gamma = replace(config, S_churn=_BOOST_CHURN).gamma(sigma)
-            highest = torch.tensor([sigma * (1 + max(gamma, boost_gamma or 0.0))], dtype=torch.float64)
-            raised = float(net.round_sigma(highest.to(self.device)))
-            usual = boosted if self.guidance.boosting and i % _BOOST_WEIGHT_PERIOD == 0 else predictors
-            corrector = None
-            if config.solver == "heun" and i < len(sigmas) - 1:
-                t_prime = torch.tensor([t + config.alpha * (t_next - t)], dtype=torch.float64)
-                # Churn moves the second point between t_hat and t_next; only alpha < 1 makes it depend on t_hat.
-                low = float(self.coordinates.sigma(t_prime))
-                corrector = _active(correctors, low, low if config.alpha == 1 else raised)
-            steps.append(Step(i, t, t_next, sigma, gamma, boost_gamma, _active(usual, sigma, raised), corrector))
-        return tuple(steps)
-
-    def _guidances(self) -> tuple[list[Guidance], list[Guidance], list[Guidance]]:
-        """The guidances at the first point, the same with boosting's doubled weight, and those at the second point."""
-        nets, wanted = self.networks, self.guidance
-        shared: list[Guidance] = []
-        if wanted.classifier_scale:
-            classifier = _needed(nets.classifier, "classifier guidance", "classifier")
-            classes = classifier.encoder.out_channels if isinstance(classifier, NoisyClassifier) else None
-            if classes not in (None, nets.denoiser.label_dim):
-                raise UserError(
-                    f"the classifier knows {classes} classes, the score network {nets.denoiser.label_dim}: "
-                    "no classifier guidance between them"
-                )
-            shared.append(ClassifierGuidance(classifier, wanted.classifier_scale, nets.time))
-        if wanted.cfg_scale != 1:
-            shared.append(ClassifierFreeGuidance(nets.denoiser, wanted.cfg_scale, wanted.guidance_interval))
-        if wanted.autoguidance != 1:
-            reference = _needed(nets.reference, "autoguidance", "reference")
-            shared.append(Autoguidance(reference, wanted.autoguidance))
-        if (wanted.classifier_scale or wanted.cfg_scale != 1) and not nets.denoiser.label_dim:
-            raise UserError("classifier and classifier-free guidance need a conditional score network")
-
-        def discriminator(weight: float, boost: float = 1.0) -> list[Guidance]:
-            if not weight:
-                return []
-            net = _needed(nets.discriminator, "discriminator guidance", "discriminator")
-            window, published = wanted.dg_window, wanted.published_window
-            return [DiscriminatorGuidance(net, weight, window, nets.time, published, boost)]
-
-        return (
-            shared + discriminator(wanted.dg_weight),
-            shared + discriminator(wanted.dg_weight, _BOOST_WEIGHT),
-            shared + discriminator(wanted.dg_weight_2nd),
-        )
+        with torch.no_grad():
+            for guidances in dict.fromkeys(g for step in self.steps for g in (step.predictor, step.corrector)):
+                if guidances is not None:  # each function once, not once a step
+                    keep = self.guidance.dg_every > 1
+                    self._function(guidances, (x, sigma, labels), keep)(x, sigma, labels)
+            if self._step_runtime is not None:
+                self.integrate(x.float(), labels, lambda: torch.zeros_like(x))
 
     def _churn(
         self, step: Step, x: Tensor, t: Tensor, log_ratio: Tensor, noise: Callable[[], Tensor] | None
@@ -308,33 +219,73 @@ class Sampler:
         t_hat = coords.sigma_inv(self.networks.denoiser.round_sigma(sigma + gamma * sigma))
         return t_hat, churn(x, t, t_hat, noise(), S_noise, coords)
 
-    def _slope(self, guidances: tuple[Guidance, ...], class_labels: Tensor | None) -> SlopeFunction:
-        """(x, t) -> dx/dt, denoised image and log-ratio under the given guidances."""
-        coords = self.coordinates
+    def _step_function(
+        self, step: Step, example: tuple[Tensor | None, ...], carried: CarriedGradient | None
+    ) -> Function:
+        """(x_hat, t_hat, t_next, class_labels, last denoised, last t) -> (x_next, denoised, log_ratio).
 
-        def slope(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            arguments = (x / coords.s(t)).to(self.state_dtype), coords.sigma(t).flatten(), class_labels
-            denoised, log_ratio = self._function(guidances, arguments)(*arguments)
-            return coords.slope(x, denoised, t), denoised, log_ratio
+        The last two only for the second-order multistep solver, and not in its first step.
+        """
 
-        return slope
+        def advance(x_hat: Tensor, t_hat: Tensor, t_next: Tensor, labels: Tensor | None, *last: Tensor) -> Any:
+            predict = self._denoise(step.predictor, labels, step.carried[0], carried)
+            denoised, log_ratio = predict(x_hat, t_hat)
+            if self.sampling.solver == "dpmpp-2m":
+                x = dpmpp_2m_step(x_hat, denoised, t_hat, t_next, (last[0], last[1]) if last else None)
+            elif step.corrector is None:
+                x = euler_step(x_hat, denoised, t_hat, t_next, self.coordinates)
+            else:
+                correct = self._denoise(step.corrector, labels, step.carried[1], carried)
+                x = heun_step(
+                    x_hat, denoised, t_hat, t_next, lambda x, t: correct(x, t)[0], self.coordinates, self.sampling.alpha
+                )
+            return x.to(self.state_dtype), denoised, log_ratio
 
-    def _function(
-        self, guidances: tuple[Guidance, ...], example: tuple[Tensor, Tensor, Tensor | None]
-    ) -> GuidedDenoiser:
-        """The guided denoiser for these guidances in this sampler's runtime, built once a shape."""
-        key = (guidances, example[0].shape if self._runtime else None)
+        if self._step_runtime is None or carried is not None:  # what is carried lives outside of any one step
+            return advance
+        key = ("step", step.predictor, step.corrector, tuple(None if a is None else a.shape for a in example))
         if key not in self._functions:
-            function = guided_denoiser(self.networks.denoiser, guidances)
-            self._functions[key] = self._runtime(function, example) if self._runtime else function
+            self._functions[key] = self._step_runtime(advance, example)
         return self._functions[key]
 
+    def _denoise(
+        self,
+        guidances: tuple[Guidance, ...],
+        class_labels: Tensor | None,
+        carried_weight: float = 0.0,
+        carried: CarriedGradient | None = None,
+    ) -> Denoise:
+        """(x, t) -> denoised images and log-ratio under the given guidances."""
+        coords = self.coordinates
 
-def _active(guidances: list[Guidance], sigma_low: float, sigma_high: float) -> tuple[Guidance, ...]:
-    return tuple(guidance for guidance in guidances if guidance.active(sigma_low, sigma_high))
+        def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            sigma = coords.sigma(t).flatten()
+            arguments = (x / coords.s(t)).to(self.state_dtype), sigma, class_labels
+            results = self._function(guidances, arguments, carried is not None)(*arguments)
+            denoised, log_ratio, *gradient = results
+            if carried is not None and gradient:
+                carried.keep(sigma, gradient[0])
+            if carried is not None and carried_weight:
+                denoised = denoised + carried.correction(sigma, carried_weight).to(denoised.dtype)
+            return denoised, log_ratio
 
+        return denoise
 
-def _needed(network: T | None, guidance: str, role: str) -> T:
-    if network is None:
-        raise UserError(f"{guidance} needs a {role} network, which this bundle does not have")
-    return network
+    def _function(
+        self, guidances: tuple[Guidance, ...], example: tuple[Tensor, Tensor, Tensor | None], keep: bool = False
+    ) -> Function:
+        """The guided denoiser for these guidances in this sampler's runtime, built once a shape.
+
+        Args:
+            keep: return the discriminator's gradient too, where there is one.
+        """
+        key = (guidances, example[0].shape if self._runtime else None)
+        if key not in self._functions:
+            net = self.networks.denoiser
+            function: Function = guided_denoiser(net, guidances)
+            discriminator = next((g for g in guidances if isinstance(g, DiscriminatorGuidance)), None)
+            if keep and discriminator is not None:
+                others = [g for g in guidances if g is not discriminator]
+                function = gradient_keeping_denoiser(net, others, discriminator)
+            self._functions[key] = self._runtime(function, example) if self._runtime else function
+        return self._functions[key]

@@ -9,27 +9,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dgfast import ops
 from dgfast.noise_levels import Coordinates
 
-Slope = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> dx/dt
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> the denoised images
 
 
 def churn(x: Tensor, t: Tensor, t_hat: Tensor, noise: Tensor, S_noise: Tensor | float, coords: Coordinates) -> Tensor:
     """Raise the noise level of x from sigma(t) to sigma(t_hat) with fresh unit noise (EDM, algorithm 2, line 6)."""
     added = (coords.sigma(t_hat) ** 2 - coords.sigma(t) ** 2).clip(min=0).sqrt()
-    return coords.s(t_hat) / coords.s(t) * x + added * coords.s(t_hat) * S_noise * noise
+    return ops.churn(x, noise, coords.s(t_hat) / coords.s(t), added * coords.s(t_hat) * S_noise)
 
 
-def euler_step(x: Tensor, d: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """First order: follow the slope d at (x, t)."""
-    return x + (t_next - t) * d
+def euler_step(x: Tensor, denoised: Tensor, t: Tensor, t_next: Tensor, coords: Coordinates) -> Tensor:
+    """First order: follow the slope at (x, t)."""
+    return ops.euler_update(x, denoised, *coords.slope(t), t_next - t)[0]
 
 
-def heun_step(x: Tensor, d: Tensor, t: Tensor, t_next: Tensor, slope: Slope, alpha: float = 1.0) -> Tensor:
-    """Second order: average d with the slope at a share `alpha` of the step (EDM, algorithm 3)."""
+def heun_step(
+    x: Tensor, denoised: Tensor, t: Tensor, t_next: Tensor, denoise: Denoise, coords: Coordinates, alpha: float = 1.0
+) -> Tensor:
+    """Second order: average the slope at (x, t) with that at a share `alpha` of the step (EDM, algorithm 3)."""
     t_prime = t + alpha * (t_next - t)
-    d_prime = slope(euler_step(x, d, t, t_prime), t_prime)
-    return euler_step(x, (1 - 0.5 / alpha) * d + 0.5 / alpha * d_prime, t, t_next)
+    x_prime, d, _ = ops.euler_update(x, denoised, *coords.slope(t), t_prime - t)
+    second = denoise(x_prime, t_prime)
+    return ops.heun_update(x, d, x_prime, second, *coords.slope(t_prime), t_next - t, 0.5 / alpha)[0]
 
 
 def dpmpp_2m_step(

@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "dgfast"
-MODULES = sorted(PACKAGE.rglob("*.py"))
+MODULES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})  # a symlink, which rglob may skip
 HEAVY = {"mlxtend", "torchmetrics", "prdc", "matplotlib", "onnx", "onnxruntime", "tensorrt", "triton"}
 # Room -> the rooms it may import (its own besides), and the packages beyond the standard library.
 ROOMS = {
@@ -19,10 +19,13 @@ ROOMS = {
     "config": ({"errors"}, set()),
     "noise_levels": ({"config", "errors"}, {"torch"}),
     "randomness": ({"errors"}, {"torch"}),
-    "solvers": ({"noise_levels"}, {"torch"}),
+    "kernels": (set(), {"torch", "triton"}),
+    "ops": ({"kernels", "errors"}, {"torch"}),
+    "solvers": ({"noise_levels", "ops"}, {"torch"}),
     "denoiser": ({"noise_levels"}, {"torch"}),
-    "nets": ({"denoiser", "errors"}, {"torch", "numpy"}),
-    "guidance": ({"noise_levels"}, {"torch"}),
+    "nets": ({"denoiser", "errors", "ops"}, {"torch", "numpy"}),
+    "guidance": ({"noise_levels", "ops"}, {"torch"}),
+    "runtimes": ({"errors"}, {"torch"}),
     "outputs": ({"errors"}, {"torch", "numpy", "PIL"}),
 }
 
@@ -61,7 +64,12 @@ def test_architecture_package_needs_neither_its_tools_nor_heavy_packages(path: P
     """What is slow to import or not always installed is imported inside the function that needs it."""
     first_names = {name.split(".")[0] for name in imports(path)}
     assert not first_names & {"tests", "benchmarks", "export"}
-    assert not {name.split(".")[0] for name in imports(path, whole_file=False)} & HEAVY
+    kernel = path.is_relative_to(PACKAGE / "kernels")
+    assert not {name.split(".")[0] for name in imports(path, whole_file=False)} & (
+        HEAVY - {"triton"} if kernel else HEAVY
+    )
+    ours = {name for name in imports(path) if name.startswith("dgfast.kernels")}
+    assert kernel or path.name == "ops.py" or not ours, "only ops.py chooses kernels"
 
 
 def test_architecture_package_works_without_heavy_packages() -> None:
@@ -70,6 +78,7 @@ import sys
 sys.modules.update(dict.fromkeys({sorted(HEAVY)}))  # None: importing it raises ImportError
 import dgfast
 assert "torch" not in sys.modules, "import dgfast takes as long as torch"
+import dgfast.ops, dgfast.nets
 for name in ("load", "Sampler", "Networks", "SamplingConfig", "GuidanceConfig"):
     assert name in dgfast.__all__ and getattr(dgfast, name).__name__ == name
 """

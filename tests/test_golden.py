@@ -37,6 +37,12 @@ INPUTS_AMONG_OUTPUTS = {"t_vec", "grid_sigma", "grid_t"}  # some files list them
 NetFactory = Callable[..., nn.Module]
 
 
+def correction_of(guidance: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """What the guidance adds to the denoised images, and its log-ratio."""
+    direction, gate, log_ratio = guidance.correct(*arguments)
+    return gate.view(-1, 1, 1, 1) * direction, log_ratio
+
+
 class Golden:
     """One file, and a record of which of its outputs were judged and how."""
 
@@ -275,7 +281,7 @@ def judge_gradient(golden: Golden) -> None:
     guidance, labels, tol = gradient_guidance(golden, published_window=True), golden.labels(), gradient_tol(golden)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for prefix, x, sigma in gradient_calls(golden):
-        correction, log_ratio = guidance.correct(x, sigma, labels, x)
+        correction, log_ratio = correction_of(guidance, x, sigma, labels, x)
         found.setdefault(prefix, []).append((-correction, log_ratio))  # DG subtracts its guidance, dgfast adds
     for prefix, results in found.items():
         gradients, log_ratios = (torch.stack(column) for column in zip(*results, strict=True))
@@ -313,11 +319,11 @@ def judge_dg_sampler(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     guidances: dict[int, tuple[Tensor, Tensor]] = {}
     correct = DiscriminatorGuidance.correct
 
-    def recording(self: DiscriminatorGuidance, *arguments: Any) -> tuple[Tensor, Tensor]:
-        correction, log_ratio = correct(self, *arguments)
+    def recording(self: DiscriminatorGuidance, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        direction, gate, log_ratio = correct(self, *arguments)
         weight = self.weight * torch.where(log_ratio < 0, self.boost, 1.0)  # DG recorded it without weight and boost
-        guidances[len(recorder.sigmas) - 1] = -correction / weight.view(-1, 1, 1, 1), log_ratio
-        return correction, log_ratio
+        guidances[len(recorder.sigmas) - 1] = -(gate / weight).view(-1, 1, 1, 1) * direction, log_ratio
+        return direction, gate, log_ratio
 
     monkeypatch.setattr(DiscriminatorGuidance, "correct", recording)
     sampler = Sampler(
@@ -501,7 +507,7 @@ def test_golden_default_window_judges_each_sample_on_its_own(golden_folder: Path
         for prefix, x, sigma in gradient_calls(golden):
             if prefix == "":
                 continue  # one tau for the whole batch: both windows are the same condition
-            correction, log_ratio = guidance.correct(x, sigma, labels, x)
+            correction, log_ratio = correction_of(guidance, x, sigma, labels, x)
             tau = nl.vp_time(sigma)
             for b in range(len(x)):
                 one, where = slice(b, b + 1), f"{path.stem}, {prefix}, sample {b}"
@@ -514,7 +520,7 @@ def test_golden_default_window_judges_each_sample_on_its_own(golden_folder: Path
                     ratio = float(golden.arrays[f"{prefix}log_ratio"][b])
                 else:
                     alone = None if labels is None else labels[one]
-                    wanted, ratio = guidance.correct(x[one], sigma[one], alone, x[one])
+                    wanted, ratio = correction_of(guidance, x[one], sigma[one], alone, x[one])
                 mine = _every_nth(correction[one], wanted.shape)
                 assert wanted.std() > 0 and (mine - wanted).abs().max() <= tol * wanted.std(), where
                 assert log_ratio[b].item() == pytest.approx(float(ratio), abs=1e-3), where

@@ -27,6 +27,14 @@ from dgfast.networks import Networks
 from dgfast.sampler import Sampler
 
 NetFactory = Callable[..., Any]
+
+
+def correction_of(guidance: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """What the guidance adds to the denoised images, and its log-ratio."""
+    direction, gate, log_ratio = guidance.correct(*arguments)
+    return gate.view(-1, 1, 1, 1) * direction, log_ratio
+
+
 NO_WINDOW = (0.0, 2.0)  # every noise level in use
 
 
@@ -122,7 +130,7 @@ def test_guidance_is_the_gradient_of_the_log_ratio_with_respect_to_x(tiny_discri
     """sigma^2 d/dx logit(alpha x), everything in float64; the guidance itself runs the network in float32."""
     discriminator = tiny_discriminator()
     x, sigma = batch(seed=2, pixels=8)
-    correction, log_ratio = DiscriminatorGuidance(discriminator, window=NO_WINDOW).correct(x, sigma, None, x)
+    correction, log_ratio = correction_of(DiscriminatorGuidance(discriminator, window=NO_WINDOW), x, sigma, None, x)
     x.requires_grad_()
     alpha, level = ((1 + sigma**2) ** -0.5).view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
     logit = copy.deepcopy(discriminator).double()(alpha * x, nl.vp_time(sigma), None)
@@ -136,7 +144,7 @@ def test_guidance_is_the_gradient_of_the_log_ratio_with_respect_to_x(tiny_discri
 def test_guidance_leaves_the_weights_alone(tiny_discriminator: NetFactory) -> None:
     trainable = copy.deepcopy(tiny_discriminator()).requires_grad_(True)
     x, sigma = batch(seed=3, pixels=8)
-    correction, log_ratio = DiscriminatorGuidance(trainable, window=NO_WINDOW).correct(x, sigma, None, x)
+    correction, log_ratio = correction_of(DiscriminatorGuidance(trainable, window=NO_WINDOW), x, sigma, None, x)
     assert correction.any() and not correction.requires_grad and not log_ratio.requires_grad
     assert all(parameter.grad is None for parameter in trainable.parameters())
     assert not x.requires_grad
@@ -149,7 +157,7 @@ def test_guidance_gate_stops_the_gradient_where_the_discriminator_is_certain() -
     sigma = torch.full((7,), 0.75, dtype=torch.float64)
     u = logits.double().view(-1, 1, 1, 1)
     guidance = DiscriminatorGuidance(lambda u, t, y: u.flatten(), window=NO_WINDOW)
-    correction, log_ratio = guidance.correct(u / nl.vp_alpha(sigma).view(-1, 1, 1, 1), sigma, None, u)
+    correction, log_ratio = correction_of(guidance, u / nl.vp_alpha(sigma).view(-1, 1, 1, 1), sigma, None, u)
     pull = 0.75**2 * 0.8  # sigma^2 alpha times the slope 1 of this logit
     torch.testing.assert_close(correction.flatten(), torch.tensor([0, 0, pull, pull, pull, 0, 0]).double())
     assert not correction.flatten()[[0, 1, 5, 6]].any()  # exactly zero, not nearly
@@ -161,13 +169,13 @@ def test_guidance_window_is_judged_for_each_sample() -> None:
     tau = torch.tensor([0.1, 0.29, 0.31, 0.5, 0.69, 0.71, 0.9], dtype=torch.float64)
     x = torch.ones(7, 1, 2, 2, dtype=torch.float64)
     guidance = DiscriminatorGuidance(lambda u, t, y: -u.sum(dim=(1, 2, 3)), window=(0.3, 0.7))
-    correction, log_ratio = guidance.correct(x, nl.vp_sigma(tau), None, x)
+    correction, log_ratio = correction_of(guidance, x, nl.vp_sigma(tau), None, x)
     inside = torch.tensor([False, False, True, True, True, False, False])
     assert correction.flatten(1).any(dim=1).tolist() == inside.tolist()
     assert (log_ratio == OUTSIDE_WINDOW).tolist() == (~inside).tolist()
     published = DiscriminatorGuidance(guidance.discriminator, window=(0.3, 0.7), published_window=True)
-    assert not published.correct(x, nl.vp_sigma(tau), None, x)[0].any()  # one sample below switches all off
-    assert published.correct(x[2:], nl.vp_sigma(tau[2:]), None, x)[0].flatten(1).any(dim=1).all()
+    assert not correction_of(published, x, nl.vp_sigma(tau), None, x)[0].any()  # one sample below switches all off
+    assert correction_of(published, x[2:], nl.vp_sigma(tau[2:]), None, x)[0].flatten(1).any(dim=1).all()
 
 
 @pytest.mark.parametrize("S_churn", [0.0, 6.0])
@@ -350,7 +358,7 @@ def test_guidance_classifier_leaves_samples_without_a_class_alone() -> None:
     x, sigma = batch(seed=7)
     labels = F.one_hot(torch.ones(len(x), dtype=torch.int64), 2).float()
     labels[::2] = 0
-    correction, _ = ClassifierGuidance(exact_classifier, 2.0).correct(x, sigma, labels, x)
+    correction, _ = correction_of(ClassifierGuidance(exact_classifier, 2.0), x, sigma, labels, x)
     assert not correction[::2].any() and correction[1::2].flatten(1).any(dim=1).all()
     with pytest.raises(ValueError, match="class labels"):
         ClassifierGuidance(exact_classifier, 2.0).correct(x, sigma, None, x)
@@ -374,7 +382,7 @@ def test_guidance_interval_is_open_below_and_closed_above(tiny_net: NetFactory) 
     net, (x, _) = tiny_net(label_dim=3), batch(seed=9, pixels=8)
     sigma = torch.tensor([0.1, 0.5, 0.51, 2.0, 2.01, 40.0], dtype=torch.float64)
     labels = F.one_hot(torch.arange(6) % 3, 3).float()
-    correction, _ = ClassifierFreeGuidance(net, 2.0, (0.5, 2.0)).correct(x, sigma, labels, net(x, sigma, labels))
+    correction, _ = correction_of(ClassifierFreeGuidance(net, 2.0, (0.5, 2.0)), x, sigma, labels, net(x, sigma, labels))
     assert correction.flatten(1).any(dim=1).tolist() == [False, False, True, True, False, False]
 
 

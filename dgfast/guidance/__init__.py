@@ -13,15 +13,18 @@ from dgfast.guidance.classifier_free import ClassifierFreeGuidance
 from dgfast.guidance.compose import Denoiser, Guidance, GuidedDenoiser, guided_denoiser
 from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
+from dgfast.guidance.reuse import CarriedGradient, gradient_keeping_denoiser
 
 __all__ = [
     "OUTSIDE_WINDOW",
     "Autoguidance",
+    "CarriedGradient",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "Denoiser",
     "DiscriminatorGuidance",
     "Guidance",
     "GuidedDenoiser",
+    "gradient_keeping_denoiser",
     "guided_denoiser",
 ]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dgfast.guidance.compose import Denoiser
@@ -25,6 +26,8 @@ class Autoguidance:
     def active(self, sigma_low: float, sigma_high: float) -> bool:
         return self.weight != 1
 
-    def correct(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor) -> tuple[Tensor, None]:
+    def correct(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
         worse = self.reference(x, sigma, class_labels).to(denoised.dtype)
-        return (self.weight - 1) * (denoised - worse), None
+        return denoised - worse, torch.full_like(sigma, self.weight - 1), None

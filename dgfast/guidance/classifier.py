@@ -34,7 +34,9 @@ class ClassifierGuidance:
     def active(self, sigma_low: float, sigma_high: float) -> bool:
         return bool(self.scale)
 
-    def correct(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor) -> tuple[Tensor, None]:
+    def correct(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
         if class_labels is None:
             raise ValueError("classifier guidance needs class labels")
 
@@ -42,5 +44,5 @@ class ClassifierGuidance:
             logits = self.classifier(u, self.time(sigma)).float()
             return (F.log_softmax(logits, dim=-1) * class_labels).sum(-1)
 
-        correction, _ = log_density_gradient(log_probability, x, sigma)
-        return self.scale * correction, None
+        gradient, gate, _ = log_density_gradient(log_probability, x, sigma)
+        return gradient, self.scale * gate, None

@@ -30,8 +30,9 @@ class ClassifierFreeGuidance:
     def active(self, sigma_low: float, sigma_high: float) -> bool:
         return self.scale != 1 and sigma_high > self.interval[0] and sigma_low <= self.interval[1]
 
-    def correct(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor) -> tuple[Tensor, None]:
+    def correct(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
         unconditional = self.denoiser(x, sigma, None).to(denoised.dtype)
         inside = (self.interval[0] < sigma) & (sigma <= self.interval[1])
-        weight = ((self.scale - 1) * inside.to(sigma.dtype)).to(denoised.dtype).view(-1, 1, 1, 1)
-        return weight * (denoised - unconditional), None
+        return denoised - unconditional, (self.scale - 1) * inside.to(sigma.dtype), None

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dgfast import ops
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
 
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -32,8 +33,8 @@ class Guidance(Protocol):
 
     def correct(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """What to add to `denoised`, in any floating-point type, and the log-ratio [B] where it knows one.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add gate x direction to `denoised`: direction [B, C, H, W] and gate [B]; and the log-ratio [B] if it has one.
 
         Arguments as for the function that `guided_denoiser` returns. Pure: no host synchronisation and no branch on
         the value of a tensor, so that it can be traced, compiled and exported.
@@ -53,8 +54,8 @@ def guided_denoiser(denoiser: Denoiser, guidances: Sequence[Guidance]) -> Guided
         denoised = plain
         log_ratio = torch.full_like(sigma, OUTSIDE_WINDOW)
         for guidance in guidances:
-            correction, ratio = guidance.correct(x, sigma, class_labels, plain)
-            denoised = denoised + correction.to(x.dtype)
+            direction, gate, ratio = guidance.correct(x, sigma, class_labels, plain)
+            denoised = ops.guide(denoised, direction, gate)
             log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
         return denoised, log_ratio
 

@@ -51,8 +51,10 @@ class DiscriminatorGuidance:
         logit = self.discriminator(u, self.time(sigma), class_labels).float().reshape(-1)
         return logit.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
-    def correct(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor) -> tuple[Tensor, Tensor]:
-        correction, log_ratio = log_density_gradient(lambda u: self.log_ratio(u, sigma, class_labels), x, sigma)
+    def correct(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradient, gate, log_ratio = log_density_gradient(lambda u: self.log_ratio(u, sigma, class_labels), x, sigma)
         tau = vp_time(sigma)
         if self.published_window:
             tau = tau.amin().expand_as(tau)
@@ -61,4 +63,4 @@ class DiscriminatorGuidance:
         weight = self.weight * inside.to(sigma.dtype)
         if self.boost != 1:
             weight = torch.where(log_ratio < 0, weight * self.boost, weight)
-        return weight.to(correction.dtype).view(-1, 1, 1, 1) * correction, log_ratio
+        return gradient, weight * gate, log_ratio

@@ -11,20 +11,22 @@ OUTSIDE_WINDOW = 1e7
 """The log-ratio that stands for "not judged", as in DG's code; large and positive, so it never triggers boosting."""
 
 
-def log_density_gradient(log_density: Callable[[Tensor], Tensor], x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """sigma^2 alpha grad_u l(u) at u = alpha x, the correction of the denoiser at weight 1, and l(u) itself.
+def log_density_gradient(
+    log_density: Callable[[Tensor], Tensor], x: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_u l(u) at u = alpha x, the gate sigma^2 alpha that makes a correction of weight 1 of it, and l(u) itself.
 
     Args:
         log_density: u [B, C, H, W], float32 -> l(u) [B], one value a sample that depends on that sample alone.
         x: noisy images [B, C, H, W]; sigma: their noise levels [B].
 
     Returns:
-        correction [B, C, H, W] in the type of x, and l [B]. The gradient is taken for the input alone: the networks
+        gradient [B, C, H, W] in float32, gate [B] and l [B]. The gradient is taken for the input alone: the networks
         inside `log_density` must be frozen.
     """
-    alpha = vp_alpha(sigma).view(-1, 1, 1, 1)
-    u = (alpha * x).float().detach().requires_grad_()
+    alpha = vp_alpha(sigma)
+    u = (alpha.view(-1, 1, 1, 1) * x).float().detach().requires_grad_()
     with torch.enable_grad():
         value = log_density(u)
         (gradient,) = torch.autograd.grad(value.sum(), u)
-    return sigma.view(-1, 1, 1, 1) ** 2 * alpha * gradient, value.detach()
+    return gradient, sigma**2 * alpha, value.detach()

@@ -5,11 +5,12 @@ Dhariwal and Nichol, arXiv 2105.05233; state-dict names and keywords are those o
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dgfast.nets.blocks import FusedGroupNorm
 
 _CLASSIFIER_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -21,9 +22,9 @@ _CLASSIFIER_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
 }
 
 
-def normalization(channels: int) -> nn.GroupNorm:
+def normalization(channels: int) -> FusedGroupNorm:
     """32 groups, as in ADM. Widths that 32 does not divide, which ADM cannot build, get 4 channels a group."""
-    return nn.GroupNorm(32 if channels % 32 == 0 else channels // 4, channels)
+    return FusedGroupNorm(32 if channels % 32 == 0 else channels // 4, channels)
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -34,10 +35,7 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-Layer = TypeVar("Layer", nn.Conv1d, nn.Conv2d)
-
-
-def _zeroed(layer: Layer) -> Layer:
+def _zeroed(layer: nn.Conv2d | nn.Conv1d) -> nn.Module:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -64,21 +62,19 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm, act, conv = self.in_layers
-        h = act(norm(x))
+        norm, _, conv = self.in_layers
+        h = norm(x, silu=True)
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         h = conv(h)
-        params = self.emb_layers(emb)[:, :, None, None]
-        norm, *rest = self.out_layers
+        params = self.emb_layers(emb)
+        norm, _, dropout, conv = self.out_layers
         if self.scale_shift:
             scale, shift = params.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
+            h = norm(h, scale, shift, silu=True)
         else:
-            h = norm(h + params)
-        for layer in rest:
-            h = layer(h)
-        return self.skip_connection(x) + h
+            h = norm(h, channel_bias=params, silu=True)
+        return self.skip_connection(x) + conv(dropout(h))
 
 
 class Downsample(nn.Module):
@@ -110,7 +106,7 @@ class AttentionBlock(nn.Module):
         qkv = F.linear(tokens, weight, bias).unflatten(-1, (self.num_heads, 3, -1))
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [B, heads, HW, C / heads]
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
+        out = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias)  # type: ignore[operator, arg-type]
         return x + out.transpose(1, 2).reshape(b, c, height, width)
 
 

@@ -7,8 +7,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dgfast import ops
 
-class GroupNorm(nn.GroupNorm):
+
+class FusedGroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` and what stands around it in a residual block, as one operation (`ops.group_norm_silu`)."""
+
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        channel_bias: Tensor | None = None,
+        silu: bool = False,
+    ) -> Tensor:
+        return ops.group_norm_silu(
+            x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, channel_bias, silu
+        )
+
+
+class GroupNorm(FusedGroupNorm):
     """Group normalisation with 4 channels a group at least and 32 groups at most, as in EDM."""
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -196,13 +214,13 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_last)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # [B, in, H, W], [B, emb] -> [B, out, H', W']
-        h = self.conv0(F.silu(self.norm0(x)))
-        params = self.affine(emb)[:, :, None, None]
+        h = self.conv0(self.norm0(x, silu=True))
+        params = self.affine(emb)
         if self.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
-            h = F.silu(self.norm1(h) * (scale + 1) + shift)
+            h = self.norm1(h, scale, shift, silu=True)
         else:
-            h = F.silu(self.norm1(h + params))
+            h = self.norm1(h, channel_bias=params, silu=True)
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
         return (self.proj(self._attend(self.norm2(x))) + x) * self.skip_scale if self.num_heads else x

@@ -99,4 +99,4 @@ class DhariwalUNet(nn.Module):
             skips.append(x)
         for layer in self.dec.values():
             x = layer(torch.cat([x, skips.pop()], dim=1) if x.shape[1] != layer.in_channels else x, emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return self.out_conv(self.out_norm(x, silu=True))

@@ -1,0 +1,209 @@
+"""The guided denoiser as one graph of inference operations, its input gradient included.
+
+`torch.autograd.grad` is where compilers and exporters break, so it is not shown to them: `make_fx` runs the function
+once on fake tensors and records what autograd would do. What remains of the backward pass is then rewritten in terms
+of forward operations (a convolution's input gradient is a convolution), and whatever depends on weights alone is
+computed here, once. Nothing is left to differentiate, and no runtime needs autograd.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functionalize
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+from dgfast.errors import UserError
+
+aten = torch.ops.aten
+
+Function = Callable[..., tuple[Tensor, ...]]
+"""A pure function of tensors (or None) that returns tensors."""
+
+_IDENTITIES = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
+
+
+def trace(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
+    """`function` as one graph of ATen operations for the shapes, dtypes and device of `example`.
+
+    Weights become attributes of the graph. Nothing is computed: the tensors inside are fake, so tracing a net costs
+    the same at every batch size.
+
+    Raises:
+        UserError: the function branches on the value of a tensor, or calls what cannot be traced; names where.
+    """
+    try:
+        with torch.no_grad():
+            graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+    except Exception as error:
+        raise UserError(f"this network does not trace: {_where(error)}; run it without --compile") from error
+    _drop_identities(graph)
+    return graph
+
+
+def lower(graph: GraphModule, example: Sequence[Tensor | None], channels_last: bool = False) -> GraphModule:
+    """`graph` with its backward operations expressed by forward ones and all that depends on weights alone folded.
+
+    Args:
+        channels_last: lay images out as [B, H, W, C] in memory from the first convolution on.
+    """
+    with torch.no_grad():
+        functional = functionalize(_Lowering(graph, channels_last).run, remove="mutations")
+        lowered = make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+    _drop_identities(lowered)
+    fold_constants(lowered)
+    return lowered
+
+
+def constant(graph: GraphModule, node: Node) -> Tensor:
+    """The tensor that a get_attr node stands for."""
+    value: Any = graph
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+def fold_constants(graph: GraphModule) -> None:
+    """Compute every operation that depends on weights alone, in place, and keep its result as a buffer."""
+    known: dict[Node, Any] = {}
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr":
+            known[node] = constant(graph, node)
+        elif node.op == "call_function" and not _is_mutable(node) and all(n in known for n in node.all_input_nodes):
+            arguments, keywords = (map_arg(a, known.__getitem__) for a in (node.args, node.kwargs))
+            with torch.no_grad():
+                known[node] = node.target(*arguments, **keywords)
+    for node in list(graph.graph.nodes):
+        value = known.get(node)
+        wanted = any(user not in known for user in node.users)
+        if node.op == "call_function" and isinstance(value, Tensor) and wanted:
+            attach(graph, node, value)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def attach(graph: GraphModule, node: Node, value: Tensor) -> Node:
+    """Replace `node` by the constant `value`, and return the new node."""
+    name = f"_folded_{sum(1 for _ in graph.buffers())}"
+    graph.register_buffer(name, value.detach(), persistent=False)
+    with graph.graph.inserting_before(node):
+        new = graph.graph.get_attr(name)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    return new
+
+
+class _Lowering(Interpreter):
+    """Runs a graph while another trace watches: what it calls instead of the recorded operations is recorded anew."""
+
+    def __init__(self, graph: GraphModule, channels_last: bool) -> None:
+        super().__init__(graph)
+        self.channels_last = channels_last
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is aten.convolution.default:
+            return self._convolution(*args)
+        if target is aten.convolution_backward.default:
+            return self._convolution_input_gradient(*args), None, None
+        if target is aten.native_group_norm.default:
+            x, *rest = args
+            y, mean, rstd = target(_dense(x), *rest)
+            return y.reshape(x.shape), mean, rstd
+        if target is aten.native_group_norm_backward.default:
+            grad, x, *rest = args
+            dense = _dense(x)
+            dx, *nothing = target(_like(grad.reshape(dense.shape), dense), dense, *rest)
+            return dx.reshape(x.shape), *nothing
+        if target in (aten.view.default, aten._unsafe_view.default):
+            return aten.reshape.default(*args)  # a view of the layout that was traced may be a copy in another
+        if target is aten._safe_softmax.default:
+            return aten._softmax.default(args[0], args[1], False)  # no row is masked out entirely: none is masked
+        return super().call_function(target, args, kwargs)
+
+    def _convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
+        dilation: list[int], transposed: bool, output_padding: list[int], groups: int,
+    ) -> Tensor:  # fmt: skip
+        if self.channels_last and x.dim() == 3 and not transposed:  # a 2-D one of height 1: that has a fast layout
+            image = self._convolution(
+                x.unsqueeze(2), weight.unsqueeze(2), bias, [1, *stride], [0, *padding], [1, *dilation],
+                False, [0, *output_padding], groups,
+            )  # fmt: skip
+            return image.squeeze(2)
+        if self.channels_last and x.dim() == 4:
+            x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+        return aten.convolution.default(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+
+    def _convolution_input_gradient(
+        self, grad: Tensor, x: Tensor, weight: Tensor, _: Any, stride: list[int], padding: list[int],
+        dilation: list[int], transposed: bool, output_padding: list[int], groups: int, mask: list[bool],
+    ) -> Tensor:  # fmt: skip
+        """Stride 1: the convolution with the kernel turned by 180 degrees and its channels swapped; else transposed."""
+        if mask != [True, False, False]:
+            raise NotImplementedError("a gradient with respect to weights: freeze the networks")
+        dims, size = weight.dim() - 2, weight.shape[2:]
+        if transposed:
+            return self._convolution(grad, weight, None, stride, padding, dilation, False, [0] * dims, groups)
+        reach = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
+        if all(s == 1 for s in stride) and groups == 1:
+            turned = weight.flip(*range(2, weight.dim())).transpose(0, 1).contiguous()
+            inner = [r - p for r, p in zip(reach, padding, strict=True)]
+            if min(inner) >= 0:
+                return self._convolution(grad, turned, None, stride, inner, dilation, False, [0] * dims, 1)
+        extra = [
+            i - ((o - 1) * s - 2 * p + r + 1)
+            for i, o, s, p, r in zip(x.shape[2:], grad.shape[2:], stride, padding, reach, strict=True)
+        ]
+        return self._convolution(grad, weight, None, stride, padding, dilation, True, extra, groups)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x as the normalisation's kernels take it: contiguous, or with the channels last in memory.
+
+    A sequence [B, C, L] that was flattened out of a channels-last image counts as an image of height 1.
+    """
+    if x.dim() == 3 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+        return x.unsqueeze(2)
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor` in the memory format of `other`."""
+    channels_last = other.dim() == 4 and other.is_contiguous(memory_format=torch.channels_last)
+    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _drop_identities(graph: GraphModule) -> None:
+    for node in graph.graph.nodes:
+        if node.target in _IDENTITIES:
+            node.replace_all_uses_with(node.args[0])
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _is_mutable(node: Node) -> bool:
+    """Whether it writes to an argument, or is written to."""
+
+    def writes(node: Node) -> bool:
+        schema = getattr(node.target, "_schema", None)
+        return schema is not None and schema.is_mutable
+
+    return writes(node) or any(writes(user) and user.args[0] is node for user in node.users)
+
+
+def _where(error: BaseException) -> str:
+    """What failed, and in which module."""
+    modules, step = [], error.__traceback__
+    while step is not None:
+        owner = step.tb_frame.f_locals.get("self")
+        if step.tb_frame.f_code.co_name == "forward" and isinstance(owner, nn.Module):
+            modules.append(type(owner).__name__)
+        step = step.tb_next
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{reason[0]} (in {'.'.join(modules)})" if modules else reason[0]
