@@ -36,7 +36,7 @@ class Step:
     Attributes:
         t, t_next: solver times; sigma: noise level at t; gamma: its relative rise by churn, and by boosting's churn.
         predictor, corrector: the guidances at the first and at the second point; corrector None: first order.
-        carried: weights, at the two points, of a discriminator gradient carried over from an earlier call.
+        carried: the discriminator guidances, at the two points, whose gradient is carried over from an earlier call.
     """
 
     index: int
@@ -47,7 +47,7 @@ class Step:
     boost_gamma: float | None
     predictor: tuple[Guidance, ...]
     corrector: tuple[Guidance, ...] | None
-    carried: tuple[float, float] = (0.0, 0.0)
+    carried: tuple[DiscriminatorGuidance | None, DiscriminatorGuidance | None] = (None, None)
 
 
 def plan(
@@ -118,15 +118,15 @@ def _with_reuse(steps: list[Step], every: int) -> tuple[Step, ...]:
     """The plan with the discriminator left out of all but every so many of the calls that it guides."""
     planned, guided = [], 0
     for step in steps:
-        calls, weights = [], []
+        calls, carried = [], []
         for guidances in (step.predictor, step.corrector):
             discriminator = next((g for g in guidances or () if isinstance(g, DiscriminatorGuidance)), None)
             left_out = discriminator is not None and guided % every > 0
             guided += discriminator is not None
             calls.append(tuple(g for g in guidances or () if not (left_out and g is discriminator)))
-            weights.append(discriminator.weight if discriminator is not None and left_out else 0.0)
+            carried.append(discriminator if left_out else None)
         corrector = None if step.corrector is None else calls[1]
-        planned.append(replace(step, predictor=calls[0], corrector=corrector, carried=(weights[0], weights[1])))
+        planned.append(replace(step, predictor=calls[0], corrector=corrector, carried=(carried[0], carried[1])))
     return tuple(planned)
 
 

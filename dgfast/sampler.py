@@ -252,7 +252,7 @@ class Sampler:
         self,
         guidances: tuple[Guidance, ...],
         class_labels: Tensor | None,
-        carried_weight: float = 0.0,
+        reusing: DiscriminatorGuidance | None = None,
         carried: CarriedGradient | None = None,
     ) -> Denoise:
         """(x, t) -> denoised images and log-ratio under the given guidances."""
@@ -265,8 +265,9 @@ class Sampler:
             denoised, log_ratio, *gradient = results
             if carried is not None and gradient:
                 carried.keep(sigma, gradient[0])
-            if carried is not None and carried_weight:
-                denoised = denoised + carried.correction(sigma, carried_weight).to(denoised.dtype)
+            if carried is not None and reusing is not None:
+                weight = reusing.weight * reusing.inside(sigma)
+                denoised = denoised + carried.correction(sigma, weight).to(denoised.dtype)
             return denoised, log_ratio
 
         return denoise

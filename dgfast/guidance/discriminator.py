@@ -46,6 +46,13 @@ class DiscriminatorGuidance:
         # A grid level on the window's edge must count as inside whatever the rounding; `correct` has the last word.
         return bool(self.weight) and sigma_high >= low * (1 - 1e-6) and sigma_low <= high * (1 + 1e-6)
 
+    def inside(self, sigma: Tensor) -> Tensor:
+        """Which samples [B] it guides at the noise levels sigma [B]."""
+        tau = vp_time(sigma)
+        if self.published_window:
+            tau = tau.amin().expand_as(tau)
+        return (self.window[0] <= tau) & (tau <= self.window[1])
+
     def log_ratio(self, u: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         """log d / (1 - d), gated to +-11.51, [B]; u = alpha x at the noise level sigma [B]."""
         logit = self.discriminator(u, self.time(sigma), class_labels).float().reshape(-1)
@@ -55,10 +62,7 @@ class DiscriminatorGuidance:
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient, gate, log_ratio = log_density_gradient(lambda u: self.log_ratio(u, sigma, class_labels), x, sigma)
-        tau = vp_time(sigma)
-        if self.published_window:
-            tau = tau.amin().expand_as(tau)
-        inside = (self.window[0] <= tau) & (tau <= self.window[1])
+        inside = self.inside(sigma)
         log_ratio = torch.where(inside, log_ratio, OUTSIDE_WINDOW)
         weight = self.weight * inside.to(sigma.dtype)
         if self.boost != 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dgfast import ops
 from dgfast.guidance.compose import Denoiser, Guidance, guided_denoiser
 from dgfast.guidance.discriminator import DiscriminatorGuidance
+from dgfast.noise_levels import vp_alpha
 
 GradientKeepingDenoiser = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
@@ -26,8 +27,7 @@ def gradient_keeping_denoiser(
     def guided(x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         denoised, _ = without(x, sigma, class_labels)
         direction, gate, log_ratio = discriminator.correct(x, sigma, class_labels, denoised)
-        scale = gate / (discriminator.weight * sigma**2)
-        gradient = scale.view(-1, 1, 1, 1) * direction
+        gradient = vp_alpha(sigma).view(-1, 1, 1, 1) * direction  # ungated: the next call may be inside the window
         return ops.guide(denoised, direction, gate), log_ratio.to(sigma.dtype), gradient.float()
 
     return guided
@@ -48,9 +48,9 @@ class CarriedGradient:
         """Remember gradient [B, C, H, W] at the noise levels sigma [B]."""
         self._known = [*self._known[-1:], (sigma.view(-1, 1, 1, 1), gradient)]
 
-    def correction(self, sigma: Tensor, weight: float) -> Tensor:
-        """What to add to the denoised images at the noise levels sigma [B], under a guidance of this weight."""
-        sigma = sigma.view(-1, 1, 1, 1)
+    def correction(self, sigma: Tensor, weight: Tensor | float) -> Tensor:
+        """What to add to the denoised images at the noise levels sigma [B] for this guidance weight, one or [B]."""
+        sigma, weight = sigma.view(-1, 1, 1, 1), torch.as_tensor(weight).view(-1, 1, 1, 1)
         at, gradient = self._known[-1]
         if self._reuse == "linear" and len(self._known) == 2:
             before, earlier = self._known[0]

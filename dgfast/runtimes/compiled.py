@@ -45,10 +45,10 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
 _COMPILED_REGIONS: dict[str, Callable[..., Any]] = {}
 
 
-def _compile_region(kind: str, graph: GraphModule, example: list[Any]) -> Callable[..., Any]:
+def _compile_region(kind: str, extract: Callable[[], regions.Region]) -> Callable[..., Any]:
     """Regions of one kind are compiled once a process, whichever function they belong to."""
     if kind not in _COMPILED_REGIONS:
-        _COMPILED_REGIONS[kind] = torch._inductor.compile(graph, example)
+        _COMPILED_REGIONS[kind] = torch._inductor.compile(*extract())
     return _COMPILED_REGIONS[kind]
 
 

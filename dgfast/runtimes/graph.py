@@ -7,6 +7,7 @@ computed here, once. Nothing is left to differentiate, and no runtime needs auto
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.func import functionalize
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgfast.errors import UserError
 
@@ -37,7 +39,9 @@ def trace(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
     """
     try:
         with torch.no_grad():
-            graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+            graph = make_fx(partial(_without_reading, function), tracing_mode="fake", _allow_non_fake_inputs=True)(
+                *example
+            )
     except Exception as error:
         raise UserError(f"this network does not trace: {_where(error)}; run it without --compile") from error
     _drop_identities(graph)
@@ -97,6 +101,23 @@ def attach(graph: GraphModule, node: Node, value: Tensor) -> Node:
     return new
 
 
+def _without_reading(function: Function, *arguments: Tensor | None) -> tuple[Tensor, ...]:
+    with _NoReading():  # type: ignore[no-untyped-call]  # torch leaves its constructor untyped
+        return function(*arguments)
+
+
+class _NoReading(TorchDispatchMode):
+    """Stops what reads a tensor's values on the host, or makes a shape of them: a graph can do neither."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        if func is aten.index.Tensor:
+            reads = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        if reads:
+            raise RuntimeError(f"{func} depends on the values of a tensor")
+        return func(*args, **(kwargs or {}))
+
+
 class _Lowering(Interpreter):
     """Runs a graph while another trace watches: what it calls instead of the recorded operations is recorded anew."""
 
@@ -135,7 +156,7 @@ class _Lowering(Interpreter):
             )  # fmt: skip
             return image.squeeze(2)
         if self.channels_last and x.dim() == 4:
-            x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+            x, weight = _channels_last(x), _channels_last(weight)
         return aten.convolution.default(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
 
     def _convolution_input_gradient(
@@ -147,7 +168,10 @@ class _Lowering(Interpreter):
             raise NotImplementedError("a gradient with respect to weights: freeze the networks")
         dims, size = weight.dim() - 2, weight.shape[2:]
         if transposed:
-            return self._convolution(grad, weight, None, stride, padding, dilation, False, [0] * dims, groups)
+            image = self._convolution(grad, weight, None, stride, padding, dilation, False, [0] * dims, groups)
+            for dim in range(2, 2 + dims):  # output padding of a stride or more makes it see pixels that x has not
+                image = image.narrow(dim, 0, x.shape[dim])
+            return image
         reach = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
         if all(s == 1 for s in stride) and groups == 1:
             turned = weight.flip(*range(2, weight.dim())).transpose(0, 1).contiguous()
@@ -159,6 +183,14 @@ class _Lowering(Interpreter):
             for i, o, s, p, r in zip(x.shape[2:], grad.shape[2:], stride, padding, reach, strict=True)
         ]
         return self._convolution(grad, weight, None, stride, padding, dilation, True, extra, groups)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x [B, C, H, W] with strides that say so even where a size of 1 leaves them open: libraries guess differently."""
+    _, c, h, w = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    strides = (h * w * c, 1, w * c, c)
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def native_group_norm(
     y = (pixels * scale + shift).to(x.dtype).transpose(1, 2).reshape(x.shape)
 
     def of_group(statistic: Tensor) -> Tensor:
-        return statistic.reshape(N, group, C // group)[:, :, 0].contiguous().to(x.dtype)
+        return statistic.reshape(N, group, C // group)[:, :, 0].contiguous().to((x if weight is None else weight).dtype)
 
     return y, of_group(mean), of_group(rstd)
 

@@ -8,6 +8,7 @@ compiled once, and the compiled function is called wherever the region stood.
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ aten = torch.ops.aten
 
 _METADATA = {
     aten.view, aten.reshape, aten._unsafe_view, aten.transpose, aten.permute, aten.t, aten.expand, aten.unsqueeze,
-    aten.squeeze, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.unbind, aten.as_strided, aten.alias,
+    aten.squeeze, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.unbind, aten.alias,
 }  # fmt: skip
 _FUSIBLE = _METADATA | {
     aten.native_group_norm, aten.native_group_norm_backward, aten.silu, aten.silu_backward, aten.add, aten.sub,
@@ -34,18 +35,21 @@ _WORTHWHILE = 0.01
 """A kind of region is compiled if it keeps this share of what all of them would out of memory; each costs seconds."""
 
 
-CompileRegion = Callable[[str, GraphModule, list[Any]], Callable[..., Any]]
+Region = tuple[GraphModule, list[Any]]
+"""A region as a graph of its own, and examples of its inputs."""
+
+CompileRegion = Callable[[str, Callable[[], Region]], Callable[..., Any]]
 
 
 def fuse(graph: GraphModule, compile_region: CompileRegion) -> int:
     """Replace the regions of a lowered graph that are worth it by calls of compiled functions, in place.
 
     Args:
-        compile_region: makes a callable of the region's kind (equal for equal regions), its graph and examples of its
-            inputs.
+        compile_region: makes a callable of a region: gets its kind, a text that equal regions share, and a function
+            that cuts it out.
 
     Returns:
-        the number of compiled functions.
+        the number of kinds that were replaced.
     """
     kinds: dict[str, list[list[Node]]] = defaultdict(list)
     for nodes in _regions(graph.graph):
@@ -53,7 +57,7 @@ def fuse(graph: GraphModule, compile_region: CompileRegion) -> int:
     saved = {kind: len(alike) * _saved_bytes(alike[0]) for kind, alike in kinds.items()}
     worthwhile = [kind for kind, size in saved.items() if size and size >= _WORTHWHILE * sum(saved.values())]
     for i, kind in enumerate(worthwhile):
-        graph.add_submodule(f"region_{i}", _Region(compile_region(kind, *_extract(kinds[kind][0]))))
+        graph.add_submodule(f"region_{i}", _Region(compile_region(kind, partial(_extract, kinds[kind][0]))))
         for nodes in kinds[kind]:
             _replace(graph.graph, f"region_{i}", nodes)
     legalize_graph(graph)
@@ -127,7 +131,7 @@ def _saved_bytes(nodes: list[Node]) -> int:
     return total
 
 
-def _extract(nodes: list[Node]) -> tuple[GraphModule, list[Any]]:
+def _extract(nodes: list[Node]) -> Region:
     """The region as a graph of its own, group normalisation in its fusible form, and examples of its inputs."""
     inputs, outputs = _boundary(nodes)
     example = [node.meta["val"] for node in inputs]
@@ -143,9 +147,23 @@ def _extract(nodes: list[Node]) -> tuple[GraphModule, list[Any]]:
         traced = make_fx(region, decomposition_table=DECOMPOSITIONS, tracing_mode="fake", _allow_non_fake_inputs=True)(
             *example
         )
-        for node, output in zip(outputs, traced(*example), strict=True):
-            assert output.stride() == node.meta["val"].stride(), f"{node.target} changes its layout when fused"
+    results = traced.graph.output_node()
+    with traced.graph.inserting_before(results):
+        results.args = (tuple(_laid_out(traced.graph, *pair) for pair in zip(results.args[0], outputs, strict=True)),)  # type: ignore[arg-type]
+    traced.recompile()
     return traced, example
+
+
+def _laid_out(graph: Graph, fused: Node, original: Node) -> Node:
+    """The fused result with the strides of the original; they may differ where a size of 1 leaves them open."""
+    found, wanted = fused.meta["val"], original.meta["val"]
+    if found.stride() == wanted.stride():
+        return fused
+    pairs = zip(found.shape, found.stride(), wanted.stride(), strict=True)
+    assert all(size == 1 or a == b for size, a, b in pairs), f"{original.target} changes its layout when fused"
+    node = graph.call_function(aten.as_strided.default, (fused, list(wanted.shape), list(wanted.stride())))
+    node.meta["val"] = wanted
+    return node
 
 
 class _Region(nn.Module):
