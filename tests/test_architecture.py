@@ -27,6 +27,8 @@ ROOMS = {
     "guidance": ({"noise_levels", "ops"}, {"torch"}),
     "runtimes": ({"errors"}, {"torch"}),
     "outputs": ({"errors"}, {"torch", "numpy", "PIL"}),
+    "plan": ({"config", "errors", "guidance", "nets", "networks", "noise_levels"}, {"torch"}),
+    "batches": ({"outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }
 
 
