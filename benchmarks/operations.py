@@ -1,0 +1,171 @@
+"""The operations of dgfast/ops.py as they stand in the networks and in the solver, and the ways to run them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from benchmarks.measure import PRECISIONS, Call
+from dgfast import ops
+
+Arguments = dict[str, Any]
+Function = Callable[..., Any]
+
+_GROUPS, _EPS = 32, 1e-5
+_NORM_SHAPE = {"cpu": (2, 256, 32, 32), "cuda": (512, 256, 32, 32)}  # the layers of edm-cifar10 that move most
+_IMAGE_SHAPE = {"cpu": (64, 3, 32, 32), "cuda": (512, 3, 32, 32)}
+_SMALL_NORM_SHAPE, _SMALL_IMAGE_SHAPE = (2, 32, 8, 8), (2, 3, 8, 8)
+_PRECISIONS = {"cpu": ("float32",), "cuda": ("bf16", "float32")}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation at one size.
+
+    Attributes:
+        reference: its definition in plain torch. kernel: the same function, which runs a Triton kernel if told to.
+        arguments: draws arguments for both, the same ones at every call.
+    """
+
+    reference: Function
+    kernel: Function
+    arguments: Callable[[], Arguments]
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """An operation and the way to run it."""
+
+    name: str
+    operation: Operation
+    implementation: str
+
+    def call(self) -> Call:
+        """The operation on its arguments, ready to be timed."""
+        return IMPLEMENTATIONS[self.implementation](self.operation)
+
+
+def cases(device: torch.device, small: bool = False) -> Iterator[KernelCase]:
+    """Every operation in every way that this device has; `small` for trying the benchmarks themselves."""
+    for name, suffix, operation in _operations(device, small):
+        for implementation in IMPLEMENTATIONS:
+            if implementation != "triton" or device.type == "cuda":
+                yield KernelCase(f"{name}-{implementation}{suffix}", operation, implementation)
+
+
+def in_float64(arguments: Arguments) -> Arguments:
+    """The same numbers in float64, and every result float64 too."""
+    wide = {key: value.double() if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    return wide | ({"net_dtype": torch.float64} if "net_dtype" in wide else {})
+
+
+def bytes_moved(arguments: Arguments, results: Sequence[Tensor]) -> int:
+    """The least that must move: every argument read once, every result written once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors(arguments), *results))
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """The tensors among the arguments or the results of an operation."""
+    listed = values.values() if isinstance(values, dict) else values if isinstance(values, tuple) else [values]
+    return [value for value in listed if isinstance(value, Tensor)]
+
+
+# Ways to run one ------------------------------------------------------------------------------------------------------
+def _eager(operation: Operation) -> Call:
+    arguments = operation.arguments()
+    return lambda: tensors(operation.reference(**arguments))
+
+
+def _compiled(operation: Operation) -> Call:
+    """The reference as inductor fuses it; traced first, for one of them contains a gradient."""
+    arguments = operation.arguments()
+    names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors(operation.reference(**arguments | dict(zip(names, values, strict=True)))))
+
+    values = [arguments[name] for name in names]
+    compiled = torch.compile(make_fx(function)(*values), fullgraph=True, dynamic=False)
+    return lambda: list(compiled(*values))
+
+
+def _triton(operation: Operation) -> Call:
+    arguments = operation.arguments()
+
+    def call() -> list[Tensor]:
+        with ops.kernels("triton"):
+            return tensors(operation.kernel(**arguments))
+
+    return call
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Operation], Call]] = {"eager": _eager, "compiled": _compiled, "triton": _triton}
+
+
+# What they are called with --------------------------------------------------------------------------------------------
+def _operations(device: torch.device, small: bool) -> Iterator[tuple[str, str, Operation]]:
+    """Name, what else the case's name says, and the operation."""
+    norm_shape = _SMALL_NORM_SHAPE if small else _NORM_SHAPE[device.type]
+    image_shape = _SMALL_IMAGE_SHAPE if small else _IMAGE_SHAPE[device.type]
+    precisions = _PRECISIONS[device.type]
+    for precision in precisions:
+        suffix = f"-{precision}" if len(precisions) > 1 else ""
+        arguments = partial(_norm_arguments, norm_shape, PRECISIONS[precision], device)
+        reference, kernel = ops.group_norm_silu_reference, ops.group_norm_silu
+        yield "group_norm_silu", suffix, Operation(reference, kernel, arguments)
+        with_gradient = Operation(_with_gradient(reference), _with_gradient(kernel), arguments)
+        yield "group_norm_silu_with_gradient", suffix, with_gradient
+    for name in ("churn", "guide", "euler_update", "heun_update"):
+        arguments = partial(_update_arguments, name, image_shape, device)
+        yield name, "", Operation(getattr(ops, f"{name}_reference"), getattr(ops, name), arguments)
+
+
+def _with_gradient(function: Function) -> Function:
+    """The function of the same arguments that returns the value and the gradient of its sum in x."""
+
+    def value_and_gradient(x: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = function(x, **others)
+            (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        return y.detach(), gradient
+
+    return value_and_gradient
+
+
+def _norm_arguments(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Arguments:
+    """A normalisation of an ADM block, channels-last as in the networks."""
+    generator = torch.Generator().manual_seed(0)
+    batch, channels = shape[:2]
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    x = normal(*shape).contiguous(memory_format=torch.channels_last)
+    scale, shift = normal(batch, 2 * channels).chunk(2, dim=1)
+    affine = {"weight": normal(channels), "bias": normal(channels), "scale": scale, "shift": shift}
+    return {"x": x, "num_groups": _GROUPS, "eps": _EPS, **affine}
+
+
+def _update_arguments(name: str, shape: tuple[int, ...], device: torch.device) -> Arguments:
+    """A float64 state, float32 network outputs and one float64 coefficient a sample, as in the sampler."""
+    generator = torch.Generator().manual_seed(0)
+
+    def images(dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    def coefficient() -> Tensor:
+        return (torch.rand(shape[0], generator=generator, dtype=torch.float64) + 0.5).to(device)
+
+    if name == "churn":
+        return {"x": images(), "noise": images(), "scale_x": coefficient(), "scale_noise": coefficient()}
+    guidance = {"gradient": images(torch.float32), "gate": coefficient()}
+    if name == "guide":
+        return {"denoised": images(), **guidance}
+    slope = {"x": images(), "denoised": images(torch.float32), **{key: coefficient() for key in "abh"}}
+    second = {"d": images(), "x_prime": images(), "w": 0.5} if name == "heun_update" else {}
+    return slope | second | guidance | {"c_in": coefficient(), "net_dtype": torch.float32}

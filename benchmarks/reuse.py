@@ -1,0 +1,103 @@
+"""python -m benchmarks.reuse: what reusing the discriminator's gradient saves, and what it costs.
+
+Draws the same seeds of mnist32 with the gradient computed at every call, at every second call and so on, and prints for
+each the gradients an image, the seconds, how far the images end from those of the first row, and their quality.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+import dgfast
+from dgfast import bundle as bundles
+from dgfast.outputs import Writer, to_uint8
+from dgfast.sampler import Sampler
+
+EVERY = (1, 2, 3, 5)
+QUALITY = ("frechet", "precision", "recall", "log_ratio")
+
+
+@click.command(help=__doc__)
+@click.option("--count", default=400, show_default=True, help="Images a row: the seeds 0 to count - 1.")
+@click.option("--batch", default=100, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="A folder for reuse.json and reuse.png.")
+def main(count: int, batch: int, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = _measure(count, batch, Path(scratch))
+    (out / "reuse.json").write_text(json.dumps(rows, indent=1) + "\n")
+    _plot(rows, out / "reuse.png")
+    columns = list(rows[0])
+    click.echo("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        click.echo("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
+
+
+def _measure(count: int, batch: int, scratch: Path) -> list[dict[str, Any]]:
+    """One row for no guidance, and one for each way of reusing."""
+    found = bundles.read("mnist32")
+    networks = dgfast.load(found)
+    rows: list[dict[str, Any]] = []
+    wanted: Tensor | None = None
+    settings = [(every, reuse) for every in EVERY for reuse in (("hold",) if every == 1 else ("hold", "linear"))]
+    for every, reuse in [*settings, (0, "unguided")]:
+        weights = {"dg_every": every, "dg_reuse": reuse} if every else {"dg_weight": 0.0}
+        sampler = Sampler(networks, found.sampling, replace(found.guidance, **weights))
+        began = time.perf_counter()
+        parts = [sampler(range(start, min(start + batch, count))) for start in range(0, count, batch)]
+        seconds = time.perf_counter() - began
+        images = torch.cat(parts)
+        wanted = images if wanted is None else wanted
+        folder = scratch / f"{every}-{reuse}"
+        writer = Writer(folder, ["npz"])
+        writer.add(to_uint8(images), range(count), sampler.draw_labels(range(count)).numpy())  # type: ignore[union-attr]
+        rows.append(
+            {
+                "every": every,
+                "reuse": reuse,
+                "gradients": sampler.guidance_gradients,
+                "seconds": seconds,
+                "relative_error": float((images - wanted).norm() / wanted.norm()),
+            }
+        )
+    return [row | quality for row, quality in zip(rows, _quality(scratch, rows), strict=True)]
+
+
+def _quality(scratch: Path, rows: list[dict[str, Any]]) -> list[dict[str, float]]:
+    folders = [str(scratch / f"{row['every']}-{row['reuse']}") for row in rows]
+    report = scratch / "quality.json"
+    command = [sys.executable, "-m", "dgfast.evaluate", *folders, "--json", str(report)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found = json.loads(report.read_text())
+    return [{name: found[folder][name] for name in QUALITY} for folder in folders]
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for axis, name in zip(axes, ("relative_error", "frechet"), strict=True):
+        for reuse in ("hold", "linear"):
+            line = [row for row in rows if row["reuse"] == reuse or row["every"] == 1]
+            axis.plot([row["gradients"] for row in line], [row[name] for row in line], "o-", label=reuse)
+        unguided = next(row for row in rows if row["reuse"] == "unguided")
+        axis.plot([0], [unguided[name]], "ks", label="unguided")
+        axis.set(xlabel="discriminator gradients an image", ylabel=name.replace("_", " "), ylim=(0, None))
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The runtimes that are compared; a new one is one line of `RUNTIMES`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., tuple[Tensor, ...]]
+Build = Callable[[Function, Sequence[Tensor | None]], Function]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A way to execute the guided denoiser; without anything, plain eager.
+
+    Attributes:
+        build: (function, example of its arguments) -> a faster callable of the same.
+        capture: on CUDA, the same once more for what `build` made: for one guided call, or a whole step of a sampler.
+    """
+
+    build: Build | None = None
+    capture: Build | None = None
+
+    def call(self, function: Function, example: Sequence[Tensor | None], device: torch.device) -> Function:
+        """One guided call in this runtime."""
+        built = self.build(function, example) if self.build else function
+        return self.capture(built, example) if self.capture and device.type == "cuda" else built
+
+    def keywords(self, device: torch.device) -> dict[str, Any]:
+        """What a `Sampler` takes to run in this runtime."""
+        captured = {"step_runtime": self.capture} if self.capture and device.type == "cuda" else {}
+        return {"runtime": self.build, **captured}
+
+
+def _of(module: str) -> Build:
+    """`build` of a module of dgfast.runtimes, imported when it is first called."""
+    return lambda function, example: import_module(f"dgfast.runtimes.{module}").build(function, example)
+
+
+RUNTIMES: dict[str, Runtime] = {
+    "eager": Runtime(),
+    "compiled": Runtime(_of("compiled"), capture=_of("cuda_graph")),
+}

@@ -1,0 +1,95 @@
+"""The two things whose speed matters: one call of the guided denoiser, and a whole sampling run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.lab import Subject
+from benchmarks.measure import Call
+from benchmarks.runtimes import Function, Runtime
+from benchmarks.workloads import Workload, flops
+from dgfast import GuidanceConfig, Networks, Sampler
+from dgfast.guidance import guided_denoiser
+from dgfast.randomness import SeedStreams
+
+Arguments = tuple[Tensor, Tensor, Tensor | None]
+
+
+def guided_function(workload: Workload, networks: Networks, guided: bool, device: torch.device) -> Function:
+    """The function that a sampler calls in its guided steps, or the same without guidance."""
+    return guided_denoiser(networks.denoiser, _guided_steps(workload, networks, device)[0].predictor if guided else ())
+
+
+def guided_levels(workload: Workload, networks: Networks, device: torch.device) -> list[float]:
+    """The noise levels at which a sampler calls it."""
+    return [step.sigma for step in _guided_steps(workload, networks, device)]
+
+
+def noise_at(levels: Sequence[float], networks: Networks, seeds: Sequence[int], device: torch.device) -> Arguments:
+    """Noise and, for a conditional network, a class of every seed, at one level a seed."""
+    net, streams = networks.denoiser, SeedStreams(seeds)
+    sigma = torch.tensor(levels, dtype=torch.float64, device=device)
+    noise = streams.normal((net.img_channels, net.img_resolution, net.img_resolution), sigma.dtype, device)
+    labels = streams.labels(net.label_dim).to(device) if net.label_dim else None
+    one_hot = None if labels is None else F.one_hot(labels, net.label_dim).float()
+    return sigma.view(-1, 1, 1, 1) * noise, sigma, one_hot
+
+
+def _guided_steps(workload: Workload, networks: Networks, device: torch.device) -> list[Any]:
+    """Steps of the plan whose first call is guided."""
+    sampler = Sampler(networks, workload.sampling, workload.guidance, device)
+    return [step for step in sampler.steps if step.predictor]
+
+
+def _guided_call(
+    workload: Workload, networks: Networks, guided: bool, seeds: Sequence[int], device: torch.device
+) -> tuple[Function, Arguments]:
+    """The function and noise for it, each seed at a level of its own."""
+    levels = guided_levels(workload, networks, device)
+    order = torch.randperm(len(levels), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = [levels[order[seed % len(levels)]] for seed in seeds]
+    return guided_function(workload, networks, guided, device), noise_at(chosen, networks, seeds, device)
+
+
+def _prepare_step(
+    workload: Workload, networks: Networks, runtime: Runtime, guided: bool, seeds: Sequence[int], device: torch.device
+) -> Call:
+    function, arguments = _guided_call(workload, networks, guided, seeds, device)
+    built = runtime.call(function, arguments, device)
+
+    def call() -> Sequence[Tensor]:
+        with torch.no_grad():
+            return built(*arguments)
+
+    return call
+
+
+def _step_flops(workload: Workload, networks: Networks, guided: bool, device: torch.device) -> int:
+    function, arguments = _guided_call(workload, networks, guided, [0], device)
+    return flops(function, *arguments)
+
+
+def _sampler(workload: Workload, networks: Networks, runtime: Runtime, guided: bool, device: torch.device) -> Sampler:
+    guidance = workload.guidance if guided else GuidanceConfig()
+    return Sampler(networks, workload.sampling, guidance, device, **runtime.keywords(device))
+
+
+def _prepare_sampler(
+    workload: Workload, networks: Networks, runtime: Runtime, guided: bool, seeds: Sequence[int], device: torch.device
+) -> Call:
+    sampler = _sampler(workload, networks, runtime, guided, device)
+    sampler.prepare(len(seeds))
+    return lambda: [sampler(seeds)]
+
+
+def _sampler_flops(workload: Workload, networks: Networks, guided: bool, device: torch.device) -> int:
+    sampler = _sampler(workload, networks, Runtime(), guided, device)
+    unguided, whole = (_step_flops(workload, networks, g, device) for g in (False, True))
+    return sampler.score_evaluations * unguided + sampler.guidance_gradients * (whole - unguided)
+
+
+GUIDED_STEP = Subject("guided-step", _prepare_step, _step_flops, tolerance=2e-5)
+SAMPLER = Subject("sampler", _prepare_sampler, _sampler_flops, tolerance=2e-3)

@@ -1,0 +1,200 @@
+"""What is measured, in one place: networks, grid, guidance and batch sizes of every workload.
+
+Speed does not depend on what the weights have learned, so the full-size networks get random ones, drawn anew from a
+fixed seed. Layers that are zero before training are filled too: nothing may be trivially zero, neither the images nor
+the guidance's gradient.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
+
+import dgfast
+from dgfast import GuidanceConfig, Networks, SamplingConfig, bundle, nets
+from dgfast.nets.discriminator import Discriminator
+from dgfast.noise_levels import TIME_SCHEDULES
+
+_SEED = 0
+_GPU_BATCHES = (512, 1, 64)  # throughput, latency, and what lies between: in the order of interest
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model to sample from, and how it is sampled.
+
+    Attributes:
+        load: (device, dtype) -> its networks, frozen, in eval mode and channels-last, as `dgfast.load` gives them.
+        batches: (group of benchmarks, type of device) -> batch sizes; a group that is left out is not run.
+    """
+
+    load: Callable[[torch.device, torch.dtype], Networks]
+    sampling: SamplingConfig
+    guidance: GuidanceConfig
+    batches: Mapping[tuple[str, str], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class RandomNetworks:
+    """Networks of published shape with random weights.
+
+    Attributes:
+        score, trunk, head: kind and keywords for `nets.build`; the head reads the trunk's features.
+        time_schedule: the time that trunk and head read.
+    """
+
+    score: dict[str, Any]
+    trunk: dict[str, Any]
+    head: dict[str, Any]
+    time_schedule: str = "linear"
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Networks:
+        """The same weights at every call, rounded to `dtype`."""
+        generator = torch.Generator().manual_seed(_SEED)
+        score = fill_(nets.build(**self.score), generator)
+        trunk = fill_(nets.build(**self.trunk), generator)
+        head = fill_(nets.build(**self.head, in_channels=trunk.feature_channels), generator)
+        score, trunk, head = (_placed(net, device, dtype) for net in (score, trunk, head))
+        return Networks(score, Discriminator(trunk, head).eval(), time=TIME_SCHEDULES[self.time_schedule])
+
+
+def fill_(net: nn.Module, generator: torch.Generator) -> Any:
+    """Draw every weight anew so that activations, logits and gradients are of order one; returns `net`."""
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.normal_(generator=generator)
+            if not name.endswith("weight"):
+                parameter.mul_(0.1)
+            elif parameter.dim() == 1:
+                parameter.mul_(0.1).add_(1)
+            else:
+                gain = 4 if name.endswith("c_proj.weight") else 1  # the discriminator's last layer: its logit
+                parameter.mul_(gain / math.sqrt(parameter[0].numel()))
+    return net
+
+
+def flops(function: Callable[..., object], *arguments: Tensor | None) -> int:
+    """Operations of one call in its matrix products and convolutions, input gradients included, by counting."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()
+    # The counter does not know every fused attention kernel; written out as matrix products, it knows all.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        function(*arguments)
+    return counter.get_total_flops()
+
+
+class _NoModules(ModuleTracker):
+    """Counts nothing by module: the hooks for that fail inside `torch.autograd.grad`."""
+
+    def __enter__(self) -> "_NoModules":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+
+def _placed(net: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The net as a bundle would give it: frozen, weights in `dtype`, buffers in float32, channels-last."""
+    net.eval().requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return net.to(device, memory_format=torch.channels_last)
+
+
+def _classifier(image_size: int, depth: int, **keywords: Any) -> dict[str, Any]:
+    """An ADM encoder with the options that DG gives to both its trunk and its head (arXiv 2211.17091)."""
+    return {
+        "kind": "create_classifier", "image_size": image_size, "classifier_use_fp16": False, "classifier_width": 128,
+        "classifier_depth": depth, "classifier_attention_resolutions": "32,16,8",
+        "classifier_use_scale_shift_norm": True, "classifier_resblock_updown": True, "classifier_pool": "attention",
+        **keywords,
+    }  # fmt: skip
+
+
+def _ddpmpp(resolution: int, channel_mult: list[int]) -> dict[str, Any]:
+    """EDM's unconditional DDPM++ (arXiv 2206.00364, table 7)."""
+    return {
+        "kind": "EDMPrecond", "model_type": "SongUNet", "img_resolution": resolution, "img_channels": 3,
+        "augment_dim": 9, "model_channels": 128, "channel_mult": channel_mult, "num_blocks": 4,
+        "attn_resolutions": [16],
+    }  # fmt: skip
+
+
+def _mnist32() -> Workload:
+    shipped = bundle.read("mnist32")
+    batches = {(group, "cpu"): (64,) for group in ("guided-step", "sampler")}
+    return Workload(
+        load=lambda device, dtype: dgfast.load(shipped, device, dtype, shipped.guidance),
+        sampling=shipped.sampling,
+        guidance=shipped.guidance,
+        batches=batches | {(group, "cuda"): _GPU_BATCHES for group, _ in batches},
+    )
+
+
+def _edm_cifar10() -> Workload:
+    networks = RandomNetworks(
+        score=_ddpmpp(32, [2, 2, 2]), trunk=_classifier(32, 4), head=_classifier(8, 2, out_channels=1)
+    )
+    return Workload(
+        load=networks.load,
+        sampling=SamplingConfig(),
+        guidance=GuidanceConfig(dg_weight=2.0),  # DG's for unconditional CIFAR-10
+        batches={
+            ("guided-step", "cpu"): (2,),
+            ("guided-step", "cuda"): _GPU_BATCHES,
+            ("sampler", "cuda"): _GPU_BATCHES,
+        },
+    )
+
+
+def _edm_ffhq64() -> Workload:
+    networks = RandomNetworks(
+        score=_ddpmpp(64, [1, 2, 2, 2]),
+        trunk=_classifier(64, 4),
+        head=_classifier(8, 2, out_channels=1),
+        time_schedule="cosine",  # what ADM's 64 x 64 classifier was trained on
+    )
+    return Workload(
+        load=networks.load,
+        sampling=SamplingConfig(num_steps=40),  # EDM's for FFHQ
+        guidance=GuidanceConfig(dg_weight=1.0),
+        batches={("guided-step", "cpu"): (1,), ("guided-step", "cuda"): _GPU_BATCHES},
+    )
+
+
+def _tiny() -> Workload:
+    encoder = {
+        "kind": "EncoderUNetModel", "image_size": 8, "model_channels": 32, "num_res_blocks": 1, "channel_mult": [1],
+        "attention_resolutions": [], "num_head_channels": 32,
+    }  # fmt: skip
+    networks = RandomNetworks(
+        score={
+            "kind": "EDMPrecond", "model_type": "SongUNet", "img_resolution": 8, "img_channels": 1,
+            "model_channels": 16, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [],
+        },
+        trunk=encoder | {"in_channels": 1, "out_channels": 10},
+        head=encoder | {"out_channels": 1, "pool": "attention"},
+    )  # fmt: skip
+    groups = ("guided-step", "sampler")
+    return Workload(
+        load=networks.load,
+        sampling=SamplingConfig(num_steps=4),
+        guidance=GuidanceConfig(dg_weight=1.0),
+        batches={(group, device): (2,) for group in groups for device in ("cpu", "cuda")},
+    )
+
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "mnist32": _mnist32,
+    "edm-cifar10": _edm_cifar10,
+    "edm-ffhq64": _edm_ffhq64,
+    "tiny": _tiny,
+}
+STAND_INS = ("tiny",)
+"""Workloads that try the benchmarks themselves and say nothing about speed; run only if asked for."""
