@@ -79,8 +79,8 @@ def _require_compiler(device: torch.device) -> None:
 def _keep_freed_memory() -> None:
     """Tell glibc's malloc to keep what is freed: pages returned after every call are faulted in again by the next.
 
-    A U-Net call at batch 64 frees some hundred megabytes, in pieces above malloc's thresholds; getting them back cost
-    8,000 page faults and up to a fifth of the call's time.
+    A U-Net call at batch 64 frees some hundred megabytes, in pieces above malloc's thresholds, and getting them back
+    costs thousands of page faults.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,4 +1,4 @@
-"""Group normalisation for inductor's C++ back end: its own lowering of it is up to ten times slower than it need be.
+"""Group normalisation for inductor's C++ back end: its own lowering of it is several times slower than it need be.
 
 That back end vectorises over the last dimension in memory. Statistics of a group mix channels with pixels, and an
 index that divides the channel by the group's size stops the vectorisation of everything fused with it. Here pixels are
