@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.func import functionalize
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -113,7 +114,7 @@ class _NoReading(TorchDispatchMode):
         reads = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
         if func is aten.index.Tensor:
             reads = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        if reads:
+        if reads and any(isinstance(argument, FakeTensor) for argument in args):  # weights may be read: they are known
             raise RuntimeError(f"{func} depends on the values of a tensor")
         return func(*args, **(kwargs or {}))
 
