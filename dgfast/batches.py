@@ -48,7 +48,7 @@ def draw(
                 classes = _classes(sampler, filled, labels, done)
                 fetch = fetch_uint8(sampler(filled, classes, on_step)[: len(chunk)])
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error) or batch == 1:
+                if not _is_out_of_memory(error) or len(filled) == 1:
                     raise
             else:
                 known = None if classes is None else classes.cpu().numpy()[: len(chunk)]
@@ -58,7 +58,7 @@ def draw(
                 done += len(chunk)
                 continue
             # Outside of the handler, whose traceback holds the tensors of the batch that did not fit.
-            batch = (batch + 1) // 2
+            batch = (len(filled) + 1) // 2
             if sampler.device.type == "cuda":
                 torch.cuda.empty_cache()
             if on_smaller_batch is not None:

@@ -47,8 +47,14 @@ _COMPILED_REGIONS: dict[str, Callable[..., Any]] = {}
 
 def _compile_region(kind: str, extract: Callable[[], regions.Region]) -> Callable[..., Any]:
     """Regions of one kind are compiled once a process, whichever function they belong to."""
+    from torch._inductor.exc import CppCompileError, InductorError
+
     if kind not in _COMPILED_REGIONS:
-        _COMPILED_REGIONS[kind] = torch._inductor.compile(*extract())
+        try:
+            _COMPILED_REGIONS[kind] = torch._inductor.compile(*extract())
+        except (InductorError, CppCompileError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"torch.compile failed: {reason}; run without --compile, or with --compile=try") from error
     return _COMPILED_REGIONS[kind]
 
 

@@ -125,7 +125,8 @@ def _saved_bytes(nodes: list[Node]) -> int:
     total = 0
     for node in nodes:
         value = node.meta.get("val")
-        moves = getattr(node.target, "overloadpacket", None) not in _METADATA
+        source = node.args[0] if node.target is operator.getitem else node
+        moves = getattr(source.target, "overloadpacket", None) not in _METADATA  # type: ignore[operator, union-attr]
         if isinstance(value, Tensor) and node not in kept and moves:
             total += 2 * value.numel() * value.element_size()
     return total
