@@ -95,6 +95,8 @@ class GuidanceConfig:
         classifier_scale: classifier guidance (arXiv 2105.05233).
         cfg_scale: classifier-free guidance (arXiv 2207.12598) in the convention of Imagen, diffusers and EDM2: 1 is
             unguided. Ho and Salimans' w is cfg_scale - 1.
+        cfg_scale_low: the scale at noise levels sigma of cfg_branch and below; None: cfg_scale everywhere.
+        cfg_channels: let cfg_scale guide the first so many channels alone, as DiT's published numbers do; None: all.
         guidance_interval: (low, high]: noise levels sigma at which cfg_scale acts (arXiv 2404.07724).
         autoguidance: weight of guidance by a worse reference net (arXiv 2406.02507); 1 is unguided.
     """
@@ -108,6 +110,9 @@ class GuidanceConfig:
     published_window: bool = False
     classifier_scale: float = 0.0
     cfg_scale: float = 1.0
+    cfg_scale_low: float | None = None
+    cfg_branch: float = 0.0
+    cfg_channels: int | None = None
     guidance_interval: tuple[float, float] = (0.0, math.inf)
     autoguidance: float = 1.0
 
@@ -119,6 +124,14 @@ class GuidanceConfig:
             pair = getattr(self, name)
             if len(pair) != 2 or not pair[0] < pair[1]:
                 raise UserError(f"{name} {pair}: give two numbers, the first below the second")
+        if (self.cfg_scale_low is None) != (self.cfg_branch == 0):
+            raise UserError("cfg_scale_low and cfg_branch belong together: give both, or neither")
+        if not math.isfinite(self.cfg_scale_low or 0) or not 0 <= self.cfg_branch < math.inf:
+            raise UserError(
+                f"cfg_scale_low {self.cfg_scale_low} must be finite, cfg_branch {self.cfg_branch} too and at least 0"
+            )
+        if self.cfg_channels is not None and (not isinstance(self.cfg_channels, int) or self.cfg_channels < 1):
+            raise UserError(f"cfg_channels {self.cfg_channels} must be a whole number, at least 1")
         if not isinstance(self.dg_every, int) or self.dg_every < 1:
             raise UserError(f"dg_every {self.dg_every} must be a whole number, at least 1")
         if self.dg_reuse not in REUSES:
@@ -127,3 +140,8 @@ class GuidanceConfig:
             raise UserError("boosting judges every call by its own log-ratio; it does not go with dg_every above 1")
         if self.boosting and not self.dg_weight:
             raise UserError("boosting needs discriminator guidance; give it a weight other than 0")
+
+    @property
+    def classifier_free(self) -> bool:
+        """Whether classifier-free guidance acts at any noise level."""
+        return self.cfg_scale != 1 or self.cfg_scale_low not in (None, 1)

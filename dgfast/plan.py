@@ -92,12 +92,12 @@ def _guidances(nets: Networks, wanted: GuidanceConfig) -> tuple[list[Guidance], 
                 "no classifier guidance between them"
             )
         shared.append(ClassifierGuidance(classifier, wanted.classifier_scale, nets.time))
-    if wanted.cfg_scale != 1:
-        shared.append(ClassifierFreeGuidance(nets.denoiser, wanted.cfg_scale, wanted.guidance_interval))
+    if wanted.classifier_free:
+        shared.append(_classifier_free(nets, wanted))
     if wanted.autoguidance != 1:
         reference = _needed(nets.reference, "autoguidance", "reference")
         shared.append(Autoguidance(reference, wanted.autoguidance))
-    if (wanted.classifier_scale or wanted.cfg_scale != 1) and not nets.denoiser.label_dim:
+    if (wanted.classifier_scale or wanted.classifier_free) and not nets.denoiser.label_dim:
         raise UserError("classifier and classifier-free guidance need a conditional score network")
 
     def discriminator(weight: float, boost: float = 1.0) -> list[Guidance]:
@@ -111,6 +111,15 @@ def _guidances(nets: Networks, wanted: GuidanceConfig) -> tuple[list[Guidance], 
         shared + discriminator(wanted.dg_weight),
         shared + discriminator(wanted.dg_weight, _BOOST_WEIGHT),
         shared + discriminator(wanted.dg_weight_2nd),
+    )
+
+
+def _classifier_free(nets: Networks, wanted: GuidanceConfig) -> ClassifierFreeGuidance:
+    channels, there = wanted.cfg_channels, nets.denoiser.img_channels
+    if channels is not None and channels > there:
+        raise UserError(f"--cfg-channels {channels}: this network's images have {there}")
+    return ClassifierFreeGuidance(
+        nets.denoiser, wanted.cfg_scale, wanted.guidance_interval, wanted.cfg_scale_low, wanted.cfg_branch, channels
     )
 
 

@@ -104,6 +104,9 @@ _NUMBER = FiniteFloat()
 )
 @click.option("--classifier-scale", type=_NUMBER, help="Classifier guidance; 0 turns it off.")
 @click.option("--cfg-scale", type=_NUMBER, help="Classifier-free guidance; 1 turns it off.")
+@click.option("--cfg-scale-low", type=_NUMBER, help="The same at noise levels of --cfg-branch and below.")
+@click.option("--cfg-branch", type=_NUMBER, help="Noise level sigma at which the one scale takes over from the other.")
+@click.option("--cfg-channels", type=int, help="Guide the first so many channels alone; 3 is DiT's published way.")
 @click.option("--guidance-interval", type=FloatPair(), help="Noise levels sigma between which --cfg-scale acts.")
 @click.option("--autoguidance", type=_NUMBER, help="Guidance by a worse net; 1 turns it off.")
 @click.option("--dtype", type=click.Choice(["float32", "tf32", "bf16", "fp16"]), default="float32", show_default=True)
@@ -116,6 +119,7 @@ _NUMBER = FiniteFloat()
     flag_value="always",
     help="Compile the guided denoiser before sampling; --compile=try samples without where that can't be done.",
 )
+@click.option("--vae", help="What decodes latents: folder or hub name; default: the bundle's own.")
 @click.option("--kernels", type=click.Choice(["reference", "triton"]), default="reference", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="A new folder.")
 @click.option(
@@ -123,6 +127,7 @@ _NUMBER = FiniteFloat()
 )
 def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **options: Any) -> None:
     from dgfast import bundle as bundles
+    from dgfast.latents import decoder
     from dgfast.networks import load
     from dgfast.ops import kernels
     from dgfast.outputs import Writer
@@ -134,6 +139,7 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
     guidance = replace(found.guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
     device, dtype = _device_and_dtype(options["device"], options["dtype"])
     networks = load(found, device, dtype, guidance)
+    decode = decoder(found, networks.denoiser.img_channels, device, options["vae"])
 
     def make(compiled: bool) -> Any:
         return Sampler(networks, sampling, guidance, device, **(_runtimes(device) if compiled else {}))
@@ -148,8 +154,10 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
         if options["compiled"]:
             sampler, compiled = _compiled(sampler, make, batch, options["compiled"])
         compile_seconds = time.perf_counter() - began if compiled else 0.0
-        seconds = _draw(sampler, seeds, classes, batch, writer, static=compiled)
+        seconds = _draw(sampler, seeds, classes, batch, writer, decode, static=compiled)
     job = {"bundle": bundle, "sampling": asdict(sampling), "guidance": asdict(guidance)}
+    if decode is not None:
+        job["vae"] = options["vae"] or asdict(found.vae)
     writer.finish(
         _manifest(job, sampler, seeds, batch, options | {"compiled": compiled})
         | {"compile_seconds": compile_seconds, "seconds": seconds}
@@ -202,7 +210,9 @@ def _labels_for(sampler: Any, seeds: Sequence[int], labels: list[int] | None) ->
     return repeated
 
 
-def _draw(sampler: Any, seeds: list[int], labels: list[int] | None, batch: int, writer: Any, static: bool) -> float:
+def _draw(
+    sampler: Any, seeds: list[int], labels: list[int] | None, batch: int, writer: Any, decode: Any, static: bool
+) -> float:
     """Sample all seeds, batch by batch, into the writer; the seconds it took."""
     from tqdm import tqdm
 
@@ -216,7 +226,7 @@ def _draw(sampler: Any, seeds: list[int], labels: list[int] | None, batch: int, 
             bar.write(f"out of memory: going on with batches of {batch} images")
 
         draw(
-            sampler, seeds, labels, batch, writer.add, static=static,
+            sampler, seeds, labels, batch, writer.add, decode=decode, static=static,
             on_step=lambda step, x: bar.update(), on_smaller_batch=smaller,
         )  # fmt: skip
     return time.perf_counter() - began

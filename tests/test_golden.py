@@ -22,7 +22,7 @@ from dgfast import noise_levels as nl
 from dgfast.bundle import load_state
 from dgfast.checkpoints import nvidia_pickle
 from dgfast.config import GuidanceConfig, SamplingConfig
-from dgfast.guidance import OUTSIDE_WINDOW, DiscriminatorGuidance
+from dgfast.guidance import OUTSIDE_WINDOW, ClassifierFreeGuidance, DiscriminatorGuidance
 from dgfast.nets.discriminator import Discriminator, NoisyClassifier
 from dgfast.networks import Networks
 from dgfast.sampler import Sampler
@@ -411,8 +411,46 @@ def judge_adm(golden: Golden) -> None:
     golden.judge("cond_fn", golden.tensor("scale") * torch.stack(gradients), NET_TOL)
 
 
+# DiT ------------------------------------------------------------------------------------------------------------------
+_PUBLISHED_CFG_CHANNELS = 3  # DiT's and DG's code guide the first three latent channels alone
+
+
 def judge_dit(golden: Golden) -> None:
-    assert "DiT" not in nets.KINDS, "dgfast has DiT now: judge these files"
+    """The raw network, and classifier-free guidance of its noise as the published code does it on a doubled batch."""
+    net = golden.net("DiT", "config", "prefix", "state_dict")
+    x, y, null, times = golden.tensor("x"), golden.tensor("y"), torch.full((2,), net.null_class), golden.tensor("t")
+    golden.judge_all("pos_embed_init", nets.build("DiT", **golden.meta["config"]).pos_embed[0], NET_TOL)
+    golden.judge("out", _kept(golden, "out", torch.stack([net(x, t, y) for t in times])), NET_TOL)
+    golden.judge("out_null", _kept(golden, "out_null", net(x, times[1], null)), NET_TOL)
+    branch = int(golden.tensor("branch_time"))
+    two = {"scale": float(golden.tensor("LT_cfg")), "scale_low": float(golden.tensor("ST_cfg")), "branch": branch}
+    for key, scales in (("cfg", {"scale": float(golden.tensor("cfg_scale"))}), ("dg_early", two), ("dg_late", two)):
+        # The file does not say at which timestep; the variance, which guidance leaves alone, does.
+        calls = {t: (net(x, t, y), net(x, t, null)) for t in map(times.new_tensor, (branch, branch + 1, 500, 200, 201))}
+        reference = golden.tensor(key)[:2, x.shape[1] :]
+        t = min(
+            calls, key=lambda t: (_kept(golden, key, torch.cat(calls[t]))[:2, x.shape[1] :] - reference).abs().max()
+        )
+        outputs = dit_doubled(*calls[t], t.expand(2).double(), **scales)
+        golden.judge(key, _kept(golden, key, outputs), NET_TOL)
+
+
+def _kept(golden: Golden, key: str, full: Tensor) -> Tensor:
+    return _every_nth(full, golden.arrays[key].shape)
+
+
+def dit_doubled(conditional: Tensor, unconditional: Tensor, level: Tensor, **scales: Any) -> Tensor:
+    """Both halves of the published doubled batch: guided channels are the same, the others each half's own."""
+    channels, guided = conditional.shape[1] // 2, _PUBLISHED_CFG_CHANNELS
+    guidance = ClassifierFreeGuidance(lambda *_: unconditional[:, :channels], channels=guided, **scales)
+    correction, _ = correction_of(guidance, conditional, level, None, conditional[:, :channels])
+    noise = conditional[:, :channels] + correction
+    return torch.cat(
+        [
+            torch.cat([noise, conditional[:, channels:]], dim=1),
+            torch.cat([noise[:, :guided], unconditional[:, guided:]], dim=1),
+        ]
+    )
 
 
 def judge_pickle(golden: Golden) -> None:

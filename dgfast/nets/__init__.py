@@ -9,6 +9,7 @@ from torch import nn
 from dgfast import denoiser
 from dgfast.nets.adm import EncoderUNetModel, create_classifier
 from dgfast.nets.dhariwal_unet import DhariwalUNet
+from dgfast.nets.dit import DiT
 from dgfast.nets.features import FeatureNet
 from dgfast.nets.song_unet import SongUNet
 
@@ -16,6 +17,7 @@ _RAW: dict[str, Callable[..., nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet
 _PLAIN: dict[str, Callable[..., nn.Module]] = {
     "EncoderUNetModel": EncoderUNetModel,
     "create_classifier": create_classifier,
+    "DiT": DiT,
     "FeatureNet": FeatureNet,
 }
 KINDS = (*denoiser.PRECONDITIONERS, *_PLAIN)
@@ -26,8 +28,8 @@ def build(kind: str, **keywords: Any) -> nn.Module:
 
     Kinds: EDM's preconditioners `EDMPrecond`, `VPPrecond`, `VEPrecond` and `iDDPMPrecond`, whose keyword `model_type`
     names the raw network (SongUNet or DhariwalUNet) and which pass it what they do not use themselves; ADM's
-    `EncoderUNetModel`; `create_classifier`, the same encoder from guided-diffusion's and DG's option names; and
-    `FeatureNet`, our own, for the metrics.
+    `EncoderUNetModel`; `create_classifier`, the same encoder from guided-diffusion's and DG's option names; `DiT`;
+    and `FeatureNet`, our own, for the metrics.
 
     Raises:
         ValueError: unknown kind or model type, a keyword that the constructor does not know or misses, a
