@@ -18,7 +18,7 @@ from dgfast.checkpoints import one_line
 from dgfast.errors import UserError
 
 # OpenAI's 64, 128, 256 and 512, DG's trunk for 32 and its discriminator on 8 x 8 features, each with either depth.
-_IMAGE_SIZES = (8, 32, 64, 128, 256, 512)
+_IMAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
 _DEPTHS = (2, 4)
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -18,8 +18,10 @@ _CLASSIFIER_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     128: (1, 1, 2, 3, 4),
     64: (1, 2, 3, 4),
     32: (1, 2, 4),
+    16: (1, 2),
     8: (1,),
 }
+_LATENT_CHANNELS, _LATENT_CHANNEL_MULT = 4, {32: (1, 2, 3)}  # DG's code for ImageNet has other multipliers than its first
 
 
 def normalization(channels: int) -> FusedGroupNorm:
@@ -248,13 +250,15 @@ def create_classifier(
     """An encoder from the keywords of guided-diffusion's `create_classifier`, with DG's three at the end.
 
     `classifier_use_fp16` says how the official code would run it and changes nothing here: precision is the
-    runtime's choice. `condition` adds DG's table of 1000 labels.
+    runtime's choice. `condition` adds DG's table of 1000 labels. Four input channels are latents, whose encoder for
+    32 x 32 is narrower than that of images.
 
     Raises:
         ValueError: an image size for which no channel multipliers are published.
     """
-    if image_size not in _CLASSIFIER_CHANNEL_MULT:
-        known = ", ".join(str(size) for size in sorted(_CLASSIFIER_CHANNEL_MULT))
+    channel_mult = _CLASSIFIER_CHANNEL_MULT | (_LATENT_CHANNEL_MULT if in_channels == _LATENT_CHANNELS else {})
+    if image_size not in channel_mult:
+        known = ", ".join(str(size) for size in sorted(channel_mult))
         raise ValueError(f"no published classifier has image_size {image_size}; known sizes: {known}")
     resolutions = [int(r) for r in classifier_attention_resolutions.split(",")]
     return EncoderUNetModel(
@@ -264,7 +268,7 @@ def create_classifier(
         out_channels=out_channels,
         num_res_blocks=classifier_depth,
         attention_resolutions=[image_size // r for r in resolutions],
-        channel_mult=_CLASSIFIER_CHANNEL_MULT[image_size],
+        channel_mult=channel_mult[image_size],
         use_scale_shift_norm=classifier_use_scale_shift_norm,
         resblock_updown=classifier_resblock_updown,
         pool=classifier_pool,
