@@ -2,17 +2,29 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
-from dgfast import nets
-from dgfast.config import GuidanceConfig
+from dgfast import bundle as bundles
+from dgfast import convert, nets
+from dgfast.bundle import VaeSpec
+from dgfast.checkpoints import openai_pt
+from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.denoiser import DDPMPrecond
 from dgfast.errors import UserError
-from dgfast.guidance import ClassifierFreeGuidance, guided_denoiser
+from dgfast.guidance import ClassifierFreeGuidance, DiscriminatorGuidance, guided_denoiser, guided_posterior
+from dgfast.nets.discriminator import Discriminator
 from dgfast.nets.dit import PRESETS
+from dgfast.networks import Networks, load
+from dgfast.noise_levels import vp_alpha, vp_time
+from dgfast.runtimes import compiled
+from dgfast.sampler import Sampler
 
 FilledNet = Callable[..., Any]
 SMALL = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -165,3 +177,176 @@ def test_guidance_config_knows_whether_classifier_free_guidance_acts() -> None:
     assert GuidanceConfig(cfg_scale=2.0).classifier_free
     assert not GuidanceConfig(cfg_scale_low=1.0, cfg_branch=0.5).classifier_free
     assert not GuidanceConfig(cfg_channels=3).classifier_free
+
+
+# Guided sampling ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def denoiser(filled_net: FilledNet) -> DDPMPrecond:
+    return DDPMPrecond(filled_net("DiT", SMALL, "denoiser/"), 8, 4, 5).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def discriminator(filled_net: FilledNet) -> Discriminator:
+    """A conditional one of latents, both parts as small as they can be."""
+    common = {"model_channels": 16, "num_res_blocks": 1, "attention_resolutions": [], "num_head_channels": 16}
+    trunk = {"image_size": 8, "in_channels": 4, "out_channels": 5, "channel_mult": [1, 1], "resblock_updown": True}
+    head = {"image_size": 4, "in_channels": 16, "out_channels": 1, "channel_mult": [1], "pool": "attention"}
+    return Discriminator(
+        filled_net("EncoderUNetModel", common | trunk, "latent/trunk/"),
+        filled_net("EncoderUNetModel", common | head | {"num_classes": 5}, "latent/head/"),
+    ).eval()
+
+
+DIT_G = GuidanceConfig(
+    dg_weight=1.0, dg_window=(0.1015, 2.0), cfg_scale=1.25, cfg_scale_low=3.0, cfg_branch=0.59, cfg_channels=3
+)
+
+
+def test_dit_discriminator_reads_the_conditional_half_alone(denoiser: DDPMPrecond, discriminator: Discriminator) -> None:
+    """Classifier-free guidance doubles the score evaluations; the discriminator still sees each latent once."""
+    read: list[tuple[int, int]] = []
+
+    def reading(u: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        assert class_labels is not None and bool(class_labels.any(dim=1).all())
+        read.append((len(u), round(999 * float(t[0]))))
+        return discriminator(u, t, class_labels)
+
+    sampling = SamplingConfig(solver="ddpm", respacing="8", clip_denoised=True)
+    sampler = Sampler(Networks(denoiser, reading, time=denoiser.time), sampling, DIT_G)
+    images = sampler(range(3), [0, 4, 2])
+    assert images.shape == (3, 4, 8, 8) and bool(images.isfinite().all())
+    assert read == [(3, t) for t in (999, 856, 714, 571, 428, 285, 143)]  # 0 lies below the window
+    assert sampler.score_evaluations == 16 and sampler.guidance_gradients == 7
+
+
+def test_dit_window_and_branch_stand_between_the_published_timesteps(denoiser: DDPMPrecond) -> None:
+    """DiT-G++ guides at t > 100 and takes its larger scale up to t = 200, branch included."""
+    tau = vp_time(denoiser.levels)
+    assert tau[100] < DIT_G.dg_window[0] < tau[101] and tau[999] < DIT_G.dg_window[1]
+    assert denoiser.levels[200] < DIT_G.cfg_branch < denoiser.levels[201]
+
+
+@pytest.mark.parametrize(
+    ("guidance", "said"),
+    [(GuidanceConfig(cfg_scale=2.0, cfg_channels=5), "--cfg-channels 5"), (GuidanceConfig(cfg_scale=2.0), None)],
+)
+def test_dit_guidance_that_this_network_cannot_have_is_refused(
+    denoiser: DDPMPrecond, filled_net: FilledNet, guidance: GuidanceConfig, said: str | None
+) -> None:
+    if said is None:  # nor can one that was never trained without labels
+        raw = filled_net("DiT", SMALL | {"class_dropout_prob": 0.0}, "labels/")
+        denoiser, said = DDPMPrecond(raw, 8, 4, 5), "trained without labels"
+    with pytest.raises(UserError, match=said):
+        Sampler(Networks(denoiser), SamplingConfig(solver="ddpm", respacing="4"), guidance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ancestral", [True, False])
+def test_dit_compiled_equals_eager(denoiser: DDPMPrecond, discriminator: Discriminator, ancestral: bool) -> None:
+    """What --compile runs: DiT twice, the discriminator's gradient, both scales, inside and outside of the window."""
+    guidances = [
+        ClassifierFreeGuidance(denoiser, 1.25, scale_low=3.0, branch=0.59, channels=3),
+        DiscriminatorGuidance(discriminator, 100.0, DIT_G.dg_window, denoiser.time),
+    ]
+    function = guided_posterior(denoiser, guidances) if ancestral else guided_denoiser(denoiser, guidances)
+
+    def inputs(seed: int, *timesteps: int) -> tuple[Tensor | None, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        sigma = denoiser.levels[list(timesteps)]
+        x = torch.randn(len(sigma), 4, 8, 8, dtype=torch.float64, generator=generator)
+        x = x / vp_alpha(sigma)[:, None, None, None]
+        bounds = (torch.full_like(sigma, -4.0), torch.full_like(sigma, -2.0)) if ancestral else ()
+        return x, sigma, torch.eye(5)[[t % 5 for t in timesteps]], *bounds
+
+    with inductor.patch(compile_threads=1):
+        built = compiled.build(function, inputs(0, 500, 500, 500))
+    for seed, timesteps in enumerate([(999, 640, 201), (200, 101, 100), (3, 0, 700)]):
+        arguments = inputs(seed, *timesteps)
+        for mine, reference in zip(built(*arguments), function(*arguments), strict=True):
+            error = (mine - reference).abs().flatten(1 if reference.dim() > 1 else 0).amax(-1)
+            size = reference.abs().flatten(1 if reference.dim() > 1 else 0).amax(-1)
+            assert (error <= 2e-5 * size).all(), (timesteps, error, size)
+
+
+# Official checkpoints -------------------------------------------------------------------------------------------------
+def converted(*arguments: object) -> str:
+    result = CliRunner().invoke(convert.main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, filled_net: FilledNet) -> tuple[Path, nn.Module]:
+    net = filled_net("DiT", SMALL, "checkpoint/")
+    torch.save(net.state_dict(), tmp_path / "dit.pt")
+    return tmp_path / "dit.pt", net
+
+
+def test_dit_checkpoint_becomes_a_bundle(checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    path, net = checkpoint
+    output = converted(path, "--out", tmp_path / "b", "--role", "score", "--set", "num_heads=2", "--vae", "some/vae")
+    assert "DDPMPrecond" in output
+    bundle = bundles.read(tmp_path / "b")
+    assert bundle.vae == VaeSpec("some/vae", 0.18215)
+    assert (bundle.sampling.solver, bundle.sampling.respacing, bundle.sampling.clip_denoised) == ("ddpm", "250", False)
+    assert bundle.guidance == GuidanceConfig(dg_window=DIT_G.dg_window)
+    score: Any = load(bundle).denoiser
+    assert (score.img_channels, score.img_resolution, score.label_dim, score.null_class) == (4, 8, 5, 5)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([999, 20]), torch.tensor([5, 1])
+    assert torch.equal(score.model(x, t, y), net(x, t, y))
+
+
+@pytest.mark.parametrize("name", ["DiT-S/8", "DiT-XL/2"])
+def test_dit_published_checkpoint_says_itself_what_it_is(name: str) -> None:
+    from dgfast.checkpoints import dit
+
+    with torch.device("meta"):
+        tensors = nets.build("DiT", **PRESETS[name]).state_dict()
+    keywords = dit.score_keywords(tensors, {}, name)
+    with torch.device("meta"):
+        made = nets.build("DDPMPrecond", **keywords).get_submodule("model")
+    assert {key: value.shape for key, value in made.state_dict().items()} == {k: v.shape for k, v in tensors.items()}
+    assert [block.attn.num_heads for block in made.blocks] == [PRESETS[name]["num_heads"]] * PRESETS[name]["depth"]
+    assert made.out_channels == 8 and made.null_class == 1000
+
+
+def test_dit_of_no_published_size_needs_its_heads(checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    arguments = [str(checkpoint[0]), "--out", str(tmp_path / "b"), "--role", "score"]
+    result = CliRunner().invoke(convert.main, arguments)
+    assert result.exit_code == 2 and "--set num_heads=" in result.output and not (tmp_path / "b").exists()
+
+
+def test_dit_with_a_tensor_missing_is_refused(checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    path, net = checkpoint
+    for name in ("pos_embed", "blocks.1.attn.qkv.bias"):
+        torch.save({key: value for key, value in net.state_dict().items() if key != name}, path)
+        arguments = [str(path), "--out", str(tmp_path / "b"), "--role", "score", "--set", "num_heads=2"]
+        result = CliRunner().invoke(convert.main, arguments)
+        assert result.exit_code == 2 and name in result.output and not (tmp_path / "b").exists()
+
+
+def test_dit_vae_belongs_to_a_score_network(checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    arguments = [str(checkpoint[0]), "--out", str(tmp_path / "b"), "--role", "classifier", "--vae", "some/vae"]
+    result = CliRunner().invoke(convert.main, arguments)
+    assert result.exit_code == 2 and "--vae is for a score network" in result.output
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"image_size": 32, "in_channels": 4, "out_channels": 1000, "condition": False},
+        {"image_size": 8, "in_channels": 384, "out_channels": 1, "condition": True},
+    ],
+)
+def test_dit_discriminator_checkpoints_say_themselves_what_they_are(shape: dict[str, Any]) -> None:
+    """DG's encoder of latents and the conditional head on its 384 x 8 x 8 features."""
+    keywords = {
+        "classifier_use_fp16": False, "classifier_width": 128, "classifier_depth": 2,
+        "classifier_attention_resolutions": "32,16,8", "classifier_use_scale_shift_norm": True,
+        "classifier_resblock_updown": True, "classifier_pool": "attention", **shape,
+    }  # fmt: skip
+    with torch.device("meta"):
+        net = nets.build("create_classifier", **keywords)
+    assert openai_pt.classifier_keywords(net.state_dict(), {}, "file") == keywords
+    if shape["image_size"] == 32:
+        assert (net.feature_channels, net.feature_size) == (384, 8)

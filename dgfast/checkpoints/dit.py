@@ -10,8 +10,16 @@ from dgfast.errors import UserError
 from dgfast.nets.dit import PRESETS
 
 
-def dit_keywords(tensors: Mapping[str, Tensor], given: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """Keywords with which `nets.build("DiT", ...)` makes a network for these tensors, as DiT's own code names them.
+_MARK = "x_embedder.proj.weight"
+
+
+def is_dit(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are a DiT's tensors, under the names of its own code."""
+    return _MARK in tensors
+
+
+def score_keywords(tensors: Mapping[str, Tensor], given: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Keywords with which `nets.build("DDPMPrecond", ...)` makes a denoiser of these tensors.
 
     The last row of the label table counts as the null class. The number of heads is that of the published network of
     the same width and depth. What is `given` is taken as it is.
@@ -25,17 +33,18 @@ def dit_keywords(tensors: Mapping[str, Tensor], given: Mapping[str, Any], source
             raise UserError(f"{source} is no DiT: {name} is missing or misshapen")
         return tensors[name].shape[axis]
 
-    patch = extent("x_embedder.proj.weight", 2)
-    channels, width = extent("x_embedder.proj.weight", 1), extent("x_embedder.proj.weight", 0)
+    patch = extent(_MARK, 2)
+    channels, width = extent(_MARK, 1), extent(_MARK, 0)
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     read_off = {
-        "input_size": math.isqrt(extent("pos_embed", 1)) * patch,
+        "model_type": "DiT",
+        "img_resolution": math.isqrt(extent("pos_embed", 1)) * patch,
+        "img_channels": channels,
+        "label_dim": extent("y_embedder.embedding_table.weight", 0) - 1,
         "patch_size": patch,
-        "in_channels": channels,
         "hidden_size": width,
         "depth": depth,
         "mlp_ratio": extent("blocks.0.mlp.fc1.weight", 0) / width,
-        "num_classes": extent("y_embedder.embedding_table.weight", 0) - 1,
         "learn_sigma": extent("final_layer.linear.weight", 0) == 2 * channels * patch**2,
     }
     heads = {(size["depth"], size["hidden_size"]): size["num_heads"] for size in PRESETS.values()}
