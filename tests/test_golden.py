@@ -518,14 +518,14 @@ def judge_dit_network(golden: Golden) -> None:
     branch = int(golden.tensor("branch_time"))
     two = {"scale": float(golden.tensor("LT_cfg")), "scale_low": float(golden.tensor("ST_cfg")), "branch": branch}
     for key, scales in (("cfg", {"scale": float(golden.tensor("cfg_scale"))}), ("dg_early", two), ("dg_late", two)):
-        # The file does not say at which timestep; the variance, which guidance leaves alone, does.
+        # The file does not say at which timestep; the channels that guidance leaves alone do.
         calls = {}
         for t in (branch, branch + 1, 500, 200, 201):
             pair = net(x, torch.tensor([t]), y), net(x, torch.tensor([t]), null)
-            outputs = dit_doubled(*pair, torch.full((len(x),), float(t)), **scales)
+            outputs = dit_doubled(*pair, channels, torch.full((len(x),), float(t)), **scales)
             calls[t] = _kept(golden, key, outputs)
         reference = golden.tensor(key)
-        at = min(calls, key=lambda t: float((calls[t] - reference)[: len(x), channels:].abs().max()))
+        at = min(calls, key=lambda t: float((calls[t] - reference)[: len(x), _PUBLISHED_CFG_CHANNELS:].abs().max()))
         golden.judge(key, calls[at], NET_TOL)
 
 
@@ -533,9 +533,11 @@ def _kept(golden: Golden, key: str, full: Tensor) -> Tensor:
     return _every_nth(full, golden.arrays[key].shape)
 
 
-def dit_doubled(conditional: Tensor, unconditional: Tensor, level: Tensor, **scales: Any) -> Tensor:
+def dit_doubled(
+    conditional: Tensor, unconditional: Tensor, channels: int, level: Tensor, **scales: Any
+) -> Tensor:
     """Both halves of the published doubled batch: guided channels are the same, the others each half's own."""
-    channels, guided = conditional.shape[1] // 2, _PUBLISHED_CFG_CHANNELS
+    guided = _PUBLISHED_CFG_CHANNELS
     guidance = ClassifierFreeGuidance(lambda *_: unconditional[:, :channels], channels=guided, **scales)
     correction, _ = correction_of(guidance, conditional, level, None, conditional[:, :channels])
     noise = (conditional[:, :channels] + correction).float()
@@ -576,7 +578,7 @@ def judge_dit_loop(golden: Golden, tag: str, monkeypatch: pytest.MonkeyPatch) ->
     """The ancestral loop; dgfast runs the first half of the published doubled batch, the second is put together."""
     case, config = golden.meta["cases"][tag], golden.meta["config"]
     raw = golden.net("DiT", "config", "prefix")
-    net = DDPMPrecond(raw, raw.input_size, raw.in_channels, raw.num_classes, learn_sigma=config["learn_sigma"])
+    net = DDPMPrecond(raw, raw.input_size, raw.in_channels, raw.num_classes, learn_sigma=config.get("learn_sigma", True))
     branch = case["model_kwargs"].get("branch_time")
     scales = {"scale": case["model_kwargs"].get("cfg_scale", case["model_kwargs"].get("LT_cfg"))}
     if branch is not None:
@@ -632,7 +634,7 @@ def judge_dit_loop(golden: Golden, tag: str, monkeypatch: pytest.MonkeyPatch) ->
         sigma = t.flatten()
         alpha = nl.vp_alpha(t)
         outputs = [raw((alpha * first).float(), net.timesteps(sigma), labels) for labels in (y, y * 0 + raw.null_class)]
-        noise_seen, v = dit_doubled(*outputs, sigma, **scales)[len(y) :].double().chunk(2, dim=1)
+        noise_seen, v = dit_doubled(*outputs, raw.in_channels, sigma, **scales)[len(y) :].double().chunk(2, dim=1)
         denoised = second - t * noise_seen
         variance = (bound[0] + (v + 1) / 2 * (bound[1] - bound[0])).exp()
         shift = variance * gradients.get(float(sigma[0]), torch.zeros(()))

@@ -9,7 +9,6 @@ from torch import Tensor
 from dgfast.errors import UserError
 from dgfast.nets.dit import PRESETS
 
-
 _MARK = "x_embedder.proj.weight"
 
 

@@ -27,7 +27,7 @@ _METADATA = {
     aten.squeeze, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.unbind, aten.alias,
 }  # fmt: skip
 _FUSIBLE = _METADATA | {
-    aten.native_group_norm, aten.native_group_norm_backward, aten.silu, aten.silu_backward, aten.add, aten.sub,
+    aten.native_group_norm, aten.native_group_norm_backward, aten.native_layer_norm, aten.gelu, aten.silu, aten.silu_backward, aten.add, aten.sub,
     aten.mul, aten.div, aten.neg, aten.sigmoid, aten._to_copy, aten.clone, aten.cat, aten.stack, aten.avg_pool2d,
     aten.avg_pool2d_backward, aten.upsample_nearest2d,
 }  # fmt: skip
