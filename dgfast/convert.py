@@ -1,8 +1,9 @@
 """python -m dgfast.convert: put an official checkpoint into a bundle, without running code from it.
 
 FILE is a network snapshot of NVIDIA's EDM (.pkl), which says itself what it is, or a state dict (.pt, .safetensors),
-whose --role must be given. OpenAI's classifiers and DG's discriminators are known by their shapes; any other state dict
-needs --kind and the constructor's keywords. Convert each file with the same --out to join them in one bundle.
+whose --role must be given. OpenAI's score networks and classifiers and DG's discriminators are known by their shapes;
+any other state dict needs --kind and the constructor's keywords. Convert each file with the same --out to join them in
+one bundle.
 """
 
 import json
@@ -32,7 +33,7 @@ _STATE_DICTS = (".pt", ".pth", ".safetensors")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle, new or not.")
 @click.option("--role", type=click.Choice(_DENOISERS + _ENCODERS), help="Default for .pkl: score.")
-@click.option("--kind", help="EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, EncoderUNetModel, create_classifier.")
+@click.option("--kind", help="EDMPrecond, iDDPMPrecond, DDPMPrecond, EncoderUNetModel, ...")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Keywords as JSON.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One keyword more; VALUE as JSON.")
 @click.option("--time-schedule", type=click.Choice(["linear", "cosine"]), help="The time that a classifier reads.")
@@ -65,11 +66,18 @@ def main(
     if role == "classifier" and time_schedule is None:
         time_schedule = "cosine" if keywords["image_size"] == 64 else "linear"  # what ADM trained them on
     if role == "score" and bundle.sampling == SamplingConfig():
-        # EDM's own numbers of steps, for CIFAR-10 and for FFHQ and AFHQ
-        bundle = replace(bundle, sampling=SamplingConfig(num_steps=18 if keywords["img_resolution"] < 64 else 40))
+        bundle = replace(bundle, sampling=_published_sampling(kind, keywords))
     _write(bundle, role, net, kind, keywords, time_schedule)
     parameters = sum(parameter.numel() for parameter in net.parameters())
     click.echo(f"{out}: {role} {kind}, {parameters:,} parameters")
+
+
+def _published_sampling(kind: str, keywords: Mapping[str, Any]) -> SamplingConfig:
+    """How the authors of such a score network sample from it."""
+    if kind == "DDPMPrecond":
+        return SamplingConfig(solver="ddpm", respacing="250", clip_denoised=True)
+    # EDM's own numbers of steps, for CIFAR-10 and for FFHQ and AFHQ
+    return SamplingConfig(num_steps=18 if keywords["img_resolution"] < 64 else 40)
 
 
 def _keywords(config: Path | None, settings: tuple[str, ...]) -> dict[str, Any]:
@@ -145,10 +153,12 @@ def _network(
     else:
         tensors = openai_pt.read(file)
         if kind is None and role in _DENOISERS:
-            raise UserError(f"{file}: give --kind ({', '.join(denoiser.PRECONDITIONERS)}) and its keywords with --set")
+            kind, keywords = "DDPMPrecond", openai_pt.score_keywords(tensors, given, file)
+        if kind == "DDPMPrecond" and not any(name.startswith("model.") for name in tensors):
+            tensors = {f"model.{name}": value for name, value in tensors.items()}  # OpenAI's are of the raw network
         if kind in (None, "create_classifier"):
             kind, keywords = "create_classifier", openai_pt.classifier_keywords(tensors, given, file)
-    kinds = [k for k in nets.KINDS if (k in denoiser.PRECONDITIONERS) == (role in _DENOISERS)]
+    kinds = list(denoiser.PRECONDITIONERS) if role in _DENOISERS else ["EncoderUNetModel", "create_classifier"]
     if kind not in kinds:
         raise UserError(f"a {role} network cannot be of the kind {kind!r}; use {', '.join(kinds)}")
     try:
