@@ -261,16 +261,17 @@ def _without_defaults(record: Any) -> dict[str, Any]:
     return {f.name: values[f.name] for f in fields(record) if values[f.name] != f.default}
 
 
-def _to_json(guidance: dict[str, Any]) -> dict[str, Any]:
+def _to_json(value: Any) -> Any:
     """Intervals may end at infinity, for which JSON has no number."""
-    return {
-        name: [end if math.isfinite(end) else str(end) for end in value] if isinstance(value, tuple) else value
-        for name, value in guidance.items()
-    }
+    if isinstance(value, dict):
+        return {name: _to_json(entry) for name, entry in value.items()}
+    if isinstance(value, tuple):
+        return [end if isinstance(end, tuple) or math.isfinite(end) else str(end) for end in value]
+    return value
 
 
 def _from_json(guidance: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: tuple(float(end) for end in value) if isinstance(value, list) else value
-        for name, value in guidance.items()
-    }
+    def numbers(value: Any) -> Any:
+        return tuple(map(numbers, value)) if isinstance(value, list) else float(value)
+
+    return {name: numbers(value) if isinstance(value, list) else value for name, value in guidance.items()}

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dgfast.errors import UserError
 
@@ -105,6 +106,8 @@ class GuidanceConfig:
         boosting: DG's boosting for conditional nets: every fifth step churns, every second doubles the guidance, both
             only for samples that the discriminator holds for generated.
         published_window: judge dg_window by the smallest tau of the batch, as DG's code does.
+        dg_schedule, classifier_schedule: factors on these two weights along the trajectory: (tau, factor) by rising VP
+            time, linear between and constant beyond them; two of the same tau are a jump.
         classifier_scale: classifier guidance (arXiv 2105.05233).
         cfg_scale: classifier-free guidance (arXiv 2207.12598) in the convention of Imagen, diffusers and EDM2: 1 is
             unguided. Ho and Salimans' w is cfg_scale - 1.
@@ -128,6 +131,8 @@ class GuidanceConfig:
     cfg_channels: int | None = None
     guidance_interval: tuple[float, float] = (0.0, math.inf)
     autoguidance: float = 1.0
+    dg_schedule: tuple[tuple[float, float], ...] = ()
+    classifier_schedule: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("dg_weight", "dg_weight_2nd", "classifier_scale", "cfg_scale", "autoguidance"):
@@ -145,6 +150,11 @@ class GuidanceConfig:
             )
         if self.cfg_channels is not None and (not isinstance(self.cfg_channels, int) or self.cfg_channels < 1):
             raise UserError(f"cfg_channels {self.cfg_channels} must be a whole number, at least 1")
+        for name in ("dg_schedule", "classifier_schedule"):
+            points = getattr(self, name)
+            numbers = all(len(point) == 2 and all(map(math.isfinite, point)) for point in points)
+            if not numbers or any(later[0] < point[0] for point, later in pairwise(points)):
+                raise UserError(f"{name} {points}: give pairs of numbers, time tau and factor, by rising tau")
         if not isinstance(self.dg_every, int) or self.dg_every < 1:
             raise UserError(f"dg_every {self.dg_every} must be a whole number, at least 1")
         if self.dg_reuse not in REUSES:

@@ -1,8 +1,9 @@
 """python -m dgfast.convert: put an official checkpoint into a bundle, without running code from it.
 
 FILE is a network snapshot of NVIDIA's EDM (.pkl), which says itself what it is, or a state dict (.pt, .safetensors),
-whose --role must be given. OpenAI's classifiers, DG's discriminators and DiT are known by their shapes; any other state
-dict needs --kind and the constructor's keywords. Convert each file with the same --out to join them in one bundle.
+whose --role must be given. OpenAI's score networks and classifiers, DG's discriminators and DiT are known by their
+shapes; any other state dict needs --kind and the constructor's keywords. Convert each file with the same --out to join
+them in one bundle.
 """
 
 import json
@@ -33,7 +34,7 @@ _DIT_WINDOW = (0.1015, 2.0)  # DiT-G++ guides at timesteps above 100: tau is 0.1
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle, new or not.")
 @click.option("--role", type=click.Choice(_DENOISERS + _ENCODERS), help="Default for .pkl: score.")
-@click.option("--kind", help="EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, EncoderUNetModel, create_classifier.")
+@click.option("--kind", help="EDMPrecond, iDDPMPrecond, DDPMPrecond, DiT, EncoderUNetModel, ...")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Keywords as JSON.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One keyword more; VALUE as JSON.")
 @click.option("--time-schedule", type=click.Choice(["linear", "cosine"]), help="The time that a classifier reads.")
@@ -170,12 +171,10 @@ def _network(
         tensors = openai_pt.read(file)
         if role in _DENOISERS and (kind == "DiT" or (kind is None and dit.is_dit(tensors))):
             kind, keywords = "DDPMPrecond", dit.score_keywords(tensors, given, file)
-        if kind == "DDPMPrecond" and not any(name.startswith("model.") for name in tensors):
-            tensors = {
-                f"model.{name}": value for name, value in tensors.items()
-            }  # published ones are of the raw network
         if kind is None and role in _DENOISERS:
-            raise UserError(f"{file}: give --kind ({', '.join(denoiser.PRECONDITIONERS)}) and its keywords with --set")
+            kind, keywords = "DDPMPrecond", openai_pt.score_keywords(tensors, given, file)
+        if kind == "DDPMPrecond" and not any(name.startswith("model.") for name in tensors):
+            tensors = {f"model.{name}": value for name, value in tensors.items()}  # published ones are of the raw net
         if kind in (None, "create_classifier"):
             kind, keywords = "create_classifier", openai_pt.classifier_keywords(tensors, given, file)
     kinds = list(denoiser.PRECONDITIONERS) if role in _DENOISERS else ["EncoderUNetModel", "create_classifier"]

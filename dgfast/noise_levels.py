@@ -9,6 +9,7 @@ float64.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -213,7 +214,6 @@ def iddpm_levels(C_1: float, C_2: float, M: int, dtype: torch.dtype = torch.floa
 
 # DDPM -----------------------------------------------------------------------------------------------------------------
 NOISE_SCHEDULES = ("linear", "cosine")
-_COSINE_MAX_BETA = 0.999
 
 
 def ddpm_levels(noise_schedule: str, steps: int) -> Tensor:
@@ -233,7 +233,7 @@ def ddpm_levels(noise_schedule: str, steps: int) -> Tensor:
     else:
         time = torch.arange(steps + 1, dtype=torch.float64) / steps
         alpha_bar = ((time + _COSINE_S) / (1 + _COSINE_S) * math.pi / 2).cos() ** 2
-        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clip(max=_COSINE_MAX_BETA)
+        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clip(max=0.999)
     if not bool((betas < 1).all()):
         raise ValueError(f"noise_schedule {noise_schedule} needs more than {steps} steps: its beta would reach 1")
     alpha_bar = (1 - betas).cumprod(0)
@@ -262,12 +262,10 @@ def respaced_timesteps(respacing: str, steps: int) -> list[int]:
     for section, count in enumerate(int(count) for count in counts):
         size = steps // len(counts) + (section < steps % len(counts))
         if size < count:
-            raise UserError(f"--respacing {respacing}: a section of {size} of the {steps} timesteps has no {count}")
+            raise UserError(f"--respacing {respacing}: a section of {size} of {steps} timesteps has no {count}")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        at = 0.0  # summed up rather than multiplied: the published code's rounding of halves hangs on it
-        for _ in range(count):
-            kept.append(start + round(at))
-            at += stride
+        # Summed up, not multiplied: which way the published code rounds halves hangs on it.
+        kept += [start + round(at) for at in accumulate([0.0] + [stride] * (count - 1))]
         start += size
     return kept
 

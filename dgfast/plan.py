@@ -17,6 +17,7 @@ from dgfast.guidance import (
     ClassifierGuidance,
     DiscriminatorGuidance,
     Guidance,
+    WeightSchedule,
 )
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.networks import Networks
@@ -115,6 +116,8 @@ def _classes(classifier: object) -> int:
 
 def _log_variances(networks: Networks, config: SamplingConfig, levels: Tensor) -> list[tuple[float, float]]:
     """Logarithms of the ancestral steps' least and most variance; the same one twice where the network learns none."""
+    if config.solver == "ddpm" and not bool((levels.diff() < 0).all()):
+        raise UserError("two of the steps round to one noise level of the network: use --respacing, or fewer --steps")
     bounds = posterior_log_variances(levels)
     if getattr(networks.denoiser, "learn_sigma", False):
         return [(float(least), float(most)) for least, most in bounds]
@@ -134,7 +137,8 @@ def _guidances(nets: Networks, wanted: GuidanceConfig) -> tuple[list[Guidance], 
                 f"the classifier knows {classes} classes, the score network {nets.denoiser.label_dim}: "
                 "no classifier guidance between them"
             )
-        shared.append(ClassifierGuidance(classifier, wanted.classifier_scale, nets.time))
+        schedule = WeightSchedule(wanted.classifier_schedule)
+        shared.append(ClassifierGuidance(classifier, wanted.classifier_scale, nets.time, schedule))
     if wanted.classifier_free:
         shared.append(_classifier_free(nets, wanted))
     if wanted.classifier_free and getattr(nets.denoiser, "null_class", 0) is None:
@@ -151,8 +155,8 @@ def _guidances(nets: Networks, wanted: GuidanceConfig) -> tuple[list[Guidance], 
         if not weight:
             return []
         net = _needed(nets.discriminator, "discriminator guidance", "discriminator")
-        window, published = wanted.dg_window, wanted.published_window
-        return [DiscriminatorGuidance(net, weight, window, nets.time, published, boost)]
+        window, published, schedule = wanted.dg_window, wanted.published_window, WeightSchedule(wanted.dg_schedule)
+        return [DiscriminatorGuidance(net, weight, window, nets.time, published, boost, schedule)]
 
     return (
         shared + discriminator(wanted.dg_weight),

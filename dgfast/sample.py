@@ -66,6 +66,21 @@ class FloatPair(click.ParamType):  # type: ignore[type-arg]  # generic only in c
         return low, high
 
 
+class WeightPoints(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
+    """Points of a schedule, such as 0.1:0,0.5:1."""
+
+    name = "tau:factor,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            points = tuple(tuple(float(number) for number in point.split(":")) for point in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r}: expected points such as 0.1:0,0.5:1", param, ctx)
+        return points
+
+
 class FiniteFloat(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
     """A number, neither infinite nor NaN."""
 
@@ -111,6 +126,7 @@ _NUMBER = FiniteFloat()
 @click.option("--dg-weight", type=_NUMBER, help="Discriminator guidance; 0 turns it off.")
 @click.option("--dg-weight-2nd", type=_NUMBER, help="The same at the solver's second point.")
 @click.option("--dg-window", type=FloatPair(), help="VP times between which it acts.")
+@click.option("--dg-schedule", type=WeightPoints(), help="Factor on --dg-weight by VP time, linear between points.")
 @click.option("--dg-every", type=int, help="Compute its gradient at every so many guided calls only.")
 @click.option("--dg-reuse", type=click.Choice(REUSES), help="What the calls between use.")
 @click.option("--boosting", is_flag=True, default=None, help="DG's boosting, for conditional nets.")
@@ -118,6 +134,7 @@ _NUMBER = FiniteFloat()
     "--published-window", is_flag=True, default=None, help="Judge the window by the batch, as DG's code does."
 )
 @click.option("--classifier-scale", type=_NUMBER, help="Classifier guidance; 0 turns it off.")
+@click.option("--classifier-schedule", type=WeightPoints(), help="Factor on --classifier-scale, as --dg-schedule.")
 @click.option("--cfg-scale", type=_NUMBER, help="Classifier-free guidance; 1 turns it off.")
 @click.option("--cfg-scale-low", type=_NUMBER, help="The same at noise levels of --cfg-branch and below.")
 @click.option("--cfg-branch", type=_NUMBER, help="Noise level sigma at which the one scale takes over from the other.")

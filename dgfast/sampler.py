@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
@@ -18,7 +17,7 @@ from dgfast.guidance import (
     guided_denoiser,
     guided_posterior,
 )
-from dgfast.networks import Networks
+from dgfast.networks import Networks, one_hot
 from dgfast.noise_levels import coordinates, sigma_bounds, vp_alpha
 from dgfast.plan import Step, class_count, noise_grid, plan
 from dgfast.randomness import SeedStreams
@@ -40,7 +39,7 @@ class Sampler:
 
     Attributes:
         steps: the plan. score_evaluations, guidance_gradients: network calls that one image costs.
-        classes: number of classes among which a label chooses, 0 for none.
+        classes: number of classes among which a label chooses, 0 for none. shape: of one image, [C, H, W].
     """
 
     def __init__(
@@ -76,6 +75,7 @@ class Sampler:
         grid = noise_grid(networks, sampling, low, high).to(self.device)
         self.sampling = sampling = replace(sampling, num_steps=len(grid))
         self.classes = class_count(networks, guidance)
+        self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
         self.steps = plan(networks, sampling, guidance, grid, self.coordinates)
         calls = [g for step in self.steps for g in (step.predictor, step.corrector) if g is not None]
         self.score_evaluations = sum(1 + sum(guidance.evaluations for guidance in call) for call in calls)
@@ -99,47 +99,29 @@ class Sampler:
         """
         if not len(seeds):
             raise UserError("no seeds: give one an image")
-        net = self.networks.denoiser
         streams = SeedStreams(seeds)
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        latents = streams.normal(shape, torch.float32, self.device)
+        latents = streams.normal(self.shape, torch.float32, self.device)
         drawn = streams.labels(self.classes) if self.classes else None
         class_labels = self.class_labels(drawn if labels is None else labels, len(latents))
 
         def noise() -> Tensor:
-            return streams.normal(shape, self.state_dtype, self.device)
+            return streams.normal(self.shape, self.state_dtype, self.device)
 
         return self.integrate(latents, class_labels, noise, on_step).float()
 
     def draw_labels(self, seeds: Sequence[int]) -> Tensor | None:
         """The class indices [N] that the seeds themselves give, as in EDM's generator; None without classes."""
-        net = self.networks.denoiser
         streams = SeedStreams(seeds)
-        streams.normal((net.img_channels, net.img_resolution, net.img_resolution), torch.float32, torch.device("cpu"))
+        streams.normal(self.shape, torch.float32, torch.device("cpu"))
         return streams.labels(self.classes) if self.classes else None
 
     def class_labels(self, labels: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
-        """One-hot rows [count, label_dim] of class indices; None for an unconditional net.
+        """One-hot rows [count, classes] of class indices; None without any.
 
         Raises:
-            UserError: labels for an unconditional net, out of range or of another number.
+            UserError: see `one_hot`.
         """
-        if labels is None:
-            return None
-        if not self.classes:
-            raise UserError("this score network is unconditional; leave the labels out")
-        indices = torch.as_tensor(labels, device=self.device)
-        if indices.is_floating_point():
-            raise UserError("labels are class indices: whole numbers")
-        indices = indices.long()
-        if indices.shape != (count,):
-            raise UserError(f"{indices.numel()} labels for {count} images; give one label an image")
-        wrong = indices[(indices < 0) | (indices >= self.classes)]
-        if len(wrong):
-            raise UserError(
-                f"label {int(wrong[0])} is out of range; this network knows classes 0 to {self.classes - 1}"
-            )
-        return F.one_hot(indices, self.classes).float()
+        return None if labels is None else one_hot(labels, self.classes, count, self.device)
 
     @torch.no_grad()
     def integrate(
@@ -200,16 +182,13 @@ class Sampler:
 
     def prepare(self, batch: int) -> None:
         """Build every function that the plan calls for batches of this size, so that sampling itself compiles none."""
-        net = self.networks.denoiser
-        shape = (batch, net.img_channels, net.img_resolution, net.img_resolution)
-        x = torch.zeros(shape, dtype=self.state_dtype, device=self.device)
+        x = torch.zeros((batch, *self.shape), dtype=self.state_dtype, device=self.device)
         labels = self.class_labels([0] * batch, batch) if self.classes else None
         sigma = torch.ones(batch, dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for guidances in dict.fromkeys(g for step in self.steps for g in (step.predictor, step.corrector)):
                 if guidances is not None:  # each function once, not once a step
-                    bounds = self._log_variances(self.steps[0], sigma) if self.sampling.solver == "ddpm" else ()
-                    example = (x, sigma, labels, *bounds)
+                    example = (x, sigma, labels, *self._fresh_noise(self.steps[0], x, lambda: x)[1:])
                     self._function(guidances, example, self.guidance.dg_every > 1)(*example)
             if self._step_runtime is not None:
                 self.integrate(x.float(), labels, lambda: torch.zeros_like(x))
@@ -236,13 +215,8 @@ class Sampler:
         if self.sampling.solver != "ddpm" and not self.sampling.eta:
             return ()
         assert noise is not None, "the ddpm solver and eta need noise"
-        if self.sampling.solver == "ddim":
-            return (noise(),)
-        return noise(), *self._log_variances(step, torch.empty(len(x), dtype=torch.float64, device=x.device))
-
-    def _log_variances(self, step: Step, like: Tensor) -> tuple[Tensor, Tensor]:
-        least, most = step.log_variances
-        return torch.full_like(like, least), torch.full_like(like, most)
+        bounds = torch.tensor([step.log_variances] * len(x), dtype=torch.float64).to(x.device)
+        return (noise(),) if self.sampling.solver == "ddim" else (noise(), *bounds.unbind(dim=1))
 
     def _step_function(
         self, step: Step, example: tuple[Tensor | None, ...], carried: CarriedGradient | None
@@ -295,13 +269,11 @@ class Sampler:
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             sigma = coords.sigma(t).flatten()
             arguments = (x / coords.s(t)).to(self.state_dtype), sigma, class_labels
-            results = self._function(guidances, arguments, carried is not None)(*arguments)
-            denoised, log_ratio, *gradient = results
+            denoised, log_ratio, *gradient = self._function(guidances, arguments, carried is not None)(*arguments)
             if carried is not None and gradient:
                 carried.keep(sigma, gradient[0])
             if carried is not None and reusing is not None:
-                weight = reusing.weight * reusing.inside(sigma)
-                denoised = denoised + carried.correction(sigma, weight).to(denoised.dtype)
+                denoised = denoised + carried.correction(sigma, reusing.weight_at(sigma)).to(denoised.dtype)
             return denoised, log_ratio
 
         return denoise

@@ -14,6 +14,7 @@ from dgfast.guidance.compose import Denoiser, Guidance, GuidedDenoiser, guided_d
 from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
 from dgfast.guidance.reuse import CarriedGradient, gradient_keeping_denoiser
+from dgfast.guidance.schedule import WeightSchedule
 
 __all__ = [
     "OUTSIDE_WINDOW",
@@ -25,6 +26,7 @@ __all__ = [
     "DiscriminatorGuidance",
     "Guidance",
     "GuidedDenoiser",
+    "WeightSchedule",
     "gradient_keeping_denoiser",
     "guided_denoiser",
     "guided_posterior",

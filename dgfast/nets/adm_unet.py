@@ -4,6 +4,7 @@ State-dict names and keywords are those of openai/guided-diffusion: `UNetModel`,
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,22 @@ _CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     128: (1, 1, 2, 3, 4),
     64: (1, 2, 3, 4),
 }
+
+_COMMON = {
+    "learn_sigma": True, "class_cond": True, "attention_resolutions": "32,16,8", "num_res_blocks": 2,
+    "num_channels": 256, "resblock_updown": True, "use_scale_shift_norm": True,
+}  # fmt: skip
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "adm-64": _COMMON | {
+        "image_size": 64, "num_channels": 192, "num_res_blocks": 3, "num_head_channels": 64, "dropout": 0.1,
+        "use_new_attention_order": True,
+    },
+    "adm-128": _COMMON | {"image_size": 128, "num_heads": 4},
+    "adm-256": _COMMON | {"image_size": 256, "num_head_channels": 64},
+    "adm-256-uncond": _COMMON | {"image_size": 256, "num_head_channels": 64, "class_cond": False},
+    "adm-512": _COMMON | {"image_size": 512, "num_head_channels": 64},
+}  # fmt: skip
+"""Keywords of `create_model` of OpenAI's ImageNet checkpoints; "adm-64" has the cosine schedule, the others linear."""
 
 
 class UNetModel(nn.Module):
