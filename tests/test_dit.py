@@ -23,7 +23,7 @@ from dgfast.nets.discriminator import Discriminator
 from dgfast.nets.dit import PRESETS
 from dgfast.networks import Networks, load
 from dgfast.noise_levels import vp_alpha, vp_time
-from dgfast.runtimes import compiled
+from dgfast.runtimes import compiled, regions
 from dgfast.sampler import Sampler
 
 FilledNet = Callable[..., Any]
@@ -243,8 +243,11 @@ def test_dit_guidance_that_this_network_cannot_have_is_refused(
 
 
 @torch.no_grad()
-def test_dit_compiled_equals_eager(denoiser: DDPMPrecond, discriminator: Discriminator) -> None:
+def test_dit_compiled_equals_eager(
+    denoiser: DDPMPrecond, discriminator: Discriminator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What --compile runs: DiT twice, the discriminator's gradient, both scales, inside and outside of the window."""
+    monkeypatch.setattr(regions, "_WORTHWHILE", 0.05)  # the largest few kinds of regions: each takes seconds to compile
     guidances = [
         ClassifierFreeGuidance(denoiser, 1.25, scale_low=3.0, branch=0.59, channels=3),
         DiscriminatorGuidance(discriminator, 100.0, DIT_G.dg_window, denoiser.time),

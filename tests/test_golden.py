@@ -533,9 +533,7 @@ def _kept(golden: Golden, key: str, full: Tensor) -> Tensor:
     return _every_nth(full, golden.arrays[key].shape)
 
 
-def dit_doubled(
-    conditional: Tensor, unconditional: Tensor, channels: int, level: Tensor, **scales: Any
-) -> Tensor:
+def dit_doubled(conditional: Tensor, unconditional: Tensor, channels: int, level: Tensor, **scales: Any) -> Tensor:
     """Both halves of the published doubled batch: guided channels are the same, the others each half's own."""
     guided = _PUBLISHED_CFG_CHANNELS
     guidance = ClassifierFreeGuidance(lambda *_: unconditional[:, :channels], channels=guided, **scales)
@@ -576,9 +574,8 @@ def judge_dit_guidance(golden: Golden) -> None:
 
 def judge_dit_loop(golden: Golden, tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ancestral loop; dgfast runs the first half of the published doubled batch, the second is put together."""
-    case, config = golden.meta["cases"][tag], golden.meta["config"]
-    raw = golden.net("DiT", "config", "prefix")
-    net = DDPMPrecond(raw, raw.input_size, raw.in_channels, raw.num_classes, learn_sigma=config.get("learn_sigma", True))
+    case, raw = golden.meta["cases"][tag], golden.net("DiT", "config", "prefix")
+    net = DDPMPrecond(raw, raw.input_size, raw.in_channels, raw.num_classes)
     branch = case["model_kwargs"].get("branch_time")
     scales = {"scale": case["model_kwargs"].get("cfg_scale", case["model_kwargs"].get("LT_cfg"))}
     if branch is not None:
