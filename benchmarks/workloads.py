@@ -184,7 +184,7 @@ def _dit_s2() -> Workload:
         load=networks.load,
         sampling=SamplingConfig(solver="ddpm", respacing="250"),
         guidance=GuidanceConfig(  # DiT-G++'s: two scales that change at timestep 200, discriminator above 100
-            dg_weight=1.0, dg_window=(0.1015, 2.0), cfg_scale=1.25, cfg_scale_low=3.0, cfg_branch=0.59
+            dg_weight=1.0, dg_window=(0.1011, 2.0), cfg_scale=1.25, cfg_scale_low=3.0, cfg_branch=0.7257
         ),
         batches={("guided-step", "cpu"): (1,), ("guided-step", "cuda"): _GPU_BATCHES},
     )

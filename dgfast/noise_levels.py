@@ -220,7 +220,7 @@ def ddpm_levels(noise_schedule: str, steps: int) -> Tensor:
     """sigma of the `steps` timesteps of DDPM's discrete process, rising: [steps].
 
     "linear": beta from 1e-4 to 0.02 for 1000 steps, scaled to as much noise for others (arXiv 2006.11239). "cosine":
-    beta from the cosine alpha_bar, at most 0.999 (arXiv 2102.09672, equation 17).
+    beta from the cosine alpha_bar, at most 0.999 (arXiv 2102.09672, equation 17). On the CPU, even if built on meta.
 
     Raises:
         ValueError: unknown schedule, or too few steps for it.
@@ -229,9 +229,9 @@ def ddpm_levels(noise_schedule: str, steps: int) -> Tensor:
         raise ValueError(f"noise_schedule {noise_schedule!r} with {steps} steps; use {' or '.join(NOISE_SCHEDULES)}")
     if noise_schedule == "linear":
         scale = 1000 / steps
-        betas = torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64)
+        betas = torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64, device="cpu")
     else:
-        time = torch.arange(steps + 1, dtype=torch.float64) / steps
+        time = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
         alpha_bar = ((time + _COSINE_S) / (1 + _COSINE_S) * math.pi / 2).cos() ** 2
         betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clip(max=0.999)
     if not bool((betas < 1).all()):
