@@ -3,13 +3,14 @@
 ```json
 {"format": 1, "name": "mnist32",
  "nets": {"score": {"kind": "EDMPrecond", "keywords": {...}, "file": "score.safetensors"}, ...},
- "sampling": {...}, "guidance": {...},
+ "vae": {"source": "vae", "scale": 0.18215}, "sampling": {...}, "guidance": {...},
  "class_names": [...], "provenance": "...", "license": "...", "metrics": {...}}
 ```
 
 Roles of networks: `score` (the denoiser), `reference` (a worse one, for autoguidance), `classifier` (noise-aware; also
-the trunk of the discriminator), `discriminator` (its head), `features` (clean images, for the metrics). `sampling` and
-`guidance` are the defaults of `python -m dgfast.sample` with this bundle.
+the trunk of the discriminator), `discriminator` (its head), `features` (clean images, for the metrics). `vae`, for a
+bundle of latents alone, says what decodes them (see `VaeSpec`). `sampling` and `guidance` are the defaults of
+`python -m dgfast.sample` with this bundle.
 """
 
 import json
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from dgfast import nets
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
+from dgfast.latents import SCALE
 from dgfast.noise_levels import TIME_SCHEDULES
 
 FORMAT = 1
@@ -53,6 +55,25 @@ class NetSpec:
 
 
 @dataclass(frozen=True)
+class VaeSpec:
+    """What decodes the latents that the score network makes.
+
+    Attributes:
+        source: an `AutoencoderKL` as diffusers saves it: a folder, seen from the bundle's or from here, or a hub name.
+        scale: latents are divided by it before they are decoded.
+    """
+
+    source: str
+    scale: float = SCALE
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not self.source or not 0 < self.scale < math.inf:
+            raise UserError(
+                f"vae: source {self.source!r} must be a folder or name, scale {self.scale} a number above 0"
+            )
+
+
+@dataclass(frozen=True)
 class Bundle:
     """What `bundle.json` in `folder` says."""
 
@@ -65,6 +86,7 @@ class Bundle:
     provenance: str = ""
     license: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
+    vae: VaeSpec | None = None
 
     def spec(self, role: str) -> NetSpec:
         """The network of that role.
@@ -125,6 +147,7 @@ def read(bundle: str | Path) -> Bundle:
             provenance=raw.get("provenance", ""),
             license=raw.get("license", ""),
             metrics=raw.get("metrics", {}),
+            vae=VaeSpec(**raw["vae"]) if "vae" in raw else None,
         )
     except UserError as error:
         raise UserError(error.message if str(path) in error.message else f"{path}: {error.message}") from error
@@ -158,7 +181,7 @@ def write(bundle: Bundle) -> None:
         "provenance": bundle.provenance,
         "license": bundle.license,
         "metrics": bundle.metrics,
-    }
+    } | ({"vae": asdict(bundle.vae)} if bundle.vae else {})
     bundle.folder.mkdir(parents=True, exist_ok=True)
     partial = bundle.folder / "bundle.json.partial"
     partial.write_text(json.dumps(raw, indent=1, allow_nan=False) + "\n")
@@ -238,16 +261,17 @@ def _without_defaults(record: Any) -> dict[str, Any]:
     return {f.name: values[f.name] for f in fields(record) if values[f.name] != f.default}
 
 
-def _to_json(guidance: dict[str, Any]) -> dict[str, Any]:
+def _to_json(value: Any) -> Any:
     """Intervals may end at infinity, for which JSON has no number."""
-    return {
-        name: [end if math.isfinite(end) else str(end) for end in value] if isinstance(value, tuple) else value
-        for name, value in guidance.items()
-    }
+    if isinstance(value, dict):
+        return {name: _to_json(entry) for name, entry in value.items()}
+    if isinstance(value, tuple):
+        return [end if isinstance(end, tuple) or math.isfinite(end) else str(end) for end in value]
+    return value
 
 
 def _from_json(guidance: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: tuple(float(end) for end in value) if isinstance(value, list) else value
-        for name, value in guidance.items()
-    }
+    def numbers(value: Any) -> Any:
+        return tuple(map(numbers, value)) if isinstance(value, list) else float(value)
+
+    return {name: numbers(value) if isinstance(value, list) else value for name, value in guidance.items()}

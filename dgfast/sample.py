@@ -14,12 +14,21 @@ from typing import Any
 import click
 
 from dgfast import __version__
-from dgfast.config import DISCRETIZATIONS, REUSES, SCALINGS, SCHEDULES, SOLVERS, GuidanceConfig
+from dgfast.config import (
+    DISCRETIZATIONS,
+    REUSES,
+    SCALINGS,
+    SCHEDULES,
+    SOLVERS,
+    VARIANCES,
+    GuidanceConfig,
+    SamplingConfig,
+)
 from dgfast.errors import UserError
 
 _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
-    "S_churn", "S_min", "S_max", "S_noise",
+    "S_churn", "S_min", "S_max", "S_noise", "respacing", "clip_denoised", "eta", "fixed_variance",
 )  # fmt: skip
 
 
@@ -55,6 +64,21 @@ class FloatPair(click.ParamType):  # type: ignore[type-arg]  # generic only in c
         except ValueError:
             self.fail(f"{value!r}: expected two numbers such as 0.01,1", param, ctx)
         return low, high
+
+
+class WeightPoints(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
+    """Points of a schedule, such as 0.1:0,0.5:1."""
+
+    name = "tau:factor,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            points = tuple(tuple(float(number) for number in point.split(":")) for point in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r}: expected points such as 0.1:0,0.5:1", param, ctx)
+        return points
 
 
 class FiniteFloat(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
@@ -93,9 +117,16 @@ _NUMBER = FiniteFloat()
 @click.option("--s-min", "S_min", type=_NUMBER, help="Churn above this noise level only.")
 @click.option("--s-max", "S_max", type=float, help="Churn below this noise level only.")
 @click.option("--s-noise", "S_noise", type=_NUMBER, help="Standard deviation of the added noise.")
+@click.option("--respacing", help="Timesteps of a discrete-time network to keep: 250, ddim25, 10,10,5.")
+@click.option(
+    "--clip-denoised", type=bool, is_flag=False, flag_value="true", help="Keep denoised images in [-1, 1]; or =false."
+)
+@click.option("--eta", type=_NUMBER, help="Noise of the ddim solver, from 0 to 1.")
+@click.option("--fixed-variance", type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none.")
 @click.option("--dg-weight", type=_NUMBER, help="Discriminator guidance; 0 turns it off.")
 @click.option("--dg-weight-2nd", type=_NUMBER, help="The same at the solver's second point.")
 @click.option("--dg-window", type=FloatPair(), help="VP times between which it acts.")
+@click.option("--dg-schedule", type=WeightPoints(), help="Factor on --dg-weight by VP time, linear between points.")
 @click.option("--dg-every", type=int, help="Compute its gradient at every so many guided calls only.")
 @click.option("--dg-reuse", type=click.Choice(REUSES), help="What the calls between use.")
 @click.option("--boosting", is_flag=True, default=None, help="DG's boosting, for conditional nets.")
@@ -103,7 +134,11 @@ _NUMBER = FiniteFloat()
     "--published-window", is_flag=True, default=None, help="Judge the window by the batch, as DG's code does."
 )
 @click.option("--classifier-scale", type=_NUMBER, help="Classifier guidance; 0 turns it off.")
+@click.option("--classifier-schedule", type=WeightPoints(), help="Factor on --classifier-scale, as --dg-schedule.")
 @click.option("--cfg-scale", type=_NUMBER, help="Classifier-free guidance; 1 turns it off.")
+@click.option("--cfg-scale-low", type=_NUMBER, help="The same at noise levels of --cfg-branch and below.")
+@click.option("--cfg-branch", type=_NUMBER, help="Noise level sigma at which the one scale takes over from the other.")
+@click.option("--cfg-channels", type=int, help="Guide the first so many channels alone; 3 is DiT's published way.")
 @click.option("--guidance-interval", type=FloatPair(), help="Noise levels sigma between which --cfg-scale acts.")
 @click.option("--autoguidance", type=_NUMBER, help="Guidance by a worse net; 1 turns it off.")
 @click.option("--dtype", type=click.Choice(["float32", "tf32", "bf16", "fp16"]), default="float32", show_default=True)
@@ -116,6 +151,7 @@ _NUMBER = FiniteFloat()
     flag_value="always",
     help="Compile the guided denoiser before sampling; --compile=try samples without where that can't be done.",
 )
+@click.option("--vae", help="What decodes latents: folder or hub name; default: the bundle's own.")
 @click.option("--kernels", type=click.Choice(["reference", "triton"]), default="reference", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="A new folder.")
 @click.option(
@@ -123,6 +159,7 @@ _NUMBER = FiniteFloat()
 )
 def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **options: Any) -> None:
     from dgfast import bundle as bundles
+    from dgfast.latents import decoder
     from dgfast.networks import load
     from dgfast.ops import kernels
     from dgfast.outputs import Writer
@@ -130,10 +167,11 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
 
     found = bundles.read(bundle)
     given = {name: value for name, value in options.items() if value is not None}
-    sampling = replace(found.sampling, **{name: given[name] for name in _SAMPLING if name in given})
+    sampling = _sampling(found.sampling, given)
     guidance = replace(found.guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
     device, dtype = _device_and_dtype(options["device"], options["dtype"])
     networks = load(found, device, dtype, guidance)
+    decode = decoder(found, networks.denoiser.img_channels, device, options["vae"])
 
     def make(compiled: bool) -> Any:
         return Sampler(networks, sampling, guidance, device, **(_runtimes(device) if compiled else {}))
@@ -148,8 +186,10 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
         if options["compiled"]:
             sampler, compiled = _compiled(sampler, make, batch, options["compiled"])
         compile_seconds = time.perf_counter() - began if compiled else 0.0
-        seconds = _draw(sampler, seeds, classes, batch, writer, static=compiled)
+        seconds = _draw(sampler, seeds, classes, batch, writer, decode, static=compiled)
     job = {"bundle": bundle, "sampling": asdict(sampling), "guidance": asdict(guidance)}
+    if decode is not None:
+        job["vae"] = options["vae"] or asdict(found.vae)
     writer.finish(
         _manifest(job, sampler, seeds, batch, options | {"compiled": compiled})
         | {"compile_seconds": compile_seconds, "seconds": seconds}
@@ -159,6 +199,20 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
         f"{sampler.score_evaluations} score evaluations and {sampler.guidance_gradients} guidance gradients an image, "
         f"in {options['out']}/"
     )
+
+
+def _sampling(bundled: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:
+    """The bundle's sampling with what the command line gives, which names one grid alone."""
+    changes = {name: given[name] for name in _SAMPLING if name in given}
+    grid = [name for name in ("discretization", "sigma_min", "sigma_max", "rho") if name in given]
+    if "respacing" in given and (grid or "num_steps" in given):
+        raise UserError("--respacing is the whole grid: leave out --steps, --grid, --sigma-min, --sigma-max and --rho")
+    if bundled.respacing is not None and "respacing" not in given:
+        if grid:
+            changes["respacing"] = None
+        elif "num_steps" in given:
+            changes["respacing"] = str(given["num_steps"])
+    return replace(bundled, **changes)
 
 
 def _runtimes(device: Any) -> dict[str, Any]:
@@ -202,7 +256,9 @@ def _labels_for(sampler: Any, seeds: Sequence[int], labels: list[int] | None) ->
     return repeated
 
 
-def _draw(sampler: Any, seeds: list[int], labels: list[int] | None, batch: int, writer: Any, static: bool) -> float:
+def _draw(
+    sampler: Any, seeds: list[int], labels: list[int] | None, batch: int, writer: Any, decode: Any, static: bool
+) -> float:
     """Sample all seeds, batch by batch, into the writer; the seconds it took."""
     from tqdm import tqdm
 
@@ -216,7 +272,7 @@ def _draw(sampler: Any, seeds: list[int], labels: list[int] | None, batch: int, 
             bar.write(f"out of memory: going on with batches of {batch} images")
 
         draw(
-            sampler, seeds, labels, batch, writer.add, static=static,
+            sampler, seeds, labels, batch, writer.add, decode=decode, static=static,
             on_step=lambda step, x: bar.update(), on_smaller_batch=smaller,
         )  # fmt: skip
     return time.perf_counter() - began

@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "dgfast"
 MODULES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})  # a symlink, which rglob may skip
-HEAVY = {"mlxtend", "torchmetrics", "prdc", "matplotlib", "onnx", "onnxruntime", "tensorrt", "triton"}
+HEAVY = {"mlxtend", "torchmetrics", "prdc", "matplotlib", "onnx", "onnxruntime", "tensorrt", "triton", "diffusers"}
 # Room -> the rooms it may import (its own besides), and the packages beyond the standard library.
 ROOMS = {
     "errors": (set(), {"click"}),

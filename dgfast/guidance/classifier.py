@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgfast.guidance.gradient import log_density_gradient
+from dgfast.guidance.schedule import CONSTANT, WeightSchedule
 from dgfast.noise_levels import vp_time
 
 NoisyClassifier = Callable[[Tensor, Tensor], Tensor]
@@ -22,17 +23,19 @@ class ClassifierGuidance:
         classifier: (u [B, C, H, W] at VP scale, t [B] in [0, 1]) -> logits [B, label_dim]; frozen.
         scale: ADM's classifier scale; 0 guides nothing.
         time: the time t(sigma) that the classifier reads.
+        schedule: factor on the scale along the trajectory.
     """
 
     classifier: NoisyClassifier
     scale: float
     time: Callable[[Tensor], Tensor] = vp_time
+    schedule: WeightSchedule = CONSTANT
 
     evaluations = 0
     gradients = 1
 
     def active(self, sigma_low: float, sigma_high: float) -> bool:
-        return bool(self.scale)
+        return bool(self.scale) and self.schedule.active(sigma_low, sigma_high)
 
     def correct(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
@@ -45,4 +48,4 @@ class ClassifierGuidance:
             return (F.log_softmax(logits, dim=-1) * class_labels).sum(-1)
 
         gradient, gate, _ = log_density_gradient(log_probability, x, sigma)
-        return gradient, self.scale * gate, None
+        return gradient, self.scale * self.schedule(sigma) * gate, None

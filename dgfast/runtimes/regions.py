@@ -27,9 +27,9 @@ _METADATA = {
     aten.squeeze, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.unbind, aten.alias,
 }  # fmt: skip
 _FUSIBLE = _METADATA | {
-    aten.native_group_norm, aten.native_group_norm_backward, aten.silu, aten.silu_backward, aten.add, aten.sub,
-    aten.mul, aten.div, aten.neg, aten.sigmoid, aten._to_copy, aten.clone, aten.cat, aten.stack, aten.avg_pool2d,
-    aten.avg_pool2d_backward, aten.upsample_nearest2d,
+    aten.native_group_norm, aten.native_group_norm_backward, aten.native_layer_norm, aten.silu, aten.silu_backward,
+    aten.gelu, aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.sigmoid, aten._to_copy, aten.clone, aten.cat,
+    aten.stack, aten.avg_pool2d, aten.avg_pool2d_backward, aten.upsample_nearest2d,
 }  # fmt: skip
 _WORTHWHILE = 0.01
 """A kind of region is compiled if it keeps this share of what all of them would out of memory; each costs seconds."""
