@@ -10,6 +10,8 @@ DISCRETIZATIONS = ("edm", "vp", "ve", "iddpm")
 SCHEDULES = ("linear", "vp", "ve")
 SCALINGS = ("none", "vp")
 REUSES = ("hold", "linear")
+NORMALIZATIONS = ("none", "sample_l2", "channel_l2", "max_abs")
+CLEAN_TIMES = ("t", "0")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,13 @@ class GuidanceConfig:
             unguided. Ho and Salimans' w is cfg_scale - 1.
         guidance_interval: (low, high]: noise levels sigma at which cfg_scale acts (arXiv 2404.07724).
         autoguidance: weight of guidance by a worse reference net (arXiv 2406.02507); 1 is unguided.
+        diversity: a, low-density guidance (arXiv 2606.13347, algorithm 1): away from what the classifier is sure of in
+            the noisy image. perceptual: toward it instead (algorithm 2).
+        fidelity: b, guidance toward the class in the predicted clean image. clean_time: the time that the classifier
+            reads there: the noisy image's, "t", or "0".
+        normalize: what both do to the length of their gradients; see `guidance.gradient.normalized`.
+        target_class, base_class: the class of the diversity and of the fidelity term, for mixing two classes; None is
+            each sample's own.
     """
 
     dg_weight: float = 0.0
@@ -110,9 +119,17 @@ class GuidanceConfig:
     cfg_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, math.inf)
     autoguidance: float = 1.0
+    diversity: float = 0.0
+    fidelity: float = 0.0
+    perceptual: bool = False
+    normalize: str = "none"
+    clean_time: str = "t"
+    target_class: int | None = None
+    base_class: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dg_weight", "dg_weight_2nd", "classifier_scale", "cfg_scale", "autoguidance"):
+        weights = "dg_weight", "dg_weight_2nd", "classifier_scale", "cfg_scale", "autoguidance", "diversity", "fidelity"
+        for name in weights:
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name} {getattr(self, name)} is not a finite number")
         for name in ("dg_window", "guidance_interval"):
@@ -127,3 +144,19 @@ class GuidanceConfig:
             raise UserError("boosting judges every call by its own log-ratio; it does not go with dg_every above 1")
         if self.boosting and not self.dg_weight:
             raise UserError("boosting needs discriminator guidance; give it a weight other than 0")
+        self._check_low_density()
+
+    def _check_low_density(self) -> None:
+        for name, allowed in (("normalize", NORMALIZATIONS), ("clean_time", CLEAN_TIMES)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if self.diversity < 0 or self.fidelity < 0:
+            raise UserError("diversity and fidelity are at least 0; perceptual turns the direction of diversity round")
+        for name, weight in (("perceptual", "diversity"), ("target_class", "diversity"), ("base_class", "fidelity")):
+            if getattr(self, name) not in (None, False) and not getattr(self, weight):
+                raise UserError(f"{name} needs {weight}; give it a weight above 0")
+        if self.diversity and self.classifier_scale and self.target_class is None:
+            raise UserError(
+                "diversity and classifier_scale weigh one and the same gradient; set one of them to 0 "
+                "(perceptual diversity is classifier guidance)"
+            )

@@ -3,11 +3,12 @@
 So a compiled function has no branch, and a guidance outside of its window, or of weight 0, runs no network at all.
 """
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
@@ -17,7 +18,10 @@ from dgfast.guidance import (
     ClassifierGuidance,
     DiscriminatorGuidance,
     Guidance,
+    LowDensityGuidance,
+    PredictedCleanGuidance,
 )
+from dgfast.guidance.classifier import NoisyClassifier as Classifier
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.networks import Networks
 from dgfast.noise_levels import Coordinates
@@ -84,21 +88,17 @@ def _guidances(nets: Networks, wanted: GuidanceConfig) -> tuple[list[Guidance], 
     """The guidances at the first point, the same with boosting's doubled weight, and those at the second point."""
     shared: list[Guidance] = []
     if wanted.classifier_scale:
-        classifier = _needed(nets.classifier, "classifier guidance", "classifier")
-        classes = classifier.encoder.out_channels if isinstance(classifier, NoisyClassifier) else None
-        if classes not in (None, nets.denoiser.label_dim):
-            raise UserError(
-                f"the classifier knows {classes} classes, the score network {nets.denoiser.label_dim}: "
-                "no classifier guidance between them"
-            )
+        classifier = _classifier(nets, "classifier guidance")
         shared.append(ClassifierGuidance(classifier, wanted.classifier_scale, nets.time))
     if wanted.cfg_scale != 1:
         shared.append(ClassifierFreeGuidance(nets.denoiser, wanted.cfg_scale, wanted.guidance_interval))
     if wanted.autoguidance != 1:
         reference = _needed(nets.reference, "autoguidance", "reference")
         shared.append(Autoguidance(reference, wanted.autoguidance))
-    if (wanted.classifier_scale or wanted.cfg_scale != 1) and not nets.denoiser.label_dim:
-        raise UserError("classifier and classifier-free guidance need a conditional score network")
+    if wanted.cfg_scale != 1 and not nets.denoiser.label_dim:
+        raise UserError("classifier-free guidance needs a conditional score network")
+
+    shared += _low_density(nets, wanted)
 
     def discriminator(weight: float, boost: float = 1.0) -> list[Guidance]:
         if not weight:
@@ -112,6 +112,42 @@ def _guidances(nets: Networks, wanted: GuidanceConfig) -> tuple[list[Guidance], 
         shared + discriminator(wanted.dg_weight, _BOOST_WEIGHT),
         shared + discriminator(wanted.dg_weight_2nd),
     )
+
+
+def _low_density(nets: Networks, wanted: GuidanceConfig) -> list[Guidance]:
+    """The two terms of low-density guidance: in the noisy image, and in the predicted clean one."""
+    found: list[Guidance] = []
+    if wanted.diversity:
+        a = -wanted.diversity if wanted.perceptual else wanted.diversity
+        classifier = _classifier(nets, "low-density guidance", "target class", wanted.target_class)
+        found.append(LowDensityGuidance(classifier, a, wanted.normalize, wanted.target_class, nets.time))
+    if wanted.fidelity:
+        how, label = wanted.normalize, wanted.base_class
+        classifier = _classifier(nets, "guidance toward the predicted clean image", "base class", label)
+        found.append(
+            PredictedCleanGuidance(classifier, wanted.fidelity, how, label, wanted.clean_time == "t", nets.time)
+        )
+    return found
+
+
+def _classifier(nets: Networks, guidance: str, role: str = "", label: int | None = None) -> Classifier:
+    """The classifier, if it is noise-aware and knows the class `label`, or for None those of the score network."""
+    classifier = _needed(nets.classifier, guidance, "classifier")
+    try:
+        inspect.signature(classifier.forward if isinstance(classifier, nn.Module) else classifier).bind(None, None)
+    except TypeError:
+        raise UserError(f"{guidance} needs a noise-aware classifier, (u, t) -> logits; this one takes no time") from None
+    own = nets.denoiser.label_dim
+    classes = classifier.encoder.out_channels if isinstance(classifier, NoisyClassifier) else own
+    if label is None and not own:
+        raise UserError(f"{guidance} needs a conditional score network" + (f", or a {role}" if role else ""))
+    if label is None and classes != own:
+        raise UserError(
+            f"the classifier knows {classes} classes, the score network {own}: no classifier guidance between them"
+        )
+    if label is not None and not 0 <= label < classes:
+        raise UserError(f"{role} {label} is out of range; the classifier knows classes 0 to {classes - 1}")
+    return classifier
 
 
 def _with_reuse(steps: list[Step], every: int) -> tuple[Step, ...]:

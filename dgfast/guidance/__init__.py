@@ -13,6 +13,8 @@ from dgfast.guidance.classifier_free import ClassifierFreeGuidance
 from dgfast.guidance.compose import Denoiser, Guidance, GuidedDenoiser, guided_denoiser
 from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
+from dgfast.guidance.low_density import LowDensityGuidance
+from dgfast.guidance.predicted_clean import PredictedCleanGuidance
 from dgfast.guidance.reuse import CarriedGradient, gradient_keeping_denoiser
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "DiscriminatorGuidance",
     "Guidance",
     "GuidedDenoiser",
+    "LowDensityGuidance",
+    "PredictedCleanGuidance",
     "gradient_keeping_denoiser",
     "guided_denoiser",
 ]
