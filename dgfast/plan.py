@@ -136,7 +136,9 @@ def _classifier(nets: Networks, guidance: str, role: str = "", label: int | None
     try:
         inspect.signature(classifier.forward if isinstance(classifier, nn.Module) else classifier).bind(None, None)
     except TypeError:
-        raise UserError(f"{guidance} needs a noise-aware classifier, (u, t) -> logits; this one takes no time") from None
+        raise UserError(
+            f"{guidance} needs a noise-aware classifier, (u, t) -> logits; this one takes no time"
+        ) from None
     own = nets.denoiser.label_dim
     classes = classifier.encoder.out_channels if isinstance(classifier, NoisyClassifier) else own
     if label is None and not own:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
 from torch.nn import functional as F
 
 from dgfast.noise_levels import vp_alpha
