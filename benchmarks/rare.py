@@ -142,12 +142,12 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, (x, y) in zip(axes, (("coverage", "precision"), ("log p, judge", "frechet")), strict=True):
         for (name, line), style in zip(lines.items(), ("o-", "s--", "^:", "d-."), strict=True):
             axis.plot([row[x] for row in line], [row[y] for row in line], style, label=name, fillstyle="none")
-            for row in line:
-                axis.annotate(f"{row['a']}, {row['b']}, {row['DG']}", (row[x], row[y]), fontsize=7, alpha=0.8)
+        for row in drawn:
+            axis.annotate(f"{row['a']}, {row['b']}, {row['DG']}", (row[x], row[y]), fontsize=7, alpha=0.8)
         yardstick = rows[0]
         axis.plot([yardstick[x]], [yardstick[y]], "k*", label="training images")
         axis.set(xlabel=x, ylabel=y)
-    axes[1].set_yscale("log")
+        axis.margins(x=0.15)
     axes[0].legend(title="labels: a, b, DG", fontsize=8)
     figure.savefig(path, dpi=110)
 
