@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from dgfast.errors import UserError
 
-SOLVERS = ("heun", "euler", "dpmpp-2m")
+SOLVERS = ("heun", "euler", "dpmpp-2m", "ddpm", "ddim")
 DISCRETIZATIONS = ("edm", "vp", "ve", "iddpm")
 SCHEDULES = ("linear", "vp", "ve")
 SCALINGS = ("none", "vp")
+VARIANCES = ("small", "large")
 REUSES = ("hold", "linear")
 NORMALIZATIONS = ("none", "sample_l2", "channel_l2", "max_abs")
 CLEAN_TIMES = ("t", "0")
@@ -20,7 +21,13 @@ class SamplingConfig:
 
     Attributes:
         num_steps: noise levels above 0. Heun spends 2 num_steps - 1 score evaluations.
-        solver: "heun" (order 2), "euler" (order 1) or "dpmpp-2m" (DPM-Solver++(2M), arXiv 2211.01095, order 2).
+        solver: "heun" (order 2), "euler" (order 1), "dpmpp-2m" (DPM-Solver++(2M), arXiv 2211.01095, order 2), "ddpm"
+            (ancestral, arXiv 2006.11239) or "ddim" (arXiv 2010.02502).
+        respacing: the grid, for networks of discrete time: which of their own noise levels, in guided-diffusion's
+            notation ("250", "ddim25", "10,10,5", "" for all). num_steps and discretization then say nothing.
+        clip_denoised: keep the denoised images, before any gradient guidance, in [-1, 1].
+        eta: noise of the ddim solver, 0 for none, 1 for as much as the posterior's.
+        fixed_variance: of the ddpm solver where the network learns none, "small" (the posterior's) or "large" (beta).
         discretization: how noise levels are spaced: "edm", "vp", "ve" or "iddpm".
         schedule: sigma(t): "linear" t, "ve" sqrt(t), or "vp".
         scaling: s(t): "none" 1, or "vp" 1 / sqrt(1 + sigma^2).
@@ -49,6 +56,10 @@ class SamplingConfig:
     C_1: float = 0.001
     C_2: float = 0.008
     M: int = 1000
+    respacing: str | None = None
+    clip_denoised: bool = False
+    eta: float = 0.0
+    fixed_variance: str = "small"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -56,6 +67,7 @@ class SamplingConfig:
             ("discretization", DISCRETIZATIONS),
             ("schedule", SCHEDULES),
             ("scaling", SCALINGS),
+            ("fixed_variance", VARIANCES),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
@@ -65,10 +77,11 @@ class SamplingConfig:
             raise UserError("epsilon_s must lie between 0 and 1, S_min and S_max must be numbers")
         if not self.rho > 0 or not 0 < self.alpha <= 1 or not self.S_churn >= 0 or not self.S_noise >= 0:
             raise UserError("rho must be above 0, alpha in (0, 1], S_churn and S_noise at least 0")
-        if self.solver == "dpmpp-2m" and (self.S_churn or self.schedule != "linear" or self.scaling != "none"):
-            raise UserError(
-                "dpmpp-2m reuses the last step's slope: it takes no churn and only the linear schedule without scaling"
-            )
+        if not 0 <= self.eta <= 1 or (self.eta and self.solver != "ddim"):
+            raise UserError(f"eta {self.eta} must lie between 0 and 1, and is for the solver ddim alone")
+        special = self.solver in ("dpmpp-2m", "ddpm", "ddim")
+        if special and (self.S_churn or self.schedule != "linear" or self.scaling != "none"):
+            raise UserError(f"{self.solver} takes no churn and only the linear schedule without scaling")
 
     @property
     def score_evaluations(self) -> int:
@@ -152,6 +165,10 @@ class GuidanceConfig:
                 raise UserError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.diversity < 0 or self.fidelity < 0:
             raise UserError("diversity and fidelity are at least 0; perceptual turns the direction of diversity round")
+        for name in ("target_class", "base_class"):
+            label = getattr(self, name)
+            if label is not None and not (isinstance(label, int) and label >= 0):
+                raise UserError(f"{name} {label} is no class; they are counted from 0")
         for name, weight in (("perceptual", "diversity"), ("target_class", "diversity"), ("base_class", "fidelity")):
             if getattr(self, name) not in (None, False) and not getattr(self, weight):
                 raise UserError(f"{name} needs {weight}; give it a weight above 0")

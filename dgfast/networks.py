@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dgfast import bundle as bundles
 from dgfast.config import GuidanceConfig
+from dgfast.denoiser import DDPMPrecond
 from dgfast.errors import UserError
 from dgfast.guidance.classifier import NoisyClassifier
 from dgfast.guidance.compose import Denoiser
@@ -99,10 +100,16 @@ def load(
             discriminator=noise_aware.Discriminator(trunk, head) if trunk is not None and head is not None else None,
             classifier=noise_aware.NoisyClassifier(trunk) if trunk is not None else None,
             reference=nets.get("reference"),
-            time=TIME_SCHEDULES[(found.spec("classifier").time_schedule if trunk is not None else None) or "linear"],
+            time=_time(score, found.spec("classifier").time_schedule if trunk is not None else None),
         )
     except ValueError as error:
         raise UserError(f"bundle {found.name}: {error}") from error
+
+
+def _time(score: Any, schedule: str | None) -> Callable[[Tensor], Tensor]:
+    """t(sigma) of that schedule: a discrete-time score network's own where it has the same, as in ADM's code."""
+    own = isinstance(score, DDPMPrecond) and schedule in (None, score.noise_schedule)
+    return score.time if own else TIME_SCHEDULES[schedule or "linear"]
 
 
 def _wanted(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str]:

@@ -22,13 +22,15 @@ from dgfast.config import (
     SCALINGS,
     SCHEDULES,
     SOLVERS,
+    VARIANCES,
     GuidanceConfig,
+    SamplingConfig,
 )
 from dgfast.errors import UserError
 
 _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
-    "S_churn", "S_min", "S_max", "S_noise",
+    "S_churn", "S_min", "S_max", "S_noise", "respacing", "clip_denoised", "eta", "fixed_variance",
 )  # fmt: skip
 
 
@@ -102,6 +104,12 @@ _NUMBER = FiniteFloat()
 @click.option("--s-min", "S_min", type=_NUMBER, help="Churn above this noise level only.")
 @click.option("--s-max", "S_max", type=float, help="Churn below this noise level only.")
 @click.option("--s-noise", "S_noise", type=_NUMBER, help="Standard deviation of the added noise.")
+@click.option("--respacing", help="Timesteps of a discrete-time network to keep: 250, ddim25, 10,10,5.")
+@click.option(
+    "--clip-denoised", type=bool, is_flag=False, flag_value="true", help="Keep denoised images in [-1, 1]; or =false."
+)
+@click.option("--eta", type=_NUMBER, help="Noise of the ddim solver, from 0 to 1.")
+@click.option("--fixed-variance", type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none.")
 @click.option("--dg-weight", type=_NUMBER, help="Discriminator guidance; 0 turns it off.")
 @click.option("--dg-weight-2nd", type=_NUMBER, help="The same at the solver's second point.")
 @click.option("--dg-window", type=FloatPair(), help="VP times between which it acts.")
@@ -146,7 +154,7 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
 
     found = bundles.read(bundle)
     given = {name: value for name, value in options.items() if value is not None}
-    sampling = replace(found.sampling, **{name: given[name] for name in _SAMPLING if name in given})
+    sampling = _sampling(found.sampling, given)
     guidance = replace(found.guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
     device, dtype = _device_and_dtype(options["device"], options["dtype"])
     networks = load(found, device, dtype, guidance)
@@ -175,6 +183,20 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
         f"{sampler.score_evaluations} score evaluations and {sampler.guidance_gradients} guidance gradients an image, "
         f"in {options['out']}/"
     )
+
+
+def _sampling(bundled: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:
+    """The bundle's sampling with what the command line gives, which names one grid alone."""
+    changes = {name: given[name] for name in _SAMPLING if name in given}
+    grid = [name for name in ("discretization", "sigma_min", "sigma_max", "rho") if name in given]
+    if "respacing" in given and (grid or "num_steps" in given):
+        raise UserError("--respacing is the whole grid: leave out --steps, --grid, --sigma-min, --sigma-max and --rho")
+    if bundled.respacing is not None and "respacing" not in given:
+        if grid:
+            changes["respacing"] = None
+        elif "num_steps" in given:
+            changes["respacing"] = str(given["num_steps"])
+    return replace(bundled, **changes)
 
 
 def _runtimes(device: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Noise levels + guided denoiser + solver + runtime = a sampler."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from dgfast.guidance import (
     Guidance,
     gradient_keeping_denoiser,
     guided_denoiser,
+    guided_posterior,
 )
 from dgfast.networks import Networks
-from dgfast.noise_levels import coordinates, sigma_bounds, sigma_grid
-from dgfast.plan import Step, plan
+from dgfast.noise_levels import coordinates, sigma_bounds, vp_alpha
+from dgfast.plan import Step, class_count, noise_grid, plan
 from dgfast.randomness import SeedStreams
-from dgfast.solvers import churn, dpmpp_2m_step, euler_step, heun_step
+from dgfast.solvers import ancestral_step, churn, ddim_step, dpmpp_2m_step, euler_step, heun_step
 
 Function = Callable[..., tuple[Tensor, ...]]
 Runtime = Callable[[Function, tuple[Tensor | None, ...]], Function]
@@ -38,6 +40,7 @@ class Sampler:
 
     Attributes:
         steps: the plan. score_evaluations, guidance_gradients: network calls that one image costs.
+        classes: number of classes among which a label chooses, 0 for none.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Sampler:
         Raises:
             UserError: a guidance whose network is missing, or a grid that does not exist.
         """
-        self.networks, self.sampling, self.guidance = networks, sampling, guidance
+        self.networks, self.guidance = networks, guidance
         net = networks.denoiser
         weights = net.parameters() if isinstance(net, nn.Module) else iter(())
         at = next((parameter.device for parameter in weights), torch.device("cpu"))
@@ -70,7 +73,9 @@ class Sampler:
         self._functions: dict[tuple[object, ...], Function] = {}
         low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
         self.coordinates = coordinates(sampling, low, high)
-        grid = sigma_grid(sampling, low, high).to(self.device)
+        grid = noise_grid(networks, sampling, low, high).to(self.device)
+        self.sampling = sampling = replace(sampling, num_steps=len(grid))
+        self.classes = class_count(networks, guidance)
         self.steps = plan(networks, sampling, guidance, grid, self.coordinates)
         calls = [g for step in self.steps for g in (step.predictor, step.corrector) if g is not None]
         self.score_evaluations = sum(1 + sum(guidance.evaluations for guidance in call) for call in calls)
@@ -98,7 +103,7 @@ class Sampler:
         streams = SeedStreams(seeds)
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
         latents = streams.normal(shape, torch.float32, self.device)
-        drawn = streams.labels(net.label_dim) if net.label_dim else None
+        drawn = streams.labels(self.classes) if self.classes else None
         class_labels = self.class_labels(drawn if labels is None else labels, len(latents))
 
         def noise() -> Tensor:
@@ -111,7 +116,7 @@ class Sampler:
         net = self.networks.denoiser
         streams = SeedStreams(seeds)
         streams.normal((net.img_channels, net.img_resolution, net.img_resolution), torch.float32, torch.device("cpu"))
-        return streams.labels(net.label_dim) if net.label_dim else None
+        return streams.labels(self.classes) if self.classes else None
 
     def class_labels(self, labels: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
         """One-hot rows [count, label_dim] of class indices; None for an unconditional net.
@@ -119,10 +124,9 @@ class Sampler:
         Raises:
             UserError: labels for an unconditional net, out of range or of another number.
         """
-        classes = self.networks.denoiser.label_dim
         if labels is None:
             return None
-        if not classes:
+        if not self.classes:
             raise UserError("this score network is unconditional; leave the labels out")
         indices = torch.as_tensor(labels, device=self.device)
         if indices.is_floating_point():
@@ -130,10 +134,12 @@ class Sampler:
         indices = indices.long()
         if indices.shape != (count,):
             raise UserError(f"{indices.numel()} labels for {count} images; give one label an image")
-        wrong = indices[(indices < 0) | (indices >= classes)]
+        wrong = indices[(indices < 0) | (indices >= self.classes)]
         if len(wrong):
-            raise UserError(f"label {int(wrong[0])} is out of range; this network knows classes 0 to {classes - 1}")
-        return F.one_hot(indices, classes).float()
+            raise UserError(
+                f"label {int(wrong[0])} is out of range; this network knows classes 0 to {self.classes - 1}"
+            )
+        return F.one_hot(indices, self.classes).float()
 
     @torch.no_grad()
     def integrate(
@@ -148,7 +154,8 @@ class Sampler:
         Args:
             latents: unit normal noise [B, C, H, W].
             class_labels: rows [B, label_dim] or None.
-            noise: called once a step, gives unit normal noise [B, C, H, W]; needed with churn or boosting alone.
+            noise: called once a step, gives unit normal noise [B, C, H, W]; needed with churn, boosting, eta
+                and the ddpm solver alone.
             on_step: called before each step with the step and the state.
 
         Returns:
@@ -167,13 +174,17 @@ class Sampler:
         previous: tuple[Tensor, Tensor] | None = None
         carried = CarriedGradient(self.guidance.dg_reuse) if self.guidance.dg_every > 1 else None
         t = time(self.steps[0].t)
-        x = latents.to(self.state_dtype) * (coords.sigma(t) * coords.s(t)).to(self.state_dtype)
+        scale = coords.sigma(t) * coords.s(t)
+        if self.sampling.solver in ("ddpm", "ddim"):  # DDPM starts at unit variance, as if it were all noise
+            scale = 1 / vp_alpha(coords.sigma(t))
+        x = latents.to(self.state_dtype) * scale.to(self.state_dtype)
         for step in self.steps:
             if on_step is not None:
                 on_step(step, x)
             t, t_next = time(step.t), time(step.t_next)
             t_hat, x_hat = self._churn(step, x, t, log_ratio, noise)
-            arguments = (x_hat, t_hat, t_next, class_labels, *(previous or ()))
+            fresh = self._fresh_noise(step, x_hat, noise)
+            arguments = (x_hat, t_hat, t_next, class_labels, *fresh, *(previous or ()))
             x, denoised, log_ratio = self._step_function(step, arguments, carried)(*arguments)
             if self.sampling.solver == "dpmpp-2m":
                 previous = denoised, t_hat
@@ -192,13 +203,14 @@ class Sampler:
         net = self.networks.denoiser
         shape = (batch, net.img_channels, net.img_resolution, net.img_resolution)
         x = torch.zeros(shape, dtype=self.state_dtype, device=self.device)
-        labels = self.class_labels([0] * batch, batch) if net.label_dim else None
+        labels = self.class_labels([0] * batch, batch) if self.classes else None
         sigma = torch.ones(batch, dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for guidances in dict.fromkeys(g for step in self.steps for g in (step.predictor, step.corrector)):
                 if guidances is not None:  # each function once, not once a step
-                    keep = self.guidance.dg_every > 1
-                    self._function(guidances, (x, sigma, labels), keep)(x, sigma, labels)
+                    bounds = self._log_variances(self.steps[0], sigma) if self.sampling.solver == "ddpm" else ()
+                    example = (x, sigma, labels, *bounds)
+                    self._function(guidances, example, self.guidance.dg_every > 1)(*example)
             if self._step_runtime is not None:
                 self.integrate(x.float(), labels, lambda: torch.zeros_like(x))
 
@@ -219,19 +231,41 @@ class Sampler:
         t_hat = coords.sigma_inv(self.networks.denoiser.round_sigma(sigma + gamma * sigma))
         return t_hat, churn(x, t, t_hat, noise(), S_noise, coords)
 
+    def _fresh_noise(self, step: Step, x: Tensor, noise: Callable[[], Tensor] | None) -> tuple[Tensor, ...]:
+        """The step's noise, for solvers that add some, and for the ancestral one its log-variances [B] too."""
+        if self.sampling.solver != "ddpm" and not self.sampling.eta:
+            return ()
+        assert noise is not None, "the ddpm solver and eta need noise"
+        if self.sampling.solver == "ddim":
+            return (noise(),)
+        return noise(), *self._log_variances(step, torch.empty(len(x), dtype=torch.float64, device=x.device))
+
+    def _log_variances(self, step: Step, like: Tensor) -> tuple[Tensor, Tensor]:
+        least, most = step.log_variances
+        return torch.full_like(like, least), torch.full_like(like, most)
+
     def _step_function(
         self, step: Step, example: tuple[Tensor | None, ...], carried: CarriedGradient | None
     ) -> Function:
-        """(x_hat, t_hat, t_next, class_labels, last denoised, last t) -> (x_next, denoised, log_ratio).
+        """(x_hat, t_hat, t_next, class_labels, further) -> (x_next, denoised, log_ratio).
 
-        The last two only for the second-order multistep solver, and not in its first step.
+        Further arguments: the last denoised images and time for the second-order multistep solver, but in its first
+        step; what `_fresh_noise` returns for those with noise.
         """
+        solver = self.sampling.solver
 
-        def advance(x_hat: Tensor, t_hat: Tensor, t_next: Tensor, labels: Tensor | None, *last: Tensor) -> Any:
+        def advance(x_hat: Tensor, t_hat: Tensor, t_next: Tensor, labels: Tensor | None, *further: Tensor) -> Any:
+            if solver == "ddpm":
+                example = (x_hat, t_hat.flatten(), labels, *further[1:])
+                denoised, shift, variance, log_ratio = self._function(step.predictor, example)(*example)
+                x = ancestral_step(x_hat, denoised, shift, variance, t_hat, t_next, further[0])
+                return x.to(self.state_dtype), denoised, log_ratio
             predict = self._denoise(step.predictor, labels, step.carried[0], carried)
             denoised, log_ratio = predict(x_hat, t_hat)
-            if self.sampling.solver == "dpmpp-2m":
-                x = dpmpp_2m_step(x_hat, denoised, t_hat, t_next, (last[0], last[1]) if last else None)
+            if solver == "dpmpp-2m":
+                x = dpmpp_2m_step(x_hat, denoised, t_hat, t_next, (further[0], further[1]) if further else None)
+            elif solver == "ddim":
+                x = ddim_step(x_hat, denoised, t_hat, t_next, further[0] if further else None, self.sampling.eta)
             elif step.corrector is None:
                 x = euler_step(x_hat, denoised, t_hat, t_next, self.coordinates)
             else:
@@ -273,20 +307,22 @@ class Sampler:
         return denoise
 
     def _function(
-        self, guidances: tuple[Guidance, ...], example: tuple[Tensor, Tensor, Tensor | None], keep: bool = False
+        self, guidances: tuple[Guidance, ...], example: tuple[Tensor | None, ...], keep: bool = False
     ) -> Function:
-        """The guided denoiser for these guidances in this sampler's runtime, built once a shape.
+        """The guided denoiser, or posterior, for these guidances in this sampler's runtime, built once a shape.
 
         Args:
             keep: return the discriminator's gradient too, where there is one.
         """
-        key = (guidances, example[0].shape if self._runtime else None)
+        key = (guidances, example[0].shape if self._runtime and example[0] is not None else None)
         if key not in self._functions:
-            net = self.networks.denoiser
-            function: Function = guided_denoiser(net, guidances)
+            net, clip = self.networks.denoiser, self.sampling.clip_denoised
+            function: Function = guided_denoiser(net, guidances, clip)
+            if self.sampling.solver == "ddpm":
+                function = guided_posterior(net, guidances, clip)
             discriminator = next((g for g in guidances if isinstance(g, DiscriminatorGuidance)), None)
             if keep and discriminator is not None:
                 others = [g for g in guidances if g is not discriminator]
-                function = gradient_keeping_denoiser(net, others, discriminator)
+                function = gradient_keeping_denoiser(net, others, discriminator, clip)
             self._functions[key] = self._runtime(function, example) if self._runtime else function
         return self._functions[key]

@@ -25,6 +25,7 @@ from dgfast.guidance import (
     LowDensityGuidance,
     PredictedCleanGuidance,
     guided_denoiser,
+    guided_posterior,
 )
 from dgfast.guidance.gradient import normalized
 from dgfast.nets.discriminator import NoisyClassifier
@@ -32,10 +33,27 @@ from dgfast.networks import Networks
 from dgfast.runtimes import compiled, regions
 from dgfast.runtimes.graph import lower, trace
 from dgfast.sampler import Sampler
+from dgfast.solvers import ancestral_step
 
 NetFactory = Callable[..., Any]
 
 MEANS, VARIANCE = (-0.5, 0.7), 0.1  # of two equally frequent classes of independent Gaussian pixels
+
+
+class Exact(nn.Module):
+    """A closed form as the score network of a sampler."""
+
+    img_channels, img_resolution, label_dim, sigma_min, sigma_max = 1, 1, 2, 0.0, math.inf
+
+    def __init__(self, denoiser: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+        return self.denoiser(x, sigma, None)
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        return sigma
 
 
 def column(values: Tensor) -> Tensor:
@@ -128,14 +146,15 @@ def test_predicted_clean_is_the_gradient_at_the_denoised_image(label: int, read_
     x, sigma = batch(seed=2)
     x0hat, b = class_denoiser(0)(x, sigma, None), 1.7
     guidance = PredictedCleanGuidance(exact_classifier, b, read_at_t=read_at_t)
-    mine = correction_of(guidance, x, sigma, rows(label, len(x)), x0hat)
+    direction, gate, _ = guidance.correct(x, sigma, rows(label, len(x)), x0hat)
     told = sigma if read_at_t else torch.zeros_like(sigma)
     alpha = nl.vp_alpha(told)
     pull = label - probability(x0hat, told, alpha)  # of log p(label | x0hat) in the classes' difference
     gradient = pull * (MEANS[1] - MEANS[0]) / (alpha * (VARIANCE + told**2))
-    wanted = column(b * sigma**2 * nl.vp_alpha(sigma) * gradient).expand_as(x)
-    torch.testing.assert_close(mine, wanted, rtol=2e-4, atol=1e-6)  # the classifier reads float32
-    assert wanted.abs().max() > 0.1
+    # In float32 the probability of a certain class is 1.
+    torch.testing.assert_close(direction.double(), column(gradient).expand_as(x), rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(gate, b * sigma**2 / (1 + sigma**2) ** 0.5)
+    assert gradient.abs().max() > 0.1
 
 
 class OneWay(torch.autograd.Function):
@@ -226,7 +245,7 @@ def test_low_density_class_of_a_term_replaces_the_samples_own(kind: Any) -> None
         kind(exact_classifier, 1.0).correct(x, sigma, None, x)
 
 
-@pytest.mark.parametrize("solver", ["heun", "euler", "dpmpp-2m"])
+@pytest.mark.parametrize("solver", ["heun", "euler", "dpmpp-2m", "ddpm", "ddim"])
 def test_low_density_of_weight_0_is_the_plain_sampler_bit_for_bit(tiny_net: NetFactory, solver: str) -> None:
     net, config = tiny_net(label_dim=3), SamplingConfig(num_steps=5, solver=solver)
     idle = Sampler(
@@ -258,29 +277,74 @@ def test_low_density_config_reaches_the_guidances(tiny_net: NetFactory) -> None:
     assert (a.diversity, a.target, b.base, b.read_at_t) == (0.5, None, None, True)
 
 
+# The published ancestral form -----------------------------------------------------------------------------------------
+def reference_gradient(image: Tensor, sigma: Tensor, labels: Tensor, how: str) -> Tensor:
+    image = image.detach().requires_grad_()
+    log_probability = (exact_classifier(image, nl.vp_time(sigma)).log_softmax(dim=1) * labels).sum()
+    return reference_norm(torch.autograd.grad(log_probability, image)[0], how)
+
+
+def algorithm_1(
+    latents: Tensor, noises: list[Tensor], levels: list[float], label: int, a: float, b: float, how: str
+) -> Tensor:
+    """Algorithm 1 of arXiv 2606.13347 in its own coordinates, x_t of unit variance, on class 0's exact denoiser."""
+    x_t, labels = latents, rows(label, len(latents))
+    bars = [1 / (1 + level**2) for level in levels] + [1.0]
+    for i, level in enumerate(levels):
+        bar, bar_next = bars[i], bars[i + 1]
+        sigma = torch.full((len(x_t),), level, dtype=torch.float64)
+        x0hat = class_denoiser(0)(x_t / bar**0.5, sigma, None)
+        beta = 1 - bar / bar_next
+        mu = (bar_next**0.5 * beta * x0hat + (bar / bar_next) ** 0.5 * (1 - bar_next) * x_t) / (1 - bar)
+        variance = beta * (1 - bar_next) / (1 - bar)
+        mu = mu - a * variance * reference_gradient(x_t, sigma, labels, how)
+        mu = mu + b * variance * reference_gradient(x0hat, sigma, labels, how)
+        x_t = mu + variance**0.5 * noises[i]
+    return x_t
+
+
+@pytest.mark.parametrize("how", ["none", "sample_l2"])
+@pytest.mark.parametrize(("a", "perceptual"), [(1.5, False), (0.7, True)])
+def test_low_density_under_ddpm_is_the_papers_algorithm(how: str, a: float, perceptual: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(8, 1, 2, 2, dtype=torch.float64, generator=generator)
+    noises = [torch.randn(8, 1, 2, 2, dtype=torch.float64, generator=generator) for _ in range(12)]
+    config = SamplingConfig(num_steps=12, solver="ddpm", sigma_min=0.5, sigma_max=50.0)
+    guidance = GuidanceConfig(diversity=a, fidelity=2.0, perceptual=perceptual, normalize=how)
+    sampler = Sampler(Networks(Exact(class_denoiser(0)), classifier=exact_classifier), config, guidance)
+    images = sampler.integrate(latents, rows(1, 8), iter(noises).__next__)
+    levels = [step.sigma for step in sampler.steps]
+    reference = algorithm_1(latents, noises, levels, 1, -a if perceptual else a, 2.0, how)
+    assert (images - reference).abs().max() < 1e-4
+    unguided = algorithm_1(latents, noises, levels, 1, 0.0, 0.0, how)
+    assert (images - unguided).abs().max() > 0.05
+
+
+def test_low_density_shift_is_a_correction_of_the_denoised_image() -> None:
+    """By the posterior variance: alpha' sigma'^2 at the next level in the place of sigma^2 alpha, the gate at this."""
+    x, _ = batch(seed=10)
+    sigma, sigma_next = (torch.full((len(x),), level, dtype=torch.float64) for level in (2.0, 1.2))
+    labels = rows(1, len(x))
+    guidances: list[Guidance] = [LowDensityGuidance(exact_classifier, 0.8), PredictedCleanGuidance(exact_classifier, 2)]
+    log_variance = (nl.vp_alpha(sigma_next) ** 2 * sigma_next**2 * (1 - (sigma_next / sigma) ** 2)).log()
+    posterior = guided_posterior(class_denoiser(0), guidances)(x, sigma, labels, log_variance, log_variance)
+    step = ancestral_step(x, *posterior[:3], column(sigma), column(sigma_next), torch.zeros_like(x))
+    here, there = (level**2 * nl.vp_alpha(level) for level in (sigma, sigma_next))
+    plain, guided = (guided_denoiser(class_denoiser(0), some)(x, sigma, labels)[0] for some in ([], guidances))
+    denoised = plain + column(there / here) * (guided - plain)
+    torch.testing.assert_close(step, denoised + column(sigma_next / sigma) ** 2 * (x - denoised))
+    assert (guided - plain).abs().max() > 0.1
+
+
 # Samples --------------------------------------------------------------------------------------------------------------
 def test_low_density_samples_are_the_mixtures() -> None:
     """Path by path: the flow of one class, guided at diversity 1, ends where the flow of both classes does."""
-
-    class OneClass(nn.Module):
-        img_channels, img_resolution, label_dim, sigma_min, sigma_max = 1, 1, 2, 0.0, math.inf
-
-        def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
-            return self.of(x, sigma, None)
-
-        def __init__(self, of: Callable[..., Tensor]) -> None:
-            super().__init__()
-            self.of = of
-
-        def round_sigma(self, sigma: Tensor) -> Tensor:
-            return sigma
-
     start = torch.randn(2000, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     config, labels = SamplingConfig(num_steps=48), rows(0, 2000)
     guided = Sampler(
-        Networks(OneClass(class_denoiser(0)), classifier=exact_classifier), config, GuidanceConfig(diversity=1.0)
+        Networks(Exact(class_denoiser(0)), classifier=exact_classifier), config, GuidanceConfig(diversity=1.0)
     ).integrate(start, labels)
-    both = Sampler(Networks(OneClass(mixture)), config).integrate(start, labels)
+    both = Sampler(Networks(Exact(mixture)), config).integrate(start, labels)
     assert (guided - both).abs().max() < 1e-3
     assert (guided > sum(MEANS) / 2).double().mean() == pytest.approx(0.5, abs=0.05)  # half of class 0 looks like 1
 
@@ -384,7 +448,7 @@ def test_low_density_without_a_fitting_classifier_says_what_is_missing(tiny_net:
     for networks, message in (
         (Networks(net), "needs a classifier network"),
         (Networks(net, classifier=lambda u: u), "needs a noise-aware classifier"),  # type: ignore[arg-type]
-        (Networks(tiny_net(), classifier=exact_classifier), "conditional score network, or a (target|base) class"),
+        (Networks(tiny_net(), classifier=exact_classifier), "conditional score network, a (target|base) class, or"),
     ):
         with pytest.raises(UserError, match=message):
             Sampler(networks, config, GuidanceConfig(**{term: 1.0}))

@@ -355,7 +355,7 @@ def test_sample_out_of_memory_goes_on_in_smaller_batches(
         (["--target-class", "1", "--fidelity", "1"], "target_class needs diversity"),
         (["--base-class", "0", "--diversity", "1"], "base_class needs fidelity"),
         (["--diversity", "1", "--target-class", "3"], "target class 3 is out of range; the classifier knows classes 0"),
-        (["--fidelity", "1", "--base-class", "-1"], "base class -1 is out of range"),
+        (["--fidelity", "1", "--base-class", "-1"], "base_class -1 is no class; they are counted from 0"),
         (["--diversity", "1", "--classifier-scale", "1"], "weigh one and the same gradient"),
         (["--diversity", "1", "--normalize", "l1"], "'l1' is not one of"),
         (["--rho", "nan"], "not a finite number"),

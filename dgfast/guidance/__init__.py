@@ -10,7 +10,7 @@ because the score is (D - x) / sigma^2 and a noise-aware network reads images at
 from dgfast.guidance.autoguidance import Autoguidance
 from dgfast.guidance.classifier import ClassifierGuidance
 from dgfast.guidance.classifier_free import ClassifierFreeGuidance
-from dgfast.guidance.compose import Denoiser, Guidance, GuidedDenoiser, guided_denoiser
+from dgfast.guidance.compose import Denoiser, Guidance, GuidedDenoiser, guided_denoiser, guided_posterior
 from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
 from dgfast.guidance.low_density import LowDensityGuidance
@@ -31,4 +31,5 @@ __all__ = [
     "PredictedCleanGuidance",
     "gradient_keeping_denoiser",
     "guided_denoiser",
+    "guided_posterior",
 ]

@@ -12,10 +12,15 @@ OUTSIDE_WINDOW = 1e7
 """The log-ratio that stands for "not judged", as in DG's code; large and positive, so it never triggers boosting."""
 
 
+def denoiser_gate(sigma: Tensor) -> Tensor:
+    """sigma^2 alpha: what makes a correction of the denoised image of grad_u l, at weight 1."""
+    return sigma**2 * vp_alpha(sigma)
+
+
 def log_density_gradient(
     log_density: Callable[[Tensor], Tensor], x: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_u l(u) at u = alpha x, the gate sigma^2 alpha that makes a correction of weight 1 of it, and l(u) itself.
+    """grad_u l(u) at u = alpha x, its `denoiser_gate`, and l(u) itself.
 
     Args:
         log_density: u [B, C, H, W], float32 -> l(u) [B], one value a sample that depends on that sample alone.
@@ -27,7 +32,7 @@ def log_density_gradient(
     """
     alpha = vp_alpha(sigma)
     gradient, value = input_gradient(log_density, alpha.view(-1, 1, 1, 1) * x)
-    return gradient, sigma**2 * alpha, value
+    return gradient, denoiser_gate(sigma), value
 
 
 def input_gradient(log_density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from dgfast.guidance.classifier import NoisyClassifier, class_log_probability
-from dgfast.guidance.gradient import input_gradient, normalized
-from dgfast.noise_levels import vp_alpha, vp_time
+from dgfast.guidance.gradient import denoiser_gate, input_gradient, normalized
+from dgfast.noise_levels import vp_time
 
 
 @dataclass(frozen=True, eq=False)
 class PredictedCleanGuidance:
-    """D' = D + fidelity sigma^2 alpha N(grad_x0hat log p(y | x0hat)) at x0hat = D(x; sigma), the unguided prediction.
+    """D' = D + fidelity sigma^2 alpha N(grad_x0hat log p(y | x0hat)) at x0hat = D(x; sigma).
 
     The gradient is with respect to x0hat itself. It never goes through the score network, whose Jacobian the paper
     leaves out: one classifier gradient a call, which has to wait for the denoised image. The published shift of the
-    ancestral mean is b Sigma N(g): what `LowDensityGuidance` says about Sigma holds here too. x0hat is taken as the
-    denoiser gives it; ADM's is clipped to [-1, 1] by ADM's own sampler.
+    ancestral mean is b Sigma N(g): what `LowDensityGuidance` says about Sigma holds here too. Classifier-free guidance
+    and clip_denoised are in x0hat already, no gradient guidance is.
 
     Attributes:
         classifier: as for `ClassifierGuidance`.
@@ -53,4 +53,4 @@ class PredictedCleanGuidance:
             return class_log_probability(self.classifier(x0hat, t), class_labels, self.base)
 
         gradient, _ = input_gradient(log_probability, denoised)
-        return normalized(gradient, self.normalize), self.fidelity * sigma**2 * vp_alpha(sigma), None
+        return normalized(gradient, self.normalize), self.fidelity * denoiser_gate(sigma), None

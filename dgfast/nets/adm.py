@@ -35,20 +35,21 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def _zeroed(layer: nn.Conv2d | nn.Conv1d) -> nn.Module:
+def zeroed(layer: nn.Conv2d | nn.Conv1d) -> nn.Module:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 class ResBlock(nn.Module):
-    """Residual block conditioned on the time embedding; `down` halves the resolution by mean pooling."""
+    """Residual block conditioned on the time embedding; `down` halves the resolution by mean pooling, `up` repeats."""
 
     def __init__(
-        self, channels: int, emb_channels: int, out_channels: int, *, dropout: float, scale_shift: bool, down: bool
-    ) -> None:
+        self, channels: int, emb_channels: int, out_channels: int, *,
+        dropout: float, scale_shift: bool, down: bool = False, up: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.down, self.scale_shift = down, scale_shift
+        self.down, self.up, self.scale_shift = down, up, scale_shift
         self.in_layers = nn.Sequential(
             normalization(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
@@ -57,7 +58,7 @@ class ResBlock(nn.Module):
             normalization(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
 
@@ -66,6 +67,8 @@ class ResBlock(nn.Module):
         h = norm(x, silu=True)
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        elif self.up:
+            h, x = (F.interpolate(z, scale_factor=2.0, mode="nearest") for z in (h, x))
         h = conv(h)
         params = self.emb_layers(emb)
         norm, _, dropout, conv = self.out_layers
@@ -88,23 +91,41 @@ class Downsample(nn.Module):
         return self.op(x)
 
 
-class AttentionBlock(nn.Module):
-    """Self-attention over the pixels; query, key and value lie head by head in `qkv`, as in ADM's default order."""
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling and a convolution, for nets without `resblock_updown`."""
 
-    def __init__(self, channels: int, num_heads: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels.
+
+    Query, key and value lie head by head in `qkv`; in the `new_order`, all heads' queries come first.
+    """
+
+    def __init__(self, channels: int, num_heads: int, new_order: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.new_order = num_heads, new_order
         self.norm = normalization(channels)
         self.qkv = nn.Conv1d(channels, channels * 3, 1)
-        self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
         weight, bias = self.qkv.weight.squeeze(-1), self.qkv.bias
         # A matrix product over tokens leaves q, k and v contiguous in their channels, as fused attention kernels ask.
-        qkv = F.linear(tokens, weight, bias).unflatten(-1, (self.num_heads, 3, -1))
-        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [B, heads, HW, C / heads]
+        qkv = F.linear(tokens, weight, bias)
+        if self.new_order:
+            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        # each [B, heads, HW, C / heads]
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         out = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias)  # type: ignore[operator, arg-type]
         return x + out.transpose(1, 2).reshape(b, c, height, width)
@@ -135,7 +156,7 @@ class AttentionPool2d(nn.Module):
         return self.c_proj(pooled).squeeze(-1)
 
 
-class _Stage(nn.Sequential):
+class Stage(nn.Sequential):
     """A sequence whose residual blocks also take the time embedding."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # the embedding is the point
@@ -188,7 +209,7 @@ class EncoderUNetModel(nn.Module):
             return AttentionBlock(channels, channels // num_head_channels)
 
         ch = int(channel_mult[0] * model_channels)
-        self.input_blocks = nn.ModuleList([_Stage(nn.Conv2d(in_channels, ch, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, ch, 3, padding=1))])
         factor = 1
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
@@ -196,17 +217,17 @@ class EncoderUNetModel(nn.Module):
                 ch = int(mult * model_channels)
                 if factor in attention_resolutions:
                     layers.append(attention(ch))
-                self.input_blocks.append(_Stage(*layers))
+                self.input_blocks.append(Stage(*layers))
             if level != len(channel_mult) - 1:
-                self.input_blocks.append(_Stage(res_block(ch, ch, down=True) if resblock_updown else Downsample(ch)))
+                self.input_blocks.append(Stage(res_block(ch, ch, down=True) if resblock_updown else Downsample(ch)))
                 factor *= 2
-        self.middle_block = _Stage(res_block(ch, ch), attention(ch), res_block(ch, ch))
+        self.middle_block = Stage(res_block(ch, ch), attention(ch), res_block(ch, ch))
         self.feature_channels, self.feature_size = ch, image_size // factor
         head: list[nn.Module]
         if pool == "attention":
             head = [AttentionPool2d(self.feature_size, ch, num_head_channels, out_channels)]
         elif pool == "adaptive":
-            head = [nn.AdaptiveAvgPool2d(1), _zeroed(nn.Conv2d(ch, out_channels, 1)), nn.Flatten()]
+            head = [nn.AdaptiveAvgPool2d(1), zeroed(nn.Conv2d(ch, out_channels, 1)), nn.Flatten()]
         else:
             raise ValueError(f"pool must be attention or adaptive, not {pool!r}")
         self.out = nn.Sequential(normalization(ch), nn.SiLU(), *head)
