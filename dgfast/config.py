@@ -170,7 +170,8 @@ class GuidanceConfig:
             if label is not None and not (isinstance(label, int) and label >= 0):
                 raise UserError(f"{name} {label} is no class; they are counted from 0")
         for name, weight in (("perceptual", "diversity"), ("target_class", "diversity"), ("base_class", "fidelity")):
-            if getattr(self, name) not in (None, False) and not getattr(self, weight):
+            chosen = getattr(self, name)
+            if chosen is not None and chosen is not False and not getattr(self, weight):  # class 0 is one
                 raise UserError(f"{name} needs {weight}; give it a weight above 0")
         if self.diversity and self.classifier_scale and self.target_class is None:
             raise UserError(
