@@ -12,6 +12,8 @@ SCHEDULES = ("linear", "vp", "ve")
 SCALINGS = ("none", "vp")
 VARIANCES = ("small", "large")
 REUSES = ("hold", "linear")
+NORMALIZATIONS = ("none", "sample_l2", "channel_l2", "max_abs")
+CLEAN_TIMES = ("t", "0")
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,13 @@ class GuidanceConfig:
         cfg_channels: let cfg_scale guide the first so many channels alone, as DiT's published numbers do; None: all.
         guidance_interval: (low, high]: noise levels sigma at which cfg_scale acts (arXiv 2404.07724).
         autoguidance: weight of guidance by a worse reference net (arXiv 2406.02507); 1 is unguided.
+        diversity: a, low-density guidance (arXiv 2606.13347, algorithm 1): away from what the classifier is sure of in
+            the noisy image. perceptual: toward it instead (algorithm 2).
+        fidelity: b, guidance toward the class in the predicted clean image. clean_time: the time that the classifier
+            reads there: the noisy image's, "t", or "0".
+        normalize: what both do to the length of their gradients; see `guidance.gradient.normalized`.
+        target_class, base_class: the class of the diversity and of the fidelity term, for mixing two classes; None is
+            each sample's own.
     """
 
     dg_weight: float = 0.0
@@ -133,9 +142,17 @@ class GuidanceConfig:
     autoguidance: float = 1.0
     dg_schedule: tuple[tuple[float, float], ...] = ()
     classifier_schedule: tuple[tuple[float, float], ...] = ()
+    diversity: float = 0.0
+    fidelity: float = 0.0
+    perceptual: bool = False
+    normalize: str = "none"
+    clean_time: str = "t"
+    target_class: int | None = None
+    base_class: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dg_weight", "dg_weight_2nd", "classifier_scale", "cfg_scale", "autoguidance"):
+        weights = "dg_weight", "dg_weight_2nd", "classifier_scale", "cfg_scale", "autoguidance", "diversity", "fidelity"
+        for name in weights:
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name} {getattr(self, name)} is not a finite number")
         for name in ("dg_window", "guidance_interval"):
@@ -163,6 +180,27 @@ class GuidanceConfig:
             raise UserError("boosting judges every call by its own log-ratio; it does not go with dg_every above 1")
         if self.boosting and not self.dg_weight:
             raise UserError("boosting needs discriminator guidance; give it a weight other than 0")
+        self._check_low_density()
+
+    def _check_low_density(self) -> None:
+        for name, allowed in (("normalize", NORMALIZATIONS), ("clean_time", CLEAN_TIMES)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if self.diversity < 0 or self.fidelity < 0:
+            raise UserError("diversity and fidelity are at least 0; perceptual turns the direction of diversity round")
+        for name in ("target_class", "base_class"):
+            label = getattr(self, name)
+            if label is not None and not (isinstance(label, int) and label >= 0):
+                raise UserError(f"{name} {label} is no class; they are counted from 0")
+        for name, weight in (("perceptual", "diversity"), ("target_class", "diversity"), ("base_class", "fidelity")):
+            chosen = getattr(self, name)
+            if chosen is not None and chosen is not False and not getattr(self, weight):  # class 0 is one
+                raise UserError(f"{name} needs {weight}; give it a weight above 0")
+        if self.diversity and self.classifier_scale and self.target_class is None:
+            raise UserError(
+                "diversity and classifier_scale weigh one and the same gradient; set one of them to 0 "
+                "(perceptual diversity is classifier guidance)"
+            )
 
     @property
     def classifier_free(self) -> bool:

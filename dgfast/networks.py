@@ -17,6 +17,7 @@ from dgfast.guidance.classifier import NoisyClassifier
 from dgfast.guidance.compose import Denoiser
 from dgfast.guidance.discriminator import Discriminator
 from dgfast.nets import discriminator as noise_aware
+from dgfast.nets.adm import EncoderUNetModel
 from dgfast.noise_levels import TIME_SCHEDULES, vp_time
 
 
@@ -83,6 +84,11 @@ def load(
     wanted = _wanted(found, guidance)
     nets: dict[str, Any] = {role: found.load(role, device, dtype) for role in wanted}
     trunk, head = nets.get("classifier"), nets.get("discriminator")
+    if trunk is not None and not isinstance(trunk, EncoderUNetModel):
+        raise UserError(
+            f"bundle {found.name}: its classifier, a {type(trunk).__name__}, reads no noise level; guidance needs a "
+            "noise-aware one, such as python -m dgfast.train classifier makes"
+        )
     score, read = nets["score"], (getattr(trunk, "in_channels", None), getattr(trunk, "image_size", None))
     if trunk is not None and read != (score.img_channels, score.img_resolution):
         raise UserError(
@@ -136,6 +142,6 @@ def _wanted(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str
         "score": True,
         "reference": guidance.autoguidance != 1,
         "discriminator": discriminator,
-        "classifier": discriminator or bool(guidance.classifier_scale),
+        "classifier": discriminator or bool(guidance.classifier_scale or guidance.diversity or guidance.fidelity),
     }
     return [role for role, wanted in needed.items() if wanted]

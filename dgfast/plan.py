@@ -3,11 +3,12 @@
 So a compiled function has no branch, and a guidance outside of its window, or of weight 0, runs no network at all.
 """
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgfast.config import VARIANCES, GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
@@ -17,8 +18,11 @@ from dgfast.guidance import (
     ClassifierGuidance,
     DiscriminatorGuidance,
     Guidance,
+    LowDensityGuidance,
+    PredictedCleanGuidance,
     WeightSchedule,
 )
+from dgfast.guidance.classifier import NoisyClassifier as Classifier
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.networks import Networks
 from dgfast.noise_levels import Coordinates, posterior_log_variances, respaced_levels, sigma_grid
@@ -104,7 +108,8 @@ def plan(
 
 def class_count(networks: Networks, guidance: GuidanceConfig) -> int:
     """Number of classes among which a label chooses: the score network's, or those of the classifier that guides it."""
-    if networks.denoiser.label_dim or not guidance.classifier_scale:
+    rare = (guidance.diversity and guidance.target_class is None) or (guidance.fidelity and guidance.base_class is None)
+    if networks.denoiser.label_dim or not (guidance.classifier_scale or rare):
         return networks.denoiser.label_dim
     return _classes(networks.classifier)
 
@@ -130,13 +135,7 @@ def _guidances(nets: Networks, wanted: GuidanceConfig) -> tuple[list[Guidance], 
     """The guidances at the first point, the same with boosting's doubled weight, and those at the second point."""
     shared: list[Guidance] = []
     if wanted.classifier_scale:
-        classifier = _needed(nets.classifier, "classifier guidance", "classifier")
-        classes = _classes(classifier)
-        if nets.denoiser.label_dim and classes not in (0, nets.denoiser.label_dim):
-            raise UserError(
-                f"the classifier knows {classes} classes, the score network {nets.denoiser.label_dim}: "
-                "no classifier guidance between them"
-            )
+        classifier = _classifier(nets, "classifier guidance")
         schedule = WeightSchedule(wanted.classifier_schedule)
         shared.append(ClassifierGuidance(classifier, wanted.classifier_scale, nets.time, schedule))
     if wanted.classifier_free:
@@ -146,10 +145,9 @@ def _guidances(nets: Networks, wanted: GuidanceConfig) -> tuple[list[Guidance], 
     if wanted.autoguidance != 1:
         reference = _needed(nets.reference, "autoguidance", "reference")
         shared.append(Autoguidance(reference, wanted.autoguidance))
-    if wanted.classifier_scale and not class_count(nets, wanted):
-        raise UserError("classifier guidance needs a conditional score network, or a classifier that says its classes")
     if wanted.classifier_free and not nets.denoiser.label_dim:
         raise UserError("classifier-free guidance needs a conditional score network")
+    shared += _low_density(nets, wanted)
 
     def discriminator(weight: float, boost: float = 1.0) -> list[Guidance]:
         if not weight:
@@ -172,6 +170,45 @@ def _classifier_free(nets: Networks, wanted: GuidanceConfig) -> ClassifierFreeGu
     return ClassifierFreeGuidance(
         nets.denoiser, wanted.cfg_scale, wanted.guidance_interval, wanted.cfg_scale_low, wanted.cfg_branch, channels
     )
+
+
+def _low_density(nets: Networks, wanted: GuidanceConfig) -> list[Guidance]:
+    """The two terms of low-density guidance: in the noisy image, and in the predicted clean one."""
+    found: list[Guidance] = []
+    if wanted.diversity:
+        a = -wanted.diversity if wanted.perceptual else wanted.diversity
+        classifier = _classifier(nets, "low-density guidance", "target class", wanted.target_class)
+        found.append(LowDensityGuidance(classifier, a, wanted.normalize, wanted.target_class, nets.time))
+    if wanted.fidelity:
+        how, label = wanted.normalize, wanted.base_class
+        classifier = _classifier(nets, "guidance toward the predicted clean image", "base class", label)
+        found.append(
+            PredictedCleanGuidance(classifier, wanted.fidelity, how, label, wanted.clean_time == "t", nets.time)
+        )
+    return found
+
+
+def _classifier(nets: Networks, guidance: str, role: str = "", label: int | None = None) -> Classifier:
+    """The classifier, if it is noise-aware and knows the class `label`, or for None those that labels choose among."""
+    classifier = _needed(nets.classifier, guidance, "classifier")
+    try:
+        inspect.signature(classifier.forward if isinstance(classifier, nn.Module) else classifier).bind(None, None)
+    except TypeError:
+        raise UserError(
+            f"{guidance} needs a noise-aware classifier, (u, t) -> logits; this one takes no time"
+        ) from None
+    own, classes = nets.denoiser.label_dim, _classes(classifier)
+    if label is None and not (own or classes):
+        either = f", a {role}," if role else ""
+        raise UserError(f"{guidance} needs a conditional score network{either} or a classifier that says its classes")
+    if label is None and own and classes not in (0, own):
+        raise UserError(
+            f"the classifier knows {classes} classes, the score network {own}: no classifier guidance between them"
+        )
+    known = classes or own
+    if label is not None and known and label >= known:
+        raise UserError(f"{role} {label} is out of range; the classifier knows classes 0 to {known - 1}")
+    return classifier
 
 
 def _with_reuse(steps: list[Step], every: int) -> tuple[Step, ...]:

@@ -15,7 +15,9 @@ import click
 
 from dgfast import __version__
 from dgfast.config import (
+    CLEAN_TIMES,
     DISCRETIZATIONS,
+    NORMALIZATIONS,
     REUSES,
     SCALINGS,
     SCHEDULES,
@@ -141,6 +143,13 @@ _NUMBER = FiniteFloat()
 @click.option("--cfg-channels", type=int, help="Guide the first so many channels alone; 3 is DiT's published way.")
 @click.option("--guidance-interval", type=FloatPair(), help="Noise levels sigma between which --cfg-scale acts.")
 @click.option("--autoguidance", type=_NUMBER, help="Guidance by a worse net; 1 turns it off.")
+@click.option("--diversity", type=_NUMBER, help="Low-density guidance, a: away from what the classifier is sure of.")
+@click.option("--fidelity", type=_NUMBER, help="Guidance toward the class in the predicted clean image, b.")
+@click.option("--perceptual", is_flag=True, default=None, help="Turn --diversity round: toward the class.")
+@click.option("--normalize", type=click.Choice(NORMALIZATIONS), help="What both do to their gradients' lengths.")
+@click.option("--clean-time", type=click.Choice(CLEAN_TIMES), help="Classifier's time for the predicted clean image.")
+@click.option("--target-class", type=int, help="Class of the --diversity term; default: each image's own.")
+@click.option("--base-class", type=int, help="Class of the --fidelity term; default: each image's own.")
 @click.option("--dtype", type=click.Choice(["float32", "tf32", "bf16", "fp16"]), default="float32", show_default=True)
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: what is there.")
 @click.option(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dgfast.noise_levels import vp_alpha
 
@@ -30,8 +31,31 @@ def log_density_gradient(
         inside `log_density` must be frozen.
     """
     alpha = vp_alpha(sigma)
-    u = (alpha.view(-1, 1, 1, 1) * x).float().detach().requires_grad_()
+    gradient, value = input_gradient(log_density, alpha.view(-1, 1, 1, 1) * x)
+    return gradient, denoiser_gate(sigma), value
+
+
+def input_gradient(log_density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+    """grad_u l(u) [B, C, H, W] in float32, and l [B]. What made u is left out: the gradient ends there."""
+    u = u.float().detach().requires_grad_()
     with torch.enable_grad():
         value = log_density(u)
         (gradient,) = torch.autograd.grad(value.sum(), u)
-    return gradient, denoiser_gate(sigma), value.detach()
+    return gradient, value.detach()
+
+
+def normalized(gradient: Tensor, how: str) -> Tensor:
+    """The gradient [B, C, H, W] with its length taken away; one that is zero stays zero.
+
+    Args:
+        how: "none" leaves it alone; "sample_l2" divides each sample by its norm over all pixels and channels;
+            "channel_l2" divides each pixel by its norm over the channels (torch's `F.normalize` without further
+            arguments; with one channel it leaves the sign); "max_abs" divides each sample by its largest absolute
+            value.
+    """
+    if how == "none":
+        return gradient
+    if how == "channel_l2":
+        return F.normalize(gradient, dim=1)
+    order = torch.inf if how == "max_abs" else 2.0
+    return F.normalize(gradient.flatten(1), p=order, dim=1).view_as(gradient)
