@@ -258,7 +258,10 @@ def _mm(g: OnnxGraph, out: Out, a: Value, b: Value) -> Value:
 
 @entry(aten.bmm.default)
 def _bmm(g: OnnxGraph, out: Out, a: Value, b: Value) -> Value:
-    """In as many dimensions as both had before they were flattened to three."""
+    """In as many dimensions as both had before they were flattened to three; a weight once, not once a sample."""
+    weight = g.array(g.source(b, "Expand") or b)
+    if weight is not None and bool((weight == weight[:1]).all()):
+        return g.emit("MatMul", [a, g.constant(weight[0])], [out.shape], out.dtype)[0]
     left, right = (g.source(x, "Reshape") for x in (a, b))
     if left is not None and right is not None and len(left.shape) == 4 and left.shape[:2] == right.shape[:2]:
         same = left.shape[2:] == a.shape[1:] and right.shape[2:] == b.shape[1:]

@@ -100,11 +100,13 @@ class _Writer:
     def _constant(self, value: Tensor, twin: Tensor) -> Value:
         if value.shape == twin.shape:
             return self.graph.constant(value.cpu().numpy())
-        first = value.flatten()[:1]
-        if not (bool((value == first).all()) and bool((twin == first).all())):
-            raise UserError("a constant that depends on the batch size: give --batch a number")
-        scalar = self.graph.constant(first[0].cpu().numpy())
-        return self.graph.expand(scalar, _sizes(value.shape, twin.shape))
+        sizes = _sizes(value.shape, twin.shape)
+        one = value
+        for dim, size in enumerate(sizes):  # repeated along the batch, as everything is that depends on weights alone
+            one = one.narrow(dim, 0, 1) if isinstance(size, Batch) else one
+        if not torch.equal(one.expand(twin.shape), twin):
+            raise UserError(f"a constant of shape {list(value.shape)} depends on the batch: give --batch a number")
+        return self.graph.expand(self.graph.constant(one.cpu().numpy()), sizes)
 
     def _call(self, node: Node, twin: Node) -> Any:
         arguments, keywords = self._merge(node.args, twin.args), self._merge(node.kwargs, twin.kwargs)
