@@ -84,7 +84,9 @@ def require_fit(engine: Engine, bundle: Bundle, guidance: GuidanceConfig) -> Non
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{engine.path}: what it says of its guidance cannot be read; export it anew") from error
     if differing:
-        raise UserError(f"{engine.path} was exported with another {differing[0]}, {made_with[differing[0]]}; export it anew")
+        raise UserError(
+            f"{engine.path} was exported with another {differing[0]}, {made_with[differing[0]]}; export it anew"
+        )
 
 
 def _plain(value: Any) -> Any:

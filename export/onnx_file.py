@@ -1,4 +1,4 @@
-"""Writing an ONNX file and not believing it: reopened, run on inputs that it has not seen, and removed if it is wrong."""
+"""Writing an ONNX file and not believing it: reopened, run on inputs it has not seen, and removed if it is wrong."""
 
 import json
 import subprocess
@@ -112,7 +112,7 @@ def _proved(model: Any, subject: Joint, reference: Joint, path: Path, batch: int
 
 
 def cases_of(subject: Joint, batch: int) -> list[Case]:
-    """Noise levels inside and outside of the window, all of them in every batch size; guidance as it is and amplified."""
+    """Noise levels inside and outside of the window; the guidance as it is and amplified."""
     levels = [80.0, 0.5, 5.0, 0.01, 0.1, 160.0, 1.0, 20.0, 0.002, 2.0]  # the window is 0.0447 to 152 by default
     known = [s for s in levels if s <= max(*subject.sigmas, 160.0)]
     cases = []

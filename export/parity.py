@@ -1,8 +1,8 @@
 """One checker for every runtime: does it return what the reference does, in name, type, shape and value?
 
-    report = compare(reference, candidate, cases, tolerance=1e-4)
-    print(report.table())
-    report.check()  # raises the first thing that is wrong, under its own name
+report = compare(reference, candidate, cases, tolerance=1e-4)
+print(report.table())
+report.check()  # raises the first thing that is wrong, under its own name
 """
 
 import json
@@ -105,7 +105,9 @@ class Report:
         lines = [("case", "output", "error", "allowed", "")]
         lines += [(r.case, r.output, f"{r.error:.1e}", f"{r.tolerance:.0e}", r.problem or "ok") for r in self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(5)]
-        text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
         return "\n".join([*(f"{key}: {value}" for key, value in self.about.items()), *text]) + "\n"
 
     def check(self) -> None:
@@ -141,7 +143,9 @@ def compare(
     return Report(rows)
 
 
-def signature(expected: Mapping[str, tuple[Any, Any]], found: Mapping[str, tuple[Any, Any]], what: str) -> Iterator[Row]:
+def signature(
+    expected: Mapping[str, tuple[Any, Any]], found: Mapping[str, tuple[Any, Any]], what: str
+) -> Iterator[Row]:
     """Rows for what is wrong about inputs or outputs, each given as sizes (a name where open) and type."""
     if list(expected) != list(found):
         detail = f"{', '.join(found)}, not {', '.join(expected)}"

@@ -47,7 +47,9 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in c
 @click.option("--dg-window", type=FloatPair(), help="VP times between which the discriminator acts.")
 @click.option("--guidance-interval", type=FloatPair(), help="Noise levels sigma between which --cfg-scale acts.")
 @click.option("--out", type=click.Path(path_type=Path), default="exported", show_default=True, help="A folder.")
-def main(bundle: str, what: str, batch: int | None, dtype: str, opset: int, target: str, out: Path, **options: Any) -> None:
+def main(
+    bundle: str, what: str, batch: int | None, dtype: str, opset: int, target: str, out: Path, **options: Any
+) -> None:
     from dgfast import bundle as bundles
     from dgfast.devices import DTYPES
     from dgfast.export import onnx_file

@@ -220,7 +220,8 @@ def _providers(name: str, device: torch.device) -> list[Any]:
     if wanted not in present:
         here = ", ".join(sorted(k for k, v in PROVIDERS.items() if v in present))
         raise UserError(
-            f"this ONNX Runtime has no {name} provider (it has {here}): pip install onnxruntime-gpu, or use --device cpu"
+            f"this ONNX Runtime has no {name} provider (it has {here}): "
+            "pip install onnxruntime-gpu, or use --device cpu"
         )
     return [(wanted, {} if name == "cpu" else {"device_id": device.index or 0})]
 
@@ -231,5 +232,3 @@ def _single(x: Tensor) -> Tensor:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-

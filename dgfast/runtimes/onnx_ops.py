@@ -405,6 +405,13 @@ def _slice(g: OnnxGraph, out: Out, x: Value, dim: int = 0, start: Any = 0, end: 
     return g.emit("Slice", [x, *bounds], [out.shape], out.dtype)[0]
 
 
+@entry(aten.flip.default)
+def _flip(g: OnnxGraph, out: Out, x: Value, dims: list[int]) -> Value:
+    bounds = [g.constant([v] * len(dims), np.int64) for v in (-1, -(2**63) + 1)]
+    steps = g.constant([-1] * len(dims), np.int64)
+    return g.emit("Slice", [x, *bounds, g.constant(dims, np.int64), steps], [out.shape], out.dtype)[0]
+
+
 @entry(aten.select.int)
 def _select(g: OnnxGraph, out: Out, x: Value, dim: int, index: int) -> Value:
     return g.emit("Gather", [x, g.constant(index, np.int64)], [out.shape], out.dtype, axis=dim)[0]

@@ -5,11 +5,13 @@ Where the batch size is to stay open, the function is traced for two of them: wh
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._decomp import core_aten_decompositions
 from torch.fx import GraphModule, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,7 +70,13 @@ def _resized(example: dict[str, Tensor], batch: int, size: int) -> dict[str, Ten
 
 def _lowered(function: Function, example: tuple[Tensor, ...]) -> GraphModule:
     with sdpa_kernel(SDPBackend.MATH):  # a softmax between two matrix products, not a fused kernel
-        return lower(trace(function, example), example)
+        return lower(trace(function, example), example, decompositions=_decompositions())
+
+
+@cache
+def _decompositions() -> dict[Any, Any]:
+    """PyTorch's own, of operations into simpler ones, for what the table has not."""
+    return {target: how for target, how in core_aten_decompositions().items() if target not in TABLE}
 
 
 class _Writer:
@@ -188,31 +196,34 @@ def _module_of(target: Any, function: Function, example: tuple[Tensor, ...]) -> 
 
 # ONNX's own types -----------------------------------------------------------------------------------------------------
 def _model(graph: OnnxGraph, results: Sequence[Value], outputs: Sequence[str], opset: int) -> Any:
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper, numpy_helper
 
-    named = [graph.emit("Identity", [value], [value.shape], value.dtype, name=n)[0] for value, n in zip(results, outputs, strict=True)]
+    named = [graph.unary("Identity", value, name=name) for value, name in zip(results, outputs, strict=True)]
     records, constants = graph.live(named)
-    rename = {value.name: name for value, name in zip(named, outputs, strict=True)}
+    final = {value.name: name for value, name in zip(named, outputs, strict=True)}
     nodes = []
     for i, record in enumerate(records):
-        attributes = {k: _attribute(v) for k, v in record.attributes.items() if not (record.op == "Identity")}
-        results_ = [rename.get(o, o) for o in record.outputs]
-        nodes.append(helper.make_node(record.op, record.inputs, results_, f"{record.op}_{i}", **attributes))
-    assert TensorProto is not None
+        attributes = {k: _attribute(v) for k, v in record.attributes.items() if record.op != "Identity"}
+        written = [final.get(name, name) for name in record.outputs]
+        nodes.append(helper.make_node(record.op, record.inputs, written, f"{record.op}_{i}", **attributes))
 
     def info(name: str, value: Value) -> Any:
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype))
         return helper.make_tensor_value_info(name, kind, ["batch" if isinstance(d, Batch) else d for d in value.shape])
 
     proto = helper.make_graph(
-        nodes, "dgfast", [info(v.name, v) for v in graph.inputs],
-        [info(n, v) for n, v in zip(outputs, named, strict=True)],
+        nodes,
+        "dgfast",
+        [info(value.name, value) for value in graph.inputs],
+        [info(name, value) for name, value in zip(outputs, named, strict=True)],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
-    )  # fmt: skip
-    return helper.make_model(proto, opset_imports=[helper.make_opsetid("", opset)], ir_version=10, producer_name="dgfast")
+    )
+    opsets = [helper.make_opsetid("", opset)]
+    return helper.make_model(proto, opset_imports=opsets, ir_version=10, producer_name="dgfast")
 
 
 def _attribute(value: Any) -> Any:
+    """A numpy type as ONNX's number for it; anything else as it is."""
     from onnx import helper
 
     return helper.np_dtype_to_tensor_dtype(value) if isinstance(value, np.dtype) else value
