@@ -20,10 +20,9 @@ def write_png(path: str, image: np.ndarray) -> None:  # uint8 [H, W]
 
     header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8, 0, 0, 0, 0)
     rows = b"".join(b"\0" + row.tobytes() for row in image)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
     with open(path, "wb") as file:
-        file.write(
-            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-        )
+        file.write(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
 model, picture = sys.argv[1:]

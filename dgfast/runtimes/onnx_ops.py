@@ -369,6 +369,12 @@ def _expand(g: OnnxGraph, out: Out, x: Value, *_: Any, **__: Any) -> Value:
     return g.expand(x, out.shape)
 
 
+@entry(aten.repeat.default)
+def _tile(g: OnnxGraph, out: Out, x: Value, repeats: list[int]) -> Value:
+    full = g.reshape(x, (*[1] * (len(repeats) - len(x.shape)), *x.shape))
+    return g.emit("Tile", [full, g.constant(repeats, np.int64)], [out.shape], out.dtype)[0]
+
+
 @entry(aten.cat.default)
 def _cat(g: OnnxGraph, out: Out, parts: Sequence[Value], dim: int = 0) -> Value:
     return g.emit("Concat", [g.cast(p, out.dtype) for p in parts], [out.shape], out.dtype, axis=dim)[0]
