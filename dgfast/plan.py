@@ -84,7 +84,7 @@ def plan(
     net = networks.denoiser
     levels = net.round_sigma(sigmas).cpu()
     times = [*coordinates.sigma_inv(levels).tolist(), 0.0]
-    predictors, boosted, correctors = _guidances(networks, guidance)
+    predictors, boosted, correctors = all_guidances(networks, guidance)
     variances = _log_variances(networks, config, levels)
     steps = []
     for i, (sigma, t, t_next) in enumerate(zip(levels.tolist(), times[:-1], times[1:], strict=True)):
@@ -131,7 +131,7 @@ def _log_variances(networks: Networks, config: SamplingConfig, levels: Tensor) -
     return [(fixed, fixed) for fixed in (*bounds[:-1, VARIANCES.index(config.fixed_variance)].tolist(), *last)]
 
 
-def _guidances(nets: Networks, wanted: GuidanceConfig) -> tuple[list[Guidance], list[Guidance], list[Guidance]]:
+def all_guidances(nets: Networks, wanted: GuidanceConfig) -> tuple[list[Guidance], list[Guidance], list[Guidance]]:
     """The guidances at the first point, the same with boosting's doubled weight, and those at the second point."""
     shared: list[Guidance] = []
     if wanted.classifier_scale:

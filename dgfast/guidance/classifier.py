@@ -40,7 +40,7 @@ class ClassifierGuidance:
     """
 
     classifier: NoisyClassifier
-    scale: float
+    scale: float | Tensor
     time: Callable[[Tensor], Tensor] = vp_time
     schedule: WeightSchedule = CONSTANT
 

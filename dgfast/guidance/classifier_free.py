@@ -28,7 +28,7 @@ class ClassifierFreeGuidance:
     """
 
     denoiser: Denoiser
-    scale: float
+    scale: float | Tensor
     interval: tuple[float, float] = (0.0, math.inf)
     scale_low: float | None = None
     branch: float = 0.0
@@ -40,7 +40,7 @@ class ClassifierFreeGuidance:
     def active(self, sigma_low: float, sigma_high: float) -> bool:
         low = self.scale if self.scale_low is None else self.scale_low
         above, below = sigma_high > self.branch, sigma_low <= self.branch
-        guides = (above and self.scale != 1) or (below and low != 1)
+        guides = bool((above and self.scale != 1) or (below and low != 1))
         return guides and sigma_high > self.interval[0] and sigma_low <= self.interval[1]
 
     def correct(
