@@ -50,7 +50,7 @@ class _TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(timesteps, _FREQUENCIES).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(timesteps, _FREQUENCIES).to(next(self.mlp.parameters()).dtype))
 
 
 class _LabelEmbedder(nn.Module):
