@@ -33,6 +33,7 @@ from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.networks import Networks, load
 from dgfast.noise_levels import coordinates
 from dgfast.runtimes import compiled
+from dgfast.runtimes.graph import lower, trace
 from dgfast.sampler import Sampler
 from dgfast.solvers import ancestral_step, ddim_step, euler_step
 
@@ -105,6 +106,29 @@ def test_adm_heads_may_be_others_on_the_way_up() -> None:
 def test_adm_refuses_shapes_that_do_not_exist(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nets.build("create_model", **TINY | wrong)
+
+
+@pytest.mark.parametrize("pool", ["spatial", "spatial_v2"])
+def test_adm_spatial_pools_read_the_means_of_every_block(filled_net: NetFactory, pool: str) -> None:
+    shape = {"image_size": 8, "in_channels": 3, "model_channels": 32, "out_channels": 5, "num_res_blocks": 1}
+    net = filled_net(
+        "EncoderUNetModel", shape | {"attention_resolutions": [], "channel_mult": [1, 2], "pool": pool}, "p/"
+    )
+    blocks: list[Tensor] = []
+    hooks = [m.register_forward_hook(lambda *a: blocks.append(a[2])) for m in (*net.input_blocks, net.middle_block)]
+    logits = net(images(2, 3, 8, 8).float(), torch.tensor([3.0, 700.0]))
+    for hook in hooks:
+        hook.remove()
+    means = torch.cat([block.mean(dim=(2, 3)) for block in blocks], dim=1)
+    assert means.shape == (2, 32 + 32 + 32 + 64 + 64) and logits.shape == (2, 5)
+    hidden = torch.nn.functional.linear(means, net.out[0].weight, net.out[0].bias)
+    if pool == "spatial_v2":
+        hidden = torch.nn.functional.group_norm(hidden, 32, net.out[1].weight, net.out[1].bias)
+        hidden = torch.nn.functional.silu(hidden)
+    wanted = torch.nn.functional.linear(
+        hidden.relu() if pool == "spatial" else hidden, net.out[-1].weight, net.out[-1].bias
+    )
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 class Exact(nn.Module):
@@ -436,16 +460,10 @@ def test_adm_is_sampled_by_the_other_solvers_too(adm: DDPMPrecond) -> None:
 
 
 # Runtimes -------------------------------------------------------------------------------------------------------------
-def test_adm_compiled_ancestral_step_equals_eager(adm: DDPMPrecond, classifier: NoisyClassifier) -> None:
-    config = SamplingConfig(solver="ddpm", respacing="4", clip_denoised=True)
-    networks = Networks(adm, classifier=classifier, time=adm.time)
-    guidance = GuidanceConfig(classifier_scale=100.0)
-    eager, fast = (Sampler(networks, config, guidance, runtime=runtime) for runtime in (None, compiled.build))
-    fast.prepare(2)
-    function = guided_posterior(adm, [ClassifierGuidance(classifier, 100.0, adm.time)], clip=True)
-    (built,) = fast._functions.values()
+def check_ancestral_function(built: Any, function: Any, net: DDPMPrecond) -> None:
+    """The two agree at noise levels other than the example's, where guidance makes a difference."""
     for first, second in ((999, 250), (30, 0)):
-        sigma = adm.levels[[first, second]]
+        sigma = net.levels[[first, second]]
         x = (1 + sigma**2).sqrt().view(-1, 1, 1, 1) * images(2, 3, 8, 8, seed=first)
         inputs = x, sigma, one_hot(7, 500), *bounds_of(-5.0, -3.0, 2)
         with torch.no_grad():
@@ -453,6 +471,29 @@ def test_adm_compiled_ancestral_step_equals_eager(adm: DDPMPrecond, classifier: 
         assert pairs[1][1].abs().max() > 1e-3, "no guidance to compare"
         for mine, reference in pairs:
             assert (mine - reference).abs().max() <= 2e-5 * (reference.std() + 1e-6)
+
+
+def test_adm_traced_and_lowered_ancestral_function_equals_eager(adm: DDPMPrecond, classifier: NoisyClassifier) -> None:
+    function = guided_posterior(adm, [ClassifierGuidance(classifier, 100.0, adm.time)], clip=True)
+    example = images(2, 3, 8, 8), adm.levels[[5, 6]], one_hot(1, 2), *bounds_of(-4.0, -2.0, 2)
+    check_ancestral_function(lower(trace(function, example), example, channels_last=True), function, adm)
+
+
+def test_adm_compiled_sampling_equals_eager(filled_net: NetFactory) -> None:
+    """On nets of one resolution: the fewer kinds of layers, the fewer minutes of C++."""
+    net = DDPMPrecond(filled_net("create_model", TINY | {"channel_mult": "1", "attention_resolutions": "1"}, "a/"), 8, 3, 1000)
+    shape = {"image_size": 8, "in_channels": 3, "model_channels": 32, "out_channels": 1000, "num_res_blocks": 1}
+    keywords = shape | {"attention_resolutions": [], "channel_mult": [1], "num_head_channels": 32}
+    keywords |= {"use_scale_shift_norm": True, "resblock_updown": True}
+    networks = Networks(net, classifier=NoisyClassifier(filled_net("EncoderUNetModel", keywords, "b/")), time=net.time)
+    config = SamplingConfig(solver="ddpm", respacing="4", clip_denoised=True)
+    guidance = GuidanceConfig(classifier_scale=100.0)
+    eager, fast = (Sampler(networks, config, guidance, runtime=runtime) for runtime in (None, compiled.build))
+    fast.prepare(2)
+    (built,) = fast._functions.values()
+    assert networks.classifier is not None
+    function = guided_posterior(net, [ClassifierGuidance(networks.classifier, 100.0, net.time)], clip=True)
+    check_ancestral_function(built, function, net)
     assert (fast([1, 2]) - eager([1, 2])).abs().max() < 1e-4
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgfast.nets.adm import (
+from dgfast.nets.adm_blocks import (
     AttentionBlock,
     Downsample,
     ResBlock,
     Stage,
     Upsample,
+    heads_of,
     normalization,
     timestep_embedding,
     zeroed,
@@ -88,12 +89,7 @@ class UNetModel(nn.Module):
             )
 
         def attention(channels: int, heads: int) -> AttentionBlock:
-            heads = heads if num_head_channels == -1 else channels // num_head_channels
-            if heads < 1 or channels % heads or (num_head_channels != -1 and heads * num_head_channels != channels):
-                raise ValueError(
-                    f"{channels} channels do not split into {heads} heads, or heads of {num_head_channels}"
-                )
-            return AttentionBlock(channels, heads, use_new_attention_order)
+            return AttentionBlock(channels, heads_of(channels, heads, num_head_channels), use_new_attention_order)
 
         ch = int(channel_mult[0] * model_channels)
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, ch, 3, padding=1))])
