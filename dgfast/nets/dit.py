@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgfast.nets.adm import timestep_embedding
+from dgfast.nets.adm_blocks import timestep_embedding
 
 _FREQUENCIES = 256  # length of the time's sinusoids
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
