@@ -223,7 +223,7 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
         seconds = _draw(sampler, seeds, classes, batch, writer, decode, static=built)
     job = {"bundle": bundle, "sampling": asdict(sampling), "guidance": asdict(guidance)}
     if decode is not None:
-        job["vae"] = options["vae"] or asdict(found.vae)
+        job["vae"] = options["vae"] or (found.vae and asdict(found.vae))
     writer.finish(
         _manifest(job, sampler, seeds, batch, options | {"runtime": runtime if built else "eager"})
         | {"compile_seconds": compile_seconds, "seconds": seconds}

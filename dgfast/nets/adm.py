@@ -30,10 +30,8 @@ _CLASSIFIER_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     16: (1, 2),
     8: (1,),
 }
-_LATENT_CHANNELS, _LATENT_CHANNEL_MULT = (
-    4,
-    {32: (1, 2, 3)},
-)  # DG's code for ImageNet has other multipliers than its first
+_LATENT_CHANNELS = 4
+_LATENT_CHANNEL_MULT = {32: (1, 2, 3)}  # DG's code for ImageNet, on latents, has other multipliers than its first
 
 _POOL_WIDTH = 2048  # hidden units of the "spatial" pools
 
