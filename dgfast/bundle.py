@@ -12,6 +12,7 @@ the trunk of the discriminator), `discriminator` (its head), `features` (clean i
 `guidance` are the defaults of `python -m dgfast.sample` with this bundle.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -95,6 +96,19 @@ class Bundle:
         for parameter in net.parameters():
             parameter.data = parameter.data.to(dtype)
         return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the networks that sampling may use: their kinds, keywords and files.
+
+        Raises:
+            UserError: a file that cannot be read.
+        """
+        digest = hashlib.sha256()
+        for role, spec in sorted(self.nets.items()):
+            if role != "features":
+                digest.update(json.dumps([role, asdict(spec)], sort_keys=True).encode())
+                digest.update(_bytes(self.folder / spec.file))
+        return digest.hexdigest()
 
 
 def read(bundle: str | Path) -> Bundle:
@@ -224,6 +238,13 @@ def load_state(net: nn.Module, tensors: Mapping[str, Tensor], source: object) ->
     if complaints:
         raise UserError(f"{source} does not fit its network: {'; '.join(complaints)}")
     net.load_state_dict(dict(tensors))
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
 
 
 def _listed(what: str, names: list[str], most: int = 5) -> list[str]:

@@ -61,7 +61,7 @@ def plan(
     net = networks.denoiser
     levels = net.round_sigma(sigmas).cpu()
     times = [*coordinates.sigma_inv(levels).tolist(), 0.0]
-    predictors, boosted, correctors = _guidances(networks, guidance)
+    predictors, boosted, correctors = all_guidances(networks, guidance)
     steps = []
     for i, (sigma, t, t_next) in enumerate(zip(levels.tolist(), times[:-1], times[1:], strict=True)):
         gamma, boost_gamma = config.gamma(sigma), None
@@ -80,7 +80,7 @@ def plan(
     return _with_reuse(steps, guidance.dg_every)
 
 
-def _guidances(nets: Networks, wanted: GuidanceConfig) -> tuple[list[Guidance], list[Guidance], list[Guidance]]:
+def all_guidances(nets: Networks, wanted: GuidanceConfig) -> tuple[list[Guidance], list[Guidance], list[Guidance]]:
     """The guidances at the first point, the same with boosting's doubled weight, and those at the second point."""
     shared: list[Guidance] = []
     if wanted.classifier_scale:

@@ -17,6 +17,8 @@ from dgfast import __version__
 from dgfast.config import DISCRETIZATIONS, REUSES, SCALINGS, SCHEDULES, SOLVERS, GuidanceConfig
 from dgfast.errors import UserError
 
+RUNTIMES = ("eager", "compiled", "onnx")
+PROVIDERS = ("cpu", "cuda", "tensorrt")
 _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
     "S_churn", "S_min", "S_max", "S_noise",
@@ -73,6 +75,20 @@ class FiniteFloat(click.ParamType):  # type: ignore[type-arg]  # generic only in
 
 
 _NUMBER = FiniteFloat()
+_WEIGHTS = {
+    "--dg-weight": "Discriminator guidance; 0 turns it off.",
+    "--dg-weight-2nd": "The same at the solver's second point.",
+    "--classifier-scale": "Classifier guidance; 0 turns it off.",
+    "--cfg-scale": "Classifier-free guidance; 1 turns it off.",
+    "--autoguidance": "Guidance by a worse net; 1 turns it off.",
+}
+
+
+def guidance_weights(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that give each guidance its weight, for every command that takes them."""
+    for option, text in reversed(_WEIGHTS.items()):
+        command = click.option(option, type=_NUMBER, help=text)(command)
+    return command
 
 
 @click.command(help=__doc__)
@@ -93,8 +109,7 @@ _NUMBER = FiniteFloat()
 @click.option("--s-min", "S_min", type=_NUMBER, help="Churn above this noise level only.")
 @click.option("--s-max", "S_max", type=float, help="Churn below this noise level only.")
 @click.option("--s-noise", "S_noise", type=_NUMBER, help="Standard deviation of the added noise.")
-@click.option("--dg-weight", type=_NUMBER, help="Discriminator guidance; 0 turns it off.")
-@click.option("--dg-weight-2nd", type=_NUMBER, help="The same at the solver's second point.")
+@guidance_weights
 @click.option("--dg-window", type=FloatPair(), help="VP times between which it acts.")
 @click.option("--dg-every", type=int, help="Compute its gradient at every so many guided calls only.")
 @click.option("--dg-reuse", type=click.Choice(REUSES), help="What the calls between use.")
@@ -102,10 +117,7 @@ _NUMBER = FiniteFloat()
 @click.option(
     "--published-window", is_flag=True, default=None, help="Judge the window by the batch, as DG's code does."
 )
-@click.option("--classifier-scale", type=_NUMBER, help="Classifier guidance; 0 turns it off.")
-@click.option("--cfg-scale", type=_NUMBER, help="Classifier-free guidance; 1 turns it off.")
 @click.option("--guidance-interval", type=FloatPair(), help="Noise levels sigma between which --cfg-scale acts.")
-@click.option("--autoguidance", type=_NUMBER, help="Guidance by a worse net; 1 turns it off.")
 @click.option("--dtype", type=click.Choice(["float32", "tf32", "bf16", "fp16"]), default="float32", show_default=True)
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: what is there.")
 @click.option(
@@ -116,6 +128,15 @@ _NUMBER = FiniteFloat()
     flag_value="always",
     help="Compile the guided denoiser before sampling; --compile=try samples without where that can't be done.",
 )
+@click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    help="What executes the guided denoiser; --compile is short for --runtime compiled.  [default: eager]",
+)
+@click.option(
+    "--engine", type=click.Path(path_type=Path), help="A file of export/to_onnx.py for --runtime onnx; default: export."
+)
+@click.option("--provider", type=click.Choice(PROVIDERS), help="ONNX Runtime's; default: the device's.")
 @click.option("--kernels", type=click.Choice(["reference", "triton"]), default="reference", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="A new folder.")
 @click.option(
@@ -135,23 +156,27 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
     device, dtype = _device_and_dtype(options["device"], options["dtype"])
     networks = load(found, device, dtype, guidance)
 
-    def make(compiled: bool) -> Any:
-        return Sampler(networks, sampling, guidance, device, **(_runtimes(device) if compiled else {}))
+    runtime, engine = _runtime(options), None
+    if options["engine"]:
+        engine = _engine(runtime, options["engine"], device, options["provider"], found, guidance)
 
-    sampler = make(compiled=options["compiled"] is not None)
+    def make(runtime: str) -> Any:
+        return Sampler(networks, sampling, guidance, device, **_keywords(runtime, device, engine))
+
+    sampler = make(runtime)
     classes = _labels_for(sampler, seeds, labels)
     writer = Writer(options["out"], options["formats"])
-    batch = min(batch, len(seeds))
+    batch = min(batch, len(seeds)) if engine is None or engine.batch is None else batch
     with kernels(options["kernels"]):
         began = time.perf_counter()
-        compiled = False
-        if options["compiled"]:
-            sampler, compiled = _compiled(sampler, make, batch, options["compiled"])
-        compile_seconds = time.perf_counter() - began if compiled else 0.0
-        seconds = _draw(sampler, seeds, classes, batch, writer, static=compiled)
+        built = False
+        if runtime != "eager":
+            sampler, built = _prepared(sampler, make, batch, runtime, options["compiled"] or "always")
+        compile_seconds = time.perf_counter() - began if built else 0.0
+        seconds = _draw(sampler, seeds, classes, batch, writer, static=built)
     job = {"bundle": bundle, "sampling": asdict(sampling), "guidance": asdict(guidance)}
     writer.finish(
-        _manifest(job, sampler, seeds, batch, options | {"compiled": compiled})
+        _manifest(job, sampler, seeds, batch, options | {"runtime": runtime if built else "eager"})
         | {"compile_seconds": compile_seconds, "seconds": seconds}
     )
     click.echo(
@@ -161,15 +186,54 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
     )
 
 
-def _runtimes(device: Any) -> dict[str, Any]:
-    """The sampler's runtimes when it is to be compiled."""
-    from dgfast.runtimes import compiled, cuda_graph
+def _runtime(options: dict[str, Any]) -> str:
+    """The runtime that the options ask for.
 
-    return {"runtime": compiled.build, "step_runtime": cuda_graph.build if device.type == "cuda" else None}
+    Raises:
+        UserError: options that contradict one another.
+    """
+    short = "compiled" if options["compiled"] else None
+    runtime = options["runtime"] or short or "eager"
+    if short not in (None, runtime):
+        raise UserError(f"--compile and --runtime {runtime} contradict each other; give one of them")
+    for option, runtimes in (("engine", ("onnx", "tensorrt")), ("provider", ("onnx",))):
+        if options[option] and runtime not in runtimes:
+            raise UserError(f"--{option} goes with --runtime {' or '.join(runtimes)}, not with {runtime}")
+    return runtime
 
 
-def _compiled(sampler: Any, make: Callable[[bool], Any], batch: int, demand: str) -> tuple[Any, bool]:
-    """The sampler, ready for batches of this size, and whether it is compiled."""
+def _keywords(runtime: str, device: Any, engine: Any) -> dict[str, Any]:
+    """What a sampler takes to run in this runtime."""
+    if engine is not None:
+        from dgfast.engines import guided_by
+
+        return {"engine": guided_by(engine)}
+    if runtime == "onnx":
+        from dgfast.runtimes import onnx
+
+        return {"runtime": onnx.build}
+    if runtime == "compiled":
+        from dgfast.runtimes import compiled, cuda_graph
+
+        return {"runtime": compiled.build, "step_runtime": cuda_graph.build if device.type == "cuda" else None}
+    return {}
+
+
+def _engine(runtime: str, path: Path, device: Any, provider: str | None, bundle: Any, guidance: GuidanceConfig) -> Any:
+    """The file, opened, tested and found to fit the job."""
+    from dgfast.engines import require_fit
+    from dgfast.runtimes.onnx import OnnxEngine
+
+    engine = OnnxEngine(path, device, provider)
+    engine.self_test()
+    require_fit(engine, bundle, guidance)
+    return engine
+
+
+def _prepared(
+    sampler: Any, make: Callable[[str], Any], batch: int, runtime: str, demand: str
+) -> tuple[Any, bool]:
+    """The sampler, ready for batches of this size, and whether it runs in that runtime."""
     began = time.perf_counter()
     try:
         sampler.prepare(batch)
@@ -177,8 +241,8 @@ def _compiled(sampler: Any, make: Callable[[bool], Any], batch: int, demand: str
         if demand != "try":
             raise
         click.echo(f"not compiled: {error.message}", err=True)
-        return make(False), False
-    click.echo(f"compiled in {time.perf_counter() - began:.1f} s")
+        return make("eager"), False
+    click.echo(f"{'compiled' if runtime == 'compiled' else f'{runtime} ready'} in {time.perf_counter() - began:.1f} s")
     return sampler, True
 
 
@@ -231,7 +295,8 @@ def _manifest(job: dict[str, Any], sampler: Any, seeds: list[int], batch: int, o
         "job": {
             **job,
             "dtype": options["dtype"],
-            "compile": options["compiled"],
+            "compile": options["runtime"] == "compiled",
+            "runtime": options["runtime"],
             "kernels": options["kernels"],
             "batch": batch,
         },

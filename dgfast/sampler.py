@@ -49,6 +49,7 @@ class Sampler:
         runtime: Runtime | None = None,
         state_dtype: torch.dtype = torch.float64,
         step_runtime: Runtime | None = None,
+        engine: Callable[[tuple[Guidance, ...]], Function] | None = None,
     ) -> None:
         """
         Args:
@@ -57,6 +58,8 @@ class Sampler:
                 None runs it as it is.
             step_runtime: the same for a whole step of the solver, such as `runtimes.cuda_graph.build`.
             state_dtype: type of the solver's state; float64 as EDM's.
+            engine: gives the guided denoiser for these guidances, such as `engines.guided_by`, instead of making it
+                from the networks.
 
         Raises:
             UserError: a guidance whose network is missing, or a grid that does not exist.
@@ -66,7 +69,7 @@ class Sampler:
         weights = net.parameters() if isinstance(net, nn.Module) else iter(())
         at = next((parameter.device for parameter in weights), torch.device("cpu"))
         self.device, self.state_dtype = at if device is None else torch.device(device), state_dtype
-        self._runtime, self._step_runtime = runtime, step_runtime
+        self._runtime, self._step_runtime, self._engine = runtime, step_runtime, engine
         self._functions: dict[tuple[object, ...], Function] = {}
         low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
         self.coordinates = coordinates(sampling, low, high)
@@ -281,6 +284,8 @@ class Sampler:
             keep: return the discriminator's gradient too, where there is one.
         """
         key = (guidances, example[0].shape if self._runtime else None)
+        if key not in self._functions and self._engine is not None:
+            self._functions[key] = self._engine(guidances)
         if key not in self._functions:
             net = self.networks.denoiser
             function: Function = guided_denoiser(net, guidances)

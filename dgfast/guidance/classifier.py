@@ -25,7 +25,7 @@ class ClassifierGuidance:
     """
 
     classifier: NoisyClassifier
-    scale: float
+    scale: float | Tensor
     time: Callable[[Tensor], Tensor] = vp_time
 
     evaluations = 0

@@ -21,14 +21,14 @@ class ClassifierFreeGuidance:
     """
 
     denoiser: Denoiser
-    scale: float
+    scale: float | Tensor
     interval: tuple[float, float] = (0.0, math.inf)
 
     evaluations = 1
     gradients = 0
 
     def active(self, sigma_low: float, sigma_high: float) -> bool:
-        return self.scale != 1 and sigma_high > self.interval[0] and sigma_low <= self.interval[1]
+        return bool(self.scale != 1) and sigma_high > self.interval[0] and sigma_low <= self.interval[1]
 
     def correct(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor

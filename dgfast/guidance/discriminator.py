@@ -32,7 +32,7 @@ class DiscriminatorGuidance:
     """
 
     discriminator: Discriminator
-    weight: float = 1.0
+    weight: float | Tensor = 1.0
     window: tuple[float, float] = (0.01, 1.0)
     time: Callable[[Tensor], Tensor] = vp_time
     published_window: bool = False
