@@ -17,7 +17,7 @@ from dgfast import __version__
 from dgfast.config import DISCRETIZATIONS, REUSES, SCALINGS, SCHEDULES, SOLVERS, GuidanceConfig
 from dgfast.errors import UserError
 
-RUNTIMES = ("eager", "compiled", "onnx")
+RUNTIMES = ("eager", "compiled", "onnx", "tensorrt")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
@@ -199,6 +199,8 @@ def _runtime(options: dict[str, Any]) -> str:
     for option, runtimes in (("engine", ("onnx", "tensorrt")), ("provider", ("onnx",))):
         if options[option] and runtime not in runtimes:
             raise UserError(f"--{option} goes with --runtime {' or '.join(runtimes)}, not with {runtime}")
+    if runtime == "tensorrt" and not options["engine"]:
+        raise UserError("--runtime tensorrt needs --engine FILE: build one with python export/to_trt.py")
     return runtime
 
 
@@ -222,9 +224,10 @@ def _keywords(runtime: str, device: Any, engine: Any) -> dict[str, Any]:
 def _engine(runtime: str, path: Path, device: Any, provider: str | None, bundle: Any, guidance: GuidanceConfig) -> Any:
     """The file, opened, tested and found to fit the job."""
     from dgfast.engines import require_fit
+    from dgfast.runtimes import tensorrt
     from dgfast.runtimes.onnx import OnnxEngine
 
-    engine = OnnxEngine(path, device, provider)
+    engine: Any = tensorrt.load(path, device) if runtime == "tensorrt" else OnnxEngine(path, device, provider)
     engine.self_test()
     require_fit(engine, bundle, guidance)
     return engine

@@ -123,14 +123,17 @@ def _in_type(onnx: Path, dtype: str, keep_float32: tuple[str, ...], out: Path) -
     Raises:
         UserError: it can't be read, or is in half precision already.
     """
-    import onnx as onnx_package
-
     from dgfast.export.half_products import half_products, product_type
+    from dgfast.runtimes.onnx import require, save
+
+    require("onnx")
+    import onnx as onnx_package
 
     try:
         model = onnx_package.load(onnx)
     except Exception as error:  # protobuf's, onnx's and the system's own
-        raise UserError(f"{onnx}: not a readable ONNX file ({str(error).splitlines()[0]})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{onnx}: not a readable ONNX file ({reason})") from error
     found = product_type(model)
     if found != "float32":
         raise UserError(f"{onnx}: is in {found}; give the float32 file, of which --dtype makes every other")
@@ -138,7 +141,7 @@ def _in_type(onnx: Path, dtype: str, keep_float32: tuple[str, ...], out: Path) -
         return onnx
     half_products(model, dtype, keep_float32)
     path = out / f"model-{dtype}.onnx"
-    onnx_package.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
+    save(model, path)
     return path
 
 
@@ -216,6 +219,7 @@ def _executed(file: EngineFile, reference: Path, subject: Any, bundle: str | Non
     from dgfast.runtimes.tensorrt import load
 
     engine, onnx, device = load(file.folder), OnnxEngine(reference), torch.device("cuda")
+    engine.self_test()
     sizes = list(dict.fromkeys(file.batch))
     if subject is None:
         cases = [self_test.case(onnx, size, seed=1) for size in sizes]
