@@ -1,7 +1,7 @@
 """Engine files against eager: python -m benchmarks.engines, a part of benchmarks/gpu.py.
 
-The guided step as one ONNX file in ONNX Runtime, and as one TensorRT engine: how long it takes to make, how large it is,
-how right and how fast. What is not installed, or does not run here, is a row that says so.
+The guided step as one ONNX file in ONNX Runtime, and as one TensorRT engine: how long it takes to make, how large it
+is, how right and how fast. What is not installed, or does not run here, is a row that says so.
 """
 
 import hashlib
@@ -56,7 +56,8 @@ def _onnxruntime(model: Any, folder: Path, batches: tuple[int, ...], dtype: str,
     used = engine._session.get_providers()  # it falls back to the CPU if libraries of CUDA do not load
     if at.type == "cuda" and "CUDAExecutionProvider" not in used:
         raise UserError(f"the CUDA provider did not start; running on {', '.join(used)}")
-    return Opened(engine, time.perf_counter() - began, sum(f.stat().st_size for f in folder.glob(f"{path.name}*")) / 1e6)
+    size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
+    return Opened(engine, time.perf_counter() - began, size / 1e6)
 
 
 def _tensorrt(model: Any, folder: Path, batches: tuple[int, ...], dtype: str, at: torch.device) -> Opened:

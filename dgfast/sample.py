@@ -233,9 +233,7 @@ def _engine(runtime: str, path: Path, device: Any, provider: str | None, bundle:
     return engine
 
 
-def _prepared(
-    sampler: Any, make: Callable[[str], Any], batch: int, runtime: str, demand: str
-) -> tuple[Any, bool]:
+def _prepared(sampler: Any, make: Callable[[str], Any], batch: int, runtime: str, demand: str) -> tuple[Any, bool]:
     """The sampler, ready for batches of this size, and whether it runs in that runtime."""
     began = time.perf_counter()
     try:

@@ -1,7 +1,7 @@
 """From an ONNX file to an engine, by the interface that TensorRT and TensorRT for RTX share.
 
-Networks are strongly typed: each tensor keeps the type that the ONNX file gives it, and the builder may lower none. Newer
-versions of both libraries know nothing else. So what has to stay float32 is said in the file (see `half_products`).
+Networks are strongly typed: each tensor keeps the type that the ONNX file gives it, and the builder may lower none.
+Newer versions of both libraries know nothing else. So what has to stay float32 is said in the file: `half_products`.
 """
 
 import time
@@ -217,6 +217,6 @@ def _has_gpu() -> bool:
 
 
 def _inspect(trt: Any, plan: bytes, heard: Any) -> str:
-    """The engine's layers, by the library's inspector; without a GPU that does not work, but its builder logs the same."""
+    """The engine's layers, by the library's inspector, which needs a GPU; the builder's log has the same text."""
     inspector = deserialize(trt, plan, heard, "the new engine").create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.ONELINE))

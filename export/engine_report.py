@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +36,10 @@ def summary(file: EngineFile, built: Built, layer_table: str, parity: Report | N
         layer_table,
     ]  # fmt: skip
     if parity is None:
-        lines += ["", f"Never executed: {file.never_because}. Nothing is known of its values or its speed; load it where"
-                  " it can run, and it tests itself against self_test.npz."]  # fmt: skip
+        lines += [
+            "", f"Never executed: {file.never_because}. Nothing is known of its values or its speed; load it where it "
+            "can run, and it tests itself against self_test.npz.",
+        ]  # fmt: skip
     else:
         lines += ["", "```", parity.table().rstrip(), "```", "", latency]
     return "\n".join(lines).rstrip() + "\n"
@@ -61,12 +64,14 @@ def against_eager(engine: Runs, subject: Joint, cases: Mapping[int, Case], devic
     return "\n".join(tables)
 
 
-def latency_table(runs: Mapping[str, Callable[[Tensors], object]], cases: Mapping[int, Case], device: torch.device) -> str:
+def latency_table(
+    runs: Mapping[str, Callable[[Tensors], object]], cases: Mapping[int, Case], device: torch.device
+) -> str:
     """Median milliseconds of a call of each, by batch size, inputs on the GPU already, in markdown."""
     rows = ["| batch | " + " | ".join(f"{name}, ms" for name in runs) + " |", "|" + " --- |" * (1 + len(runs))]
     for batch, case in cases.items():
         inputs = {name: x.to(device) for name, x in case.inputs.items()}
-        times = [1e3 * _seconds(lambda run=run: run(inputs)) for run in runs.values()]  # type: ignore[misc]
+        times = [1e3 * _seconds(partial(run, inputs)) for run in runs.values()]
         rows.append(f"| {batch} | " + " | ".join(f"{ms:.2f}" for ms in times) + " |")
     return "\n".join(rows)
 

@@ -1,6 +1,6 @@
 """Half precision where it pays: the convolutions and matrix products of a float32 ONNX file in float16 or bfloat16.
 
-Everything else (statistics of group normalisation, softmax, preconditioning, guidance, inputs and outputs) stays float32.
+Everything else (statistics of group normalisation, softmax, preconditioning, guidance, inputs, outputs) stays float32.
 The casts around each product are what a builder fuses into the operations beside it.
 """
 
@@ -84,4 +84,3 @@ def product_type(model: Any) -> str:
     """Of which type its products are: float32, fp16 or bf16, by the types of the weights."""
     found = {w.data_type for w in model.graph.initializer}
     return next((name for name, code in TYPES.items() if code in found), "float32")
-

@@ -1,8 +1,8 @@
 """python export/to_trt.py --bundle B --out DIR: one TensorRT engine of the guided step, its gradient inside.
 
-DIR gets model.engine, engine.json (what it is, where it may run, whether it was ever executed), layers.md, report.md and
-self_test.npz (values that the engine must reproduce whenever it is loaded). TensorRT for RTX builds on a machine without
-a GPU; what can't be executed on this machine is said to be just that.
+DIR gets model.engine, engine.json (what it is, where it may run, whether it was ever executed), layers.md, report.md
+and self_test.npz (values that the engine must reproduce whenever it is loaded). TensorRT for RTX builds on a machine
+without a GPU; what can't be executed on this machine is said to be just that.
 """
 
 import hashlib

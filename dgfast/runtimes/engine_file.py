@@ -144,7 +144,9 @@ def read(path: str | Path) -> EngineFile:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{described}: can't be read ({error.strerror}); python export/to_trt.py makes engines") from error
+        raise UserError(
+            f"{described}: can't be read ({error.strerror}); python export/to_trt.py makes engines"
+        ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{described} is not the description of an engine: {error!r}") from error
 
