@@ -199,7 +199,9 @@ def test_trt_builds_the_guided_step_of_mnist32(tmp_path: Path) -> None:
     subject = joint(dgfast.load(found, guidance=found.guidance), found.sampling, found.guidance, "denoiser")
     example = dict(subject.case("example", [1.0, 2.0], seed=1).inputs)
     path = tmp_path / "mnist32.onnx"
-    onnx.save(convert(subject.function, example, subject.outputs, rank_4=True), path)  # an open batch takes twice as long
+    onnx.save(
+        convert(subject.function, example, subject.outputs, rank_4=True), path
+    )  # an open batch takes twice as long
     built = build(TRT, FLAVOR, path, BATCH)
     kinds = [layer.kind for layer in built.layers]
     convolutions = sum(node.op_type in ("Conv", "ConvTranspose") for node in onnx.load(path).graph.node)
