@@ -28,7 +28,7 @@ from dgfast.config import (
 )
 from dgfast.errors import UserError
 
-RUNTIMES = ("eager", "compiled", "onnx")
+RUNTIMES = ("eager", "compiled", "onnx", "tensorrt")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
@@ -221,7 +221,7 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
             sampler, built = _prepared(sampler, make, batch, runtime, options["compiled"] or "always")
         compile_seconds = time.perf_counter() - began if built else 0.0
         seconds = _draw(sampler, seeds, classes, batch, writer, decode, static=built)
-    job = {"bundle": bundle, "sampling": asdict(sampling), "guidance": asdict(guidance)}
+    job: dict[str, Any] = {"bundle": bundle, "sampling": asdict(sampling), "guidance": asdict(guidance)}
     if decode is not None:
         job["vae"] = options["vae"] or (found.vae and asdict(found.vae))
     writer.finish(
@@ -262,6 +262,8 @@ def _runtime(options: dict[str, Any]) -> str:
     for option, runtimes in (("engine", ("onnx", "tensorrt")), ("provider", ("onnx",))):
         if options[option] and runtime not in runtimes:
             raise UserError(f"--{option} goes with --runtime {' or '.join(runtimes)}, not with {runtime}")
+    if runtime == "tensorrt" and not options["engine"]:
+        raise UserError("--runtime tensorrt needs --engine FILE: build one with python export/to_trt.py")
     return runtime
 
 
@@ -285,9 +287,10 @@ def _keywords(runtime: str, device: Any, engine: Any) -> dict[str, Any]:
 def _engine(runtime: str, path: Path, device: Any, provider: str | None, bundle: Any, guidance: GuidanceConfig) -> Any:
     """The file, opened, tested and found to fit the job."""
     from dgfast.engines import require_fit
+    from dgfast.runtimes import tensorrt
     from dgfast.runtimes.onnx import OnnxEngine
 
-    engine = OnnxEngine(path, device, provider)
+    engine: Any = tensorrt.load(path, device) if runtime == "tensorrt" else OnnxEngine(path, device, provider)
     engine.self_test()
     require_fit(engine, bundle, guidance)
     return engine
