@@ -68,9 +68,7 @@ def test_architecture_package_needs_neither_its_tools_nor_heavy_packages(path: P
     first_names = {name.split(".")[0] for name in imports(path)}
     assert not first_names & {"tests", "benchmarks", "export"}
     inside = path.is_relative_to(PACKAGE / "export")
-    assert inside or not any(name.startswith("dgfast.export") for name in imports(path)), (
-        "not for importing"
-    )
+    assert inside or not any(name.startswith("dgfast.export") for name in imports(path)), "not for importing"
     kernel = path.is_relative_to(PACKAGE / "kernels")
     assert not {name.split(".")[0] for name in imports(path, whole_file=False)} & (
         HEAVY - {"triton"} if kernel else HEAVY
