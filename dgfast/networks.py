@@ -102,7 +102,7 @@ def load(
 def _wanted(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str]:
     """Roles to load, what a guidance is named after before what it stands on."""
     if guidance is None:
-        return ["score", *(role for role in bundle.nets if role not in ("score", "features"))]
+        return ["score", *(role for role in bundle.nets if role not in ("score", "features", "generator"))]
     discriminator = bool(guidance.dg_weight or guidance.dg_weight_2nd)
     needed = {
         "score": True,

@@ -80,6 +80,7 @@ _NUMBER = FiniteFloat()
 @click.option("--seeds", type=IntegerRanges(), default="0-63", show_default=True, help="One image a seed.")
 @click.option("--labels", type=IntegerRanges(), help="Classes, repeated over the seeds; default: drawn from the seeds.")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
+@click.option("--one-step", is_flag=True, help="One forward of the bundle's generator, without solver and guidance.")
 @click.option("--steps", "num_steps", type=int, help="Noise levels above 0.")
 @click.option("--solver", type=click.Choice(SOLVERS))
 @click.option("--grid", "discretization", type=click.Choice(DISCRETIZATIONS), help="How noise levels are spaced.")
@@ -124,19 +125,28 @@ _NUMBER = FiniteFloat()
 def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **options: Any) -> None:
     from dgfast import bundle as bundles
     from dgfast.networks import load
+    from dgfast.one_step import OneStep
     from dgfast.ops import kernels
     from dgfast.outputs import Writer
     from dgfast.sampler import Sampler
 
     found = bundles.read(bundle)
     given = {name: value for name, value in options.items() if value is not None}
+    one_step = options["one_step"]
+    if one_step:
+        _refuse_beside_one_step(given)
     sampling = replace(found.sampling, **{name: given[name] for name in _SAMPLING if name in given})
     guidance = replace(found.guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
     device, dtype = _device_and_dtype(options["device"], options["dtype"])
-    networks = load(found, device, dtype, guidance)
+    networks: Any = found.load("generator", device, dtype) if one_step else load(found, device, dtype, guidance)
 
     def make(compiled: bool) -> Any:
-        return Sampler(networks, sampling, guidance, device, **(_runtimes(device) if compiled else {}))
+        runtimes = _runtimes(device) if compiled else {}
+        return (
+            OneStep(networks, device, **runtimes)
+            if one_step
+            else Sampler(networks, sampling, guidance, device, **runtimes)
+        )
 
     sampler = make(compiled=options["compiled"] is not None)
     classes = _labels_for(sampler, seeds, labels)
@@ -149,16 +159,31 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
             sampler, compiled = _compiled(sampler, make, batch, options["compiled"])
         compile_seconds = time.perf_counter() - began if compiled else 0.0
         seconds = _draw(sampler, seeds, classes, batch, writer, static=compiled)
-    job = {"bundle": bundle, "sampling": asdict(sampling), "guidance": asdict(guidance)}
+    method = {"one_step": True} if one_step else {"sampling": asdict(sampling), "guidance": asdict(guidance)}
+    job = {"bundle": bundle, **method}
     writer.finish(
         _manifest(job, sampler, seeds, batch, options | {"compiled": compiled})
         | {"compile_seconds": compile_seconds, "seconds": seconds}
     )
     click.echo(
         f"{len(seeds)} images in {seconds:.1f} s: {len(seeds) / seconds:.2f} images/s, "
-        f"{sampler.score_evaluations} score evaluations and {sampler.guidance_gradients} guidance gradients an image, "
+        f"{_cost(sampler, one_step)} an image, "
         f"in {options['out']}/"
     )
+
+
+def _refuse_beside_one_step(given: dict[str, Any]) -> None:
+    """No option of the solver or of a guidance beside --one-step, which has neither."""
+    solver_or_guidance = {*_SAMPLING, *asdict(GuidanceConfig())}
+    idle = [p.opts[0] for p in click.get_current_context().command.params if p.name in solver_or_guidance & {*given}]
+    if idle:
+        raise UserError(f"--one-step runs neither solver nor guidance: leave out {', '.join(idle)}, or --one-step")
+
+
+def _cost(sampler: Any, one_step: bool) -> str:
+    if one_step:
+        return "one generator forward"
+    return f"{sampler.score_evaluations} score evaluations and {sampler.guidance_gradients} guidance gradients"
 
 
 def _runtimes(device: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
@@ -16,6 +15,7 @@ from dgfast.guidance import (
     gradient_keeping_denoiser,
     guided_denoiser,
 )
+from dgfast.labels import one_hot
 from dgfast.networks import Networks
 from dgfast.noise_levels import coordinates, sigma_bounds, sigma_grid
 from dgfast.plan import Step, plan
@@ -119,21 +119,7 @@ class Sampler:
         Raises:
             UserError: labels for an unconditional net, out of range or of another number.
         """
-        classes = self.networks.denoiser.label_dim
-        if labels is None:
-            return None
-        if not classes:
-            raise UserError("this score network is unconditional; leave the labels out")
-        indices = torch.as_tensor(labels, device=self.device)
-        if indices.is_floating_point():
-            raise UserError("labels are class indices: whole numbers")
-        indices = indices.long()
-        if indices.shape != (count,):
-            raise UserError(f"{indices.numel()} labels for {count} images; give one label an image")
-        wrong = indices[(indices < 0) | (indices >= classes)]
-        if len(wrong):
-            raise UserError(f"label {int(wrong[0])} is out of range; this network knows classes 0 to {classes - 1}")
-        return F.one_hot(indices, classes).float()
+        return one_hot(labels, count, self.networks.denoiser.label_dim, self.device)
 
     @torch.no_grad()
     def integrate(

@@ -10,6 +10,8 @@ from dgfast import denoiser
 from dgfast.nets.adm import EncoderUNetModel, create_classifier
 from dgfast.nets.dhariwal_unet import DhariwalUNet
 from dgfast.nets.features import FeatureNet
+from dgfast.nets.generator import Generator
+from dgfast.nets.noise_predictor import NoisePredictor
 from dgfast.nets.song_unet import SongUNet
 
 _RAW: dict[str, Callable[..., nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
@@ -17,6 +19,8 @@ _PLAIN: dict[str, Callable[..., nn.Module]] = {
     "EncoderUNetModel": EncoderUNetModel,
     "create_classifier": create_classifier,
     "FeatureNet": FeatureNet,
+    "Generator": Generator,
+    "NoisePredictor": NoisePredictor,
 }
 KINDS = (*denoiser.PRECONDITIONERS, *_PLAIN)
 
@@ -26,8 +30,8 @@ def build(kind: str, **keywords: Any) -> nn.Module:
 
     Kinds: EDM's preconditioners `EDMPrecond`, `VPPrecond`, `VEPrecond` and `iDDPMPrecond`, whose keyword `model_type`
     names the raw network (SongUNet or DhariwalUNet) and which pass it what they do not use themselves; ADM's
-    `EncoderUNetModel`; `create_classifier`, the same encoder from guided-diffusion's and DG's option names; and
-    `FeatureNet`, our own, for the metrics.
+    `EncoderUNetModel`; `create_classifier`, the same encoder from guided-diffusion's and DG's option names; and our own:
+    `FeatureNet` for the metrics, the one-step `Generator`, and the `NoisePredictor` that trains it.
 
     Raises:
         ValueError: unknown kind or model type, a keyword that the constructor does not know or misses, a
