@@ -134,9 +134,9 @@ def discriminator(generated: Path, dg_weight: float, **options: Any) -> None:
 
 
 @main.command()
-@_shared(images=640_000, batch=32, lr=1e-3, weight_decay=0.0, ema=0.999)
+@_shared(images=224_000, batch=32, lr=1e-3, weight_decay=0.0, ema=0.999)
 @click.option("--score-net", "score_json", default="{}", help="The same as --net, for the score network.")
-@click.option("--r1", default=0.01, show_default=True, help="Weight gamma of the gradient penalty.")
+@click.option("--r1", default=0.1, show_default=True, help="Weight gamma of the gradient penalty.")
 def generator(score_json: str, r1: float, **options: Any) -> None:
     """A one-step generator by Score Mismatching (arXiv 2309.11043), class-conditional.
 
@@ -147,8 +147,9 @@ def generator(score_json: str, r1: float, **options: Any) -> None:
     job = _Job("generator", **options)
     size, channels = job.train.images.shape[1], job.train.images.shape[3]
     shape = {"img_resolution": size, "img_channels": channels, "label_dim": job.classes}
-    net = job.build("Generator", shape | {"latent_dim": 64, "style_dim": 128, "channels": [96, 64, 32]})
-    keywords = shape | {"levels": LEVELS, "channels": [16, 32, 64]} | _json_object("--score-net", score_json)
+    net = job.build("Generator", shape | {"latent_dim": 64, "style_dim": 128, "channels": [64, 48, 24]})
+    keywords = shape | {"levels": LEVELS, "channels": [16, 32, 64], "minibatch_std": True}
+    keywords |= _json_object("--score-net", score_json)
     score = _build("--score-net", "NoisePredictor", keywords)
     players = Game(job.train.tensors(), net, score, job.device).players(r1)
     averaged = job.fit_together(players, watch=lambda nets: write_sheet(nets[1], job.folder / "samples.png"))[1]

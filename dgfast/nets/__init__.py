@@ -30,8 +30,8 @@ def build(kind: str, **keywords: Any) -> nn.Module:
 
     Kinds: EDM's preconditioners `EDMPrecond`, `VPPrecond`, `VEPrecond` and `iDDPMPrecond`, whose keyword `model_type`
     names the raw network (SongUNet or DhariwalUNet) and which pass it what they do not use themselves; ADM's
-    `EncoderUNetModel`; `create_classifier`, the same encoder from guided-diffusion's and DG's option names; and our own:
-    `FeatureNet` for the metrics, the one-step `Generator`, and the `NoisePredictor` that trains it.
+    `EncoderUNetModel`; `create_classifier`, the same encoder from guided-diffusion's and DG's option names; and our
+    own: `FeatureNet` for the metrics, the one-step `Generator`, and the `NoisePredictor` that trains it.
 
     Raises:
         ValueError: unknown kind or model type, a keyword that the constructor does not know or misses, a

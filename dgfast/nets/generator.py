@@ -35,7 +35,7 @@ class Generator(nn.Module):
         label_dim: int = 0,
         latent_dim: int = 64,
         style_dim: int = 128,
-        channels: Sequence[int] = (96, 64, 32),
+        channels: Sequence[int] = (64, 48, 24),
     ) -> None:
         super().__init__()
         self.img_resolution, self.img_channels = img_resolution, img_channels

@@ -1,7 +1,8 @@
-"""A small U-Net that predicts the noise of images at a few fixed noise levels: the score network of Score Mismatching."""
+"""A small U-Net that predicts the noise in images: the score network of Score Mismatching (arXiv 2309.11043)."""
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ class NoisePredictor(nn.Module):
         img_resolution: height and width of the images.
         levels: number of noise levels.
         channels: width at each resolution, from half the images' on down.
+        minibatch_std: show the coarsest features how much the images of the batch differ, which keeps a generator from
+            making one image of a class.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class NoisePredictor(nn.Module):
         levels: int = 10,
         channels: Sequence[int] = (16, 32, 64),
         emb_channels: int = 64,
+        minibatch_std: bool = False,
     ) -> None:
         super().__init__()
         if img_resolution % 2 ** len(channels):
@@ -41,9 +45,11 @@ class NoisePredictor(nn.Module):
         widths = (img_channels, *channels)
         self.down = nn.ModuleList(
             StyledLayer(nn.Conv2d(cin, cout, 4, stride=2, padding=1), cout, emb_channels)
-            for cin, cout in zip(widths, widths[1:], strict=False)
+            for cin, cout in pairwise(widths)
         )
-        self.middle = StyledLayer(nn.Conv2d(widths[-1], widths[-1], 3, padding=1), widths[-1], emb_channels)
+        self.minibatch_std = minibatch_std
+        middle = nn.Conv2d(widths[-1] + minibatch_std, widths[-1], 3, padding=1)
+        self.middle = StyledLayer(middle, widths[-1], emb_channels)
         self.up = nn.ModuleList(
             StyledLayer(nn.ConvTranspose2d(2 * cin, cout, 4, stride=2, padding=1), cout, emb_channels)
             for cin, cout in zip(widths[:1:-1], widths[-2:0:-1], strict=True)
@@ -60,7 +66,13 @@ class NoisePredictor(nn.Module):
         for layer in self.down:
             x = layer(x, emb)
             skips.append(x)
-        x = self.middle(x, emb)
+        x = self.middle(_with_std(x) if self.minibatch_std else x, emb)
         for layer in self.up:
             x = layer(torch.cat([x, skips.pop()], dim=1), emb)
         return self.out(torch.cat([x, skips.pop()], dim=1))
+
+
+def _with_std(x: Tensor) -> Tensor:
+    """x with one more channel: the standard deviation over the batch, averaged over features (arXiv 1710.10196)."""
+    spread = (x.var(0, unbiased=False) + 1e-8).sqrt().mean()
+    return torch.cat([x, spread.expand(len(x), 1, *x.shape[2:])], dim=1)

@@ -59,7 +59,7 @@ class Player:
 
     Attributes:
         loss: what it lowers; it may read the other players' networks, which stand still meanwhile.
-        betas: Adam's. rate: learning rate, as a share of the schedule's.
+        betas: Adam's. rate: learning rate, as a share of the schedule's. start: steps for which it stands still first.
         penalty: added to the loss at every `penalty_every`th step, the first included.
     """
 
@@ -68,6 +68,7 @@ class Player:
     # As EDM2 and the trial run: with the EMA on top, 0.999 would average twice.
     betas: tuple[float, float] = (0.9, 0.99)
     rate: float = 1.0
+    start: int = 0
     penalty: Loss | None = None
     penalty_every: int = 1
 
@@ -135,7 +136,9 @@ def fit_together(
 
 
 def _turn(player: Player, nets: nn.ModuleList, optimiser: torch.optim.Optimizer, batch: int, step: int) -> Tensor:
-    """One player's step; its loss without the penalty."""
+    """One player's step; its loss without the penalty, 0 if it stands still."""
+    if step < player.start:
+        return torch.zeros((), device=next(nets.parameters()).device)
     nets.requires_grad_(False)
     player.net.requires_grad_(True)
     optimiser.zero_grad(set_to_none=True)

@@ -24,7 +24,8 @@ LEVELS = 10
 _REPEATS = 2  # noisings of one generated image in the generator's loss
 _PENALTY_EVERY = 16
 _BETA_FIRST, _BETA_LAST = 1e-4, 0.02
-_GENERATOR_RATE = 0.3  # at the score network's own rate the generator outruns it at first
+# A score network that knows nothing yet rates flat black images best, and a generator as fast as it gets stuck there.
+_GENERATOR_RATE, _HEAD_START = 0.3, 300
 _BETAS = (0.0, 0.99)  # Adam's; an adversarial game gets on badly with momentum
 
 
@@ -92,7 +93,7 @@ class Game:
 
         return [
             Player(self._score, self.score_loss, _BETAS, penalty=penalty, penalty_every=_PENALTY_EVERY),
-            Player(self._generator, self.generator_loss, _BETAS, _GENERATOR_RATE),
+            Player(self._generator, self.generator_loss, _BETAS, _GENERATOR_RATE, _HEAD_START),
         ]
 
     def _real(self, batch: int) -> tuple[Tensor, Tensor | None]:
