@@ -154,13 +154,16 @@ def _turn(player: Player, nets: nn.ModuleList, optimiser: torch.optim.Optimizer,
 def _checked(losses: Tensor, nets: nn.Module, step: int, folder: Path) -> list[float]:
     """Mean of each player's losses [steps, players] up to `step`, if they and the weights they led to are finite."""
     bad = (~losses.isfinite()).any(1).nonzero()
-    if len(bad) or not all(bool(parameter.isfinite().all()) for parameter in nets.parameters()):
-        first = int(bad[0]) if len(bad) else len(losses) - 1
-        raise UserError(
-            f"{folder.name}: loss is {float(losses[first].sum())} at step {step + 1 - len(losses) + first}; the state "
-            f"before it is kept in {folder}: to start anew, remove it and lower --lr"
-        )
-    return losses.mean(0).tolist()
+    if len(bad):
+        at = int(bad[0])
+        found = f"loss is {float(losses[at].sum())} at step {step + 1 - len(losses) + at}"
+    elif not all(bool(parameter.isfinite().all()) for parameter in nets.parameters()):
+        found = f"a weight is NaN or infinite after step {step}"
+    else:
+        return losses.mean(0).tolist()
+    raise UserError(
+        f"{folder.name}: {found}; the state before it is kept in {folder}: to start anew, remove it and lower --lr"
+    )
 
 
 def _save(path: Path, parts: dict[str, Any], schedule: Schedule, step: int) -> None:

@@ -11,6 +11,7 @@ All losses are sums over pixels and means over the batch.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,8 @@ class Game:
         self, real: tuple[Tensor, Tensor], generator: nn.Module, score: nn.Module, device: torch.device
     ) -> None:
         self._images, self._labels = (tensor.to(device) for tensor in real)
-        self._generator, self._score, self._device = generator, score, device
+        self._generator: Any = generator  # torch types no attributes of a module
+        self._score, self._device = score, device
         self._sigmas = noise_levels().float().to(device)
 
     def score_loss(self, score: nn.Module, batch: int) -> Tensor:
@@ -102,10 +104,10 @@ class Game:
 
     def _fake(self, batch: int) -> tuple[Tensor, Tensor | None]:
         labels = self._rows(self._labels[torch.randint(len(self._labels), (batch,)).to(self._device)])
-        return self._generator(self._normal((batch, int(self._generator.latent_dim))), labels), labels
+        return self._generator(self._normal((batch, self._generator.latent_dim)), labels), labels
 
     def _rows(self, labels: Tensor) -> Tensor | None:
-        classes = int(self._generator.label_dim)
+        classes = self._generator.label_dim
         return F.one_hot(labels, classes).float() if classes else None
 
     def _noised(self, images: Tensor, class_labels: Tensor | None) -> Batch:
@@ -118,10 +120,10 @@ class Game:
 
 
 @torch.no_grad()
-def write_sheet(generator: nn.Module, path: Path, images: int = 100) -> None:
+def write_sheet(generator: Any, path: Path, images: int = 100) -> None:
     """A grid of the same latents and classes each time, to see how the generator gets on: losses do not tell."""
     device = next(generator.parameters()).device
-    latents = SeedStreams(range(images)).normal((int(generator.latent_dim),), torch.float32, device)
-    classes = int(generator.label_dim)
+    latents = SeedStreams(range(images)).normal((generator.latent_dim,), torch.float32, device)
+    classes = generator.label_dim
     rows = F.one_hot(torch.arange(images, device=device) % classes, classes).float() if classes else None
     save_grid(to_uint8(generator(latents, rows)), path)
