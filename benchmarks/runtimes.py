@@ -43,4 +43,5 @@ def _of(module: str) -> Build:
 RUNTIMES: dict[str, Runtime] = {
     "eager": Runtime(),
     "compiled": Runtime(_of("compiled"), capture=_of("cuda_graph")),
+    "onnx": Runtime(_of("onnx")),
 }

@@ -18,7 +18,9 @@ from torch.utils.module_tracker import ModuleTracker
 
 import dgfast
 from dgfast import GuidanceConfig, Networks, SamplingConfig, bundle, nets
+from dgfast.denoiser import DDPMPrecond
 from dgfast.nets.discriminator import Discriminator
+from dgfast.nets.dit import PRESETS
 from dgfast.noise_levels import TIME_SCHEDULES
 
 _SEED = 0
@@ -46,7 +48,7 @@ class RandomNetworks:
 
     Attributes:
         score, trunk, head: kind and keywords for `nets.build`; the head reads the trunk's features.
-        time_schedule: the time that trunk and head read.
+        time_schedule: the time that trunk and head read; beside a score network of discrete time, they read its own.
     """
 
     score: dict[str, Any]
@@ -61,7 +63,8 @@ class RandomNetworks:
         trunk = fill_(nets.build(**self.trunk), generator)
         head = fill_(nets.build(**self.head, in_channels=trunk.feature_channels), generator)
         score, trunk, head = (_placed(net, device, dtype) for net in (score, trunk, head))
-        return Networks(score, Discriminator(trunk, head).eval(), time=TIME_SCHEDULES[self.time_schedule])
+        time = score.time if isinstance(score, DDPMPrecond) else TIME_SCHEDULES[self.time_schedule]
+        return Networks(score, Discriminator(trunk, head).eval(), time=time)
 
 
 def fill_(net: nn.Module, generator: torch.Generator) -> Any:
@@ -168,6 +171,25 @@ def _edm_ffhq64() -> Workload:
     )
 
 
+def _dit_s2() -> Workload:
+    networks = RandomNetworks(
+        score={
+            "kind": "DDPMPrecond", "model_type": "DiT", "img_resolution": 32, "img_channels": 4, "label_dim": 1000,
+            **PRESETS["DiT-S/2"],
+        },
+        trunk=_classifier(32, 2, in_channels=4),
+        head=_classifier(8, 2, out_channels=1, condition=True),
+    )  # fmt: skip
+    return Workload(
+        load=networks.load,
+        sampling=SamplingConfig(solver="ddpm", respacing="250"),
+        guidance=GuidanceConfig(  # DiT-G++'s: two scales that change at timestep 200, discriminator above 100
+            dg_weight=1.0, dg_window=(0.1011, 2.0), cfg_scale=1.25, cfg_scale_low=3.0, cfg_branch=0.7257
+        ),
+        batches={("guided-step", "cpu"): (1,), ("guided-step", "cuda"): _GPU_BATCHES},
+    )
+
+
 def _tiny() -> Workload:
     encoder = {
         "kind": "EncoderUNetModel", "image_size": 8, "model_channels": 32, "num_res_blocks": 1, "channel_mult": [1],
@@ -194,6 +216,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "mnist32": _mnist32,
     "edm-cifar10": _edm_cifar10,
     "edm-ffhq64": _edm_ffhq64,
+    "dit-s2": _dit_s2,
     "tiny": _tiny,
 }
 STAND_INS = ("tiny",)

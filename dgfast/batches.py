@@ -22,6 +22,7 @@ def draw(
     batch: int,
     write: Write,
     *,
+    decode: Callable[[Tensor], Tensor] | None = None,
     static: bool = False,
     on_step: Callable[[Step, Tensor], None] | None = None,
     on_smaller_batch: Callable[[int], None] | None = None,
@@ -33,6 +34,7 @@ def draw(
     Args:
         labels: one class index a seed; None takes those that the seeds give.
         write: gets uint8 images [N, H, W, C], their seeds, and their class indices [N] or None.
+        decode: makes images of what the sampler draws, where those are latents.
         static: fill the last batch up, with copies of its last image, so that every batch has one shape.
         on_step: see `Sampler.integrate`. on_smaller_batch: called with the new batch.
 
@@ -47,7 +49,8 @@ def draw(
             filled = chunk + chunk[-1:] * (batch - len(chunk)) if static else chunk
             try:
                 classes = _classes(sampler, filled, labels, done)
-                fetch = fetch_uint8(sampler(filled, classes, on_step)[: len(chunk)])
+                drawn = sampler(filled, classes, on_step)[: len(chunk)]
+                fetch = fetch_uint8(drawn if decode is None else decode(drawn))
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error) or len(filled) == 1:
                     raise

@@ -3,16 +3,17 @@
 ```json
 {"format": 1, "name": "mnist32",
  "nets": {"score": {"kind": "EDMPrecond", "keywords": {...}, "file": "score.safetensors"}, ...},
- "sampling": {...}, "guidance": {...},
+ "vae": {"source": "vae", "scale": 0.18215}, "sampling": {...}, "guidance": {...},
  "class_names": [...], "provenance": "...", "license": "...", "metrics": {...}}
 ```
 
 Roles of networks: `score` (the denoiser), `reference` (a worse one, for autoguidance), `classifier` (noise-aware; also
 the trunk of the discriminator), `discriminator` (its head), `features` (clean images, for the metrics), `generator`
-(latents to images in one forward). `sampling` and `guidance` are the defaults of `python -m dgfast.sample` with this
-bundle.
+(latents to images in one forward). `vae`, for a bundle of latents alone, says what decodes them (see `VaeSpec`).
+`sampling` and `guidance` are the defaults of `python -m dgfast.sample` with this bundle.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from dgfast import nets
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
+from dgfast.latents import SCALE
 from dgfast.noise_levels import TIME_SCHEDULES
 
 FORMAT = 1
@@ -54,6 +56,25 @@ class NetSpec:
 
 
 @dataclass(frozen=True)
+class VaeSpec:
+    """What decodes the latents that the score network makes.
+
+    Attributes:
+        source: an `AutoencoderKL` as diffusers saves it: a folder, seen from the bundle's or from here, or a hub name.
+        scale: latents are divided by it before they are decoded.
+    """
+
+    source: str
+    scale: float = SCALE
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not self.source or not 0 < self.scale < math.inf:
+            raise UserError(
+                f"vae: source {self.source!r} must be a folder or name, scale {self.scale} a number above 0"
+            )
+
+
+@dataclass(frozen=True)
 class Bundle:
     """What `bundle.json` in `folder` says."""
 
@@ -66,6 +87,7 @@ class Bundle:
     provenance: str = ""
     license: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
+    vae: VaeSpec | None = None
 
     def spec(self, role: str) -> NetSpec:
         """The network of that role.
@@ -97,6 +119,19 @@ class Bundle:
             parameter.data = parameter.data.to(dtype)
         return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    def fingerprint(self) -> str:
+        """SHA-256 over the networks that sampling may use: their kinds, keywords and files.
+
+        Raises:
+            UserError: a file that cannot be read.
+        """
+        digest = hashlib.sha256()
+        for role, spec in sorted(self.nets.items()):
+            if role != "features":
+                digest.update(json.dumps([role, asdict(spec)], sort_keys=True).encode())
+                digest.update(_bytes(self.folder / spec.file))
+        return digest.hexdigest()
+
 
 def read(bundle: str | Path) -> Bundle:
     """The bundle in that folder, or the one of that name that comes with dgfast (`mnist32`).
@@ -126,6 +161,7 @@ def read(bundle: str | Path) -> Bundle:
             provenance=raw.get("provenance", ""),
             license=raw.get("license", ""),
             metrics=raw.get("metrics", {}),
+            vae=VaeSpec(**raw["vae"]) if "vae" in raw else None,
         )
     except UserError as error:
         raise UserError(error.message if str(path) in error.message else f"{path}: {error.message}") from error
@@ -159,7 +195,7 @@ def write(bundle: Bundle) -> None:
         "provenance": bundle.provenance,
         "license": bundle.license,
         "metrics": bundle.metrics,
-    }
+    } | ({"vae": asdict(bundle.vae)} if bundle.vae else {})
     bundle.folder.mkdir(parents=True, exist_ok=True)
     partial = bundle.folder / "bundle.json.partial"
     partial.write_text(json.dumps(raw, indent=1, allow_nan=False) + "\n")
@@ -227,6 +263,13 @@ def load_state(net: nn.Module, tensors: Mapping[str, Tensor], source: object) ->
     net.load_state_dict(dict(tensors))
 
 
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
 def _listed(what: str, names: list[str], most: int = 5) -> list[str]:
     if not names:
         return []
@@ -239,16 +282,17 @@ def _without_defaults(record: Any) -> dict[str, Any]:
     return {f.name: values[f.name] for f in fields(record) if values[f.name] != f.default}
 
 
-def _to_json(guidance: dict[str, Any]) -> dict[str, Any]:
+def _to_json(value: Any) -> Any:
     """Intervals may end at infinity, for which JSON has no number."""
-    return {
-        name: [end if math.isfinite(end) else str(end) for end in value] if isinstance(value, tuple) else value
-        for name, value in guidance.items()
-    }
+    if isinstance(value, dict):
+        return {name: _to_json(entry) for name, entry in value.items()}
+    if isinstance(value, tuple):
+        return [end if isinstance(end, tuple) or math.isfinite(end) else str(end) for end in value]
+    return value
 
 
 def _from_json(guidance: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: tuple(float(end) for end in value) if isinstance(value, list) else value
-        for name, value in guidance.items()
-    }
+    def numbers(value: Any) -> Any:
+        return tuple(map(numbers, value)) if isinstance(value, list) else float(value)
+
+    return {name: numbers(value) if isinstance(value, list) else value for name, value in guidance.items()}

@@ -1,8 +1,9 @@
 """python -m dgfast.convert: put an official checkpoint into a bundle, without running code from it.
 
 FILE is a network snapshot of NVIDIA's EDM (.pkl), which says itself what it is, or a state dict (.pt, .safetensors),
-whose --role must be given. OpenAI's classifiers and DG's discriminators are known by their shapes; any other state dict
-needs --kind and the constructor's keywords. Convert each file with the same --out to join them in one bundle.
+whose --role must be given. OpenAI's score networks and classifiers, DG's discriminators and DiT are known by their
+shapes; any other state dict needs --kind and the constructor's keywords. Convert each file with the same --out to join
+them in one bundle.
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dgfast.config import SamplingConfig
+from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
 
 if TYPE_CHECKING:  # torch takes longer to import than --help may take
@@ -26,16 +27,18 @@ if TYPE_CHECKING:  # torch takes longer to import than --help may take
 _DENOISERS = ("score", "reference")
 _ENCODERS = ("classifier", "discriminator")
 _STATE_DICTS = (".pt", ".pth", ".safetensors")
+_DIT_WINDOW = (0.1011, 2.0)  # DiT-G++ guides at timesteps above 100: tau is 0.1006 at 100, 0.1016 at 101, 1.0034 at 999
 
 
 @click.command(help=__doc__)
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle, new or not.")
 @click.option("--role", type=click.Choice(_DENOISERS + _ENCODERS), help="Default for .pkl: score.")
-@click.option("--kind", help="EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, EncoderUNetModel, create_classifier.")
+@click.option("--kind", help="EDMPrecond, iDDPMPrecond, DDPMPrecond, DiT, EncoderUNetModel, ...")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Keywords as JSON.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One keyword more; VALUE as JSON.")
 @click.option("--time-schedule", type=click.Choice(["linear", "cosine"]), help="The time that a classifier reads.")
+@click.option("--vae", help="What decodes the latents of a score network: folder or hub name of an AutoencoderKL.")
 @click.option("--name", help="Name of a new bundle; default: that of FILE.")
 @click.option("--license", "license_", help="License of the weights.")
 @click.option("--provenance", help="Where they come from; default: the name of FILE.")
@@ -47,6 +50,7 @@ def main(
     config: Path | None,
     settings: tuple[str, ...],
     time_schedule: str | None,
+    vae: str | None,
     **texts: str | None,
 ) -> None:
     given = _keywords(config, settings)
@@ -60,16 +64,37 @@ def main(
         raise UserError(f"{file} does not say what it is for: give --role {', '.join(_DENOISERS + _ENCODERS)}")
     if time_schedule and role != "classifier":
         raise UserError(f"--time-schedule is for a classifier; a {role} network has none of its own")
+    if vae and role != "score":
+        raise UserError(f"--vae is for a score network of latents; a {role} network makes none")
     bundle = _bundle(out, role, file, **texts)
     net, kind, keywords = _network(file, role, kind, given)
     if role == "classifier" and time_schedule is None:
         time_schedule = "cosine" if keywords["image_size"] == 64 else "linear"  # what ADM trained them on
-    if role == "score" and bundle.sampling == SamplingConfig():
-        # EDM's own numbers of steps, for CIFAR-10 and for FFHQ and AFHQ
-        bundle = replace(bundle, sampling=SamplingConfig(num_steps=18 if keywords["img_resolution"] < 64 else 40))
+    if role == "score":
+        bundle = _with_defaults(bundle, kind, keywords, vae)
     _write(bundle, role, net, kind, keywords, time_schedule)
     parameters = sum(parameter.numel() for parameter in net.parameters())
     click.echo(f"{out}: {role} {kind}, {parameters:,} parameters")
+
+
+def _with_defaults(bundle: "Bundle", kind: str, keywords: Mapping[str, Any], vae: str | None) -> "Bundle":
+    """The bundle with what decodes such a score network's latents and how its authors sample from it."""
+    from dgfast.bundle import VaeSpec
+
+    bundle = replace(bundle, vae=VaeSpec(vae) if vae else bundle.vae)
+    if bundle.guidance == GuidanceConfig() and keywords.get("model_type") == "DiT":
+        bundle = replace(bundle, guidance=GuidanceConfig(dg_window=_DIT_WINDOW))
+    if bundle.sampling == SamplingConfig():
+        bundle = replace(bundle, sampling=_published_sampling(kind, keywords))
+    return bundle
+
+
+def _published_sampling(kind: str, keywords: Mapping[str, Any]) -> SamplingConfig:
+    """How the authors of such a score network sample from it."""
+    if kind == "DDPMPrecond":
+        return SamplingConfig(solver="ddpm", respacing="250", clip_denoised=keywords["model_type"] != "DiT")
+    # EDM's own numbers of steps, for CIFAR-10 and for FFHQ and AFHQ
+    return SamplingConfig(num_steps=18 if keywords["img_resolution"] < 64 else 40)
 
 
 def _keywords(config: Path | None, settings: tuple[str, ...]) -> dict[str, Any]:
@@ -136,7 +161,7 @@ def _network(
     """
     from dgfast import bundle as bundles
     from dgfast import denoiser, nets
-    from dgfast.checkpoints import nvidia_pickle, one_line, openai_pt
+    from dgfast.checkpoints import dit, nvidia_pickle, one_line, openai_pt
 
     keywords = dict(given)
     if file.suffix == ".pkl":
@@ -144,11 +169,15 @@ def _network(
         kind, keywords, tensors = snapshot.kind, snapshot.keywords, snapshot.tensors
     else:
         tensors = openai_pt.read(file)
+        if role in _DENOISERS and (kind == "DiT" or (kind is None and dit.is_dit(tensors))):
+            kind, keywords = "DDPMPrecond", dit.score_keywords(tensors, given, file)
         if kind is None and role in _DENOISERS:
-            raise UserError(f"{file}: give --kind ({', '.join(denoiser.PRECONDITIONERS)}) and its keywords with --set")
+            kind, keywords = "DDPMPrecond", openai_pt.score_keywords(tensors, given, file)
+        if kind == "DDPMPrecond" and not any(name.startswith("model.") for name in tensors):
+            tensors = {f"model.{name}": value for name, value in tensors.items()}  # published ones are of the raw net
         if kind in (None, "create_classifier"):
             kind, keywords = "create_classifier", openai_pt.classifier_keywords(tensors, given, file)
-    kinds = [k for k in nets.KINDS if (k in denoiser.PRECONDITIONERS) == (role in _DENOISERS)]
+    kinds = list(denoiser.PRECONDITIONERS) if role in _DENOISERS else ["EncoderUNetModel", "create_classifier"]
     if kind not in kinds:
         raise UserError(f"a {role} network cannot be of the kind {kind!r}; use {', '.join(kinds)}")
     try:

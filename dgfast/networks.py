@@ -1,20 +1,23 @@
 """The frozen networks that a sampler works with, your own or a bundle's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dgfast import bundle as bundles
 from dgfast.config import GuidanceConfig
+from dgfast.denoiser import DDPMPrecond
 from dgfast.errors import UserError
 from dgfast.guidance.classifier import NoisyClassifier
 from dgfast.guidance.compose import Denoiser
 from dgfast.guidance.discriminator import Discriminator
 from dgfast.nets import discriminator as noise_aware
+from dgfast.nets.adm import EncoderUNetModel
 from dgfast.noise_levels import TIME_SCHEDULES, vp_time
 
 
@@ -81,6 +84,11 @@ def load(
     wanted = _wanted(found, guidance)
     nets: dict[str, Any] = {role: found.load(role, device, dtype) for role in wanted}
     trunk, head = nets.get("classifier"), nets.get("discriminator")
+    if trunk is not None and not isinstance(trunk, EncoderUNetModel):
+        raise UserError(
+            f"bundle {found.name}: its classifier, a {type(trunk).__name__}, reads no noise level; guidance needs a "
+            "noise-aware one, such as python -m dgfast.train classifier makes"
+        )
     score, read = nets["score"], (getattr(trunk, "in_channels", None), getattr(trunk, "image_size", None))
     if trunk is not None and read != (score.img_channels, score.img_resolution):
         raise UserError(
@@ -93,10 +101,36 @@ def load(
             discriminator=noise_aware.Discriminator(trunk, head) if trunk is not None and head is not None else None,
             classifier=noise_aware.NoisyClassifier(trunk) if trunk is not None else None,
             reference=nets.get("reference"),
-            time=TIME_SCHEDULES[(found.spec("classifier").time_schedule if trunk is not None else None) or "linear"],
+            time=_time(score, found.spec("classifier").time_schedule if trunk is not None else None),
         )
     except ValueError as error:
         raise UserError(f"bundle {found.name}: {error}") from error
+
+
+def one_hot(labels: Sequence[int] | Tensor, classes: int, count: int, device: torch.device) -> Tensor:
+    """Rows [count, classes] of class indices.
+
+    Raises:
+        UserError: labels where there are no classes, out of range or of another number.
+    """
+    if not classes:
+        raise UserError("this network is unconditional; leave the labels out")
+    indices = torch.as_tensor(labels, device=device)
+    if indices.is_floating_point():
+        raise UserError("labels are class indices: whole numbers")
+    indices = indices.long()
+    if indices.shape != (count,):
+        raise UserError(f"{indices.numel()} labels for {count} images; give one label an image")
+    wrong = indices[(indices < 0) | (indices >= classes)]
+    if len(wrong):
+        raise UserError(f"label {int(wrong[0])} is out of range; this network knows classes 0 to {classes - 1}")
+    return F.one_hot(indices, classes).float()
+
+
+def _time(score: Any, schedule: str | None) -> Callable[[Tensor], Tensor]:
+    """t(sigma) of that schedule: a discrete-time score network's own where it has the same, as in ADM's code."""
+    own = isinstance(score, DDPMPrecond) and schedule in (None, score.noise_schedule)
+    return score.time if own else TIME_SCHEDULES[schedule or "linear"]
 
 
 def _wanted(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str]:
@@ -108,6 +142,6 @@ def _wanted(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str
         "score": True,
         "reference": guidance.autoguidance != 1,
         "discriminator": discriminator,
-        "classifier": discriminator or bool(guidance.classifier_scale),
+        "classifier": discriminator or bool(guidance.classifier_scale or guidance.diversity or guidance.fidelity),
     }
     return [role for role, wanted in needed.items() if wanted]

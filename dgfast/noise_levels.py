@@ -9,6 +9,7 @@ float64.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -209,3 +210,91 @@ def iddpm_levels(C_1: float, C_2: float, M: int, dtype: torch.dtype = torch.floa
     for j in range(M, 0, -1):
         u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar[j - 1] / alpha_bar[j]).clip(min=C_1) - 1).sqrt()
     return u
+
+
+# DDPM -----------------------------------------------------------------------------------------------------------------
+NOISE_SCHEDULES = ("linear", "cosine")
+
+
+def ddpm_levels(noise_schedule: str, steps: int) -> Tensor:
+    """sigma of the `steps` timesteps of DDPM's discrete process, rising: [steps].
+
+    "linear": beta from 1e-4 to 0.02 for 1000 steps, scaled to as much noise for others (arXiv 2006.11239). "cosine":
+    beta from the cosine alpha_bar, at most 0.999 (arXiv 2102.09672, equation 17). On the CPU, even if built on meta.
+
+    Raises:
+        ValueError: unknown schedule, or too few steps for it.
+    """
+    if noise_schedule not in NOISE_SCHEDULES or steps < 1:
+        raise ValueError(f"noise_schedule {noise_schedule!r} with {steps} steps; use {' or '.join(NOISE_SCHEDULES)}")
+    if noise_schedule == "linear":
+        scale = 1000 / steps
+        betas = torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64, device="cpu")
+    else:
+        time = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
+        alpha_bar = ((time + _COSINE_S) / (1 + _COSINE_S) * math.pi / 2).cos() ** 2
+        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clip(max=0.999)
+    if not bool((betas < 1).all()):
+        raise ValueError(f"noise_schedule {noise_schedule} needs more than {steps} steps: its beta would reach 1")
+    alpha_bar = (1 - betas).cumprod(0)
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
+
+
+def respaced_timesteps(respacing: str, steps: int) -> list[int]:
+    """The timesteps, rising, that `respacing` keeps of 0 to steps - 1, by guided-diffusion's rules.
+
+    "250": so many, evenly from first to last. "10,10,5": so many in each of as many equal sections. "ddim25": so many
+    at one whole stride from 0 on (arXiv 2010.02502). "": all.
+
+    Raises:
+        UserError: not such a text, no such stride, or more than a section holds.
+    """
+    if not respacing:
+        return list(range(steps))
+    ddim = respacing.startswith("ddim")
+    counts = respacing.removeprefix("ddim").split(",")
+    if not all(count.isdecimal() and int(count) for count in counts) or (ddim and len(counts) > 1):
+        raise UserError(f"--respacing {respacing}: expected counts such as 250, ddim25 or 10,10,5")
+    if ddim:
+        return _strided(int(counts[0]), steps)
+    kept: list[int] = []
+    start = 0
+    for section, count in enumerate(int(count) for count in counts):
+        size = steps // len(counts) + (section < steps % len(counts))
+        if size < count:
+            raise UserError(f"--respacing {respacing}: a section of {size} of {steps} timesteps has no {count}")
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        # Summed up, not multiplied: which way the published code rounds halves hangs on it.
+        kept += [start + round(at) for at in accumulate([0.0] + [stride] * (count - 1))]
+        start += size
+    return kept
+
+
+def respaced_levels(respacing: str, levels: Tensor) -> Tensor:
+    """The noise levels that `respacing` keeps of a network's own, which rise with its timesteps; highest first.
+
+    Raises:
+        UserError: see `respaced_timesteps`.
+    """
+    return levels[respaced_timesteps(respacing, len(levels))].flip(0)
+
+
+def _strided(count: int, steps: int) -> list[int]:
+    for stride in range(1, steps):
+        if len(range(0, steps, stride)) == count:
+            return list(range(0, steps, stride))
+    raise UserError(f"--respacing ddim{count}: no whole stride leaves {count} of {steps} timesteps")
+
+
+def posterior_log_variances(sigmas: Tensor) -> Tensor:
+    """Logarithms of the least and the most variance of each ancestral step through falling `sigmas`: [N, 2].
+
+    In VP coordinates: the variance of q(x_next | x, clean), for data without any spread, and beta, for data of unit
+    variance (arXiv 2102.09672, section 3.1). The last step, to sigma 0, has least variance 0; as published, the
+    next-to-last's stands for it where a logarithm must be interpolated.
+    """
+    following = torch.cat([sigmas[1:], sigmas.new_zeros(1)])
+    beta = (sigmas**2 - following**2) / (1 + sigmas**2)
+    least = vp_alpha(following) ** 2 * following**2 * (1 - (following / sigmas) ** 2)
+    least[-1] = least[-2] if len(sigmas) > 1 else beta[-1]
+    return torch.stack([least.log(), beta.log()], dim=1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dgfast import bundle as bundles
 from dgfast.errors import UserError
-from dgfast.labels import one_hot
+from dgfast.networks import one_hot
 from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
 from dgfast.sampler import Function, Runtime
@@ -118,9 +118,9 @@ class OneStep:
         """One-hot rows [count, label_dim] of class indices; None for an unconditional generator.
 
         Raises:
-            UserError: labels for an unconditional generator, out of range or of another number.
+            UserError: see `one_hot`.
         """
-        return one_hot(labels, count, self.generator.label_dim, self.device)
+        return None if labels is None else one_hot(labels, self.generator.label_dim, count, self.device)
 
     def prepare(self, batch: int) -> None:
         """Build the function for batches of this size, so that drawing itself compiles none."""

@@ -14,12 +14,25 @@ from typing import Any
 import click
 
 from dgfast import __version__
-from dgfast.config import DISCRETIZATIONS, REUSES, SCALINGS, SCHEDULES, SOLVERS, GuidanceConfig
+from dgfast.config import (
+    CLEAN_TIMES,
+    DISCRETIZATIONS,
+    NORMALIZATIONS,
+    REUSES,
+    SCALINGS,
+    SCHEDULES,
+    SOLVERS,
+    VARIANCES,
+    GuidanceConfig,
+    SamplingConfig,
+)
 from dgfast.errors import UserError
 
+RUNTIMES = ("eager", "compiled", "onnx")
+PROVIDERS = ("cpu", "cuda", "tensorrt")
 _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
-    "S_churn", "S_min", "S_max", "S_noise",
+    "S_churn", "S_min", "S_max", "S_noise", "respacing", "clip_denoised", "eta", "fixed_variance",
 )  # fmt: skip
 
 
@@ -57,6 +70,21 @@ class FloatPair(click.ParamType):  # type: ignore[type-arg]  # generic only in c
         return low, high
 
 
+class WeightPoints(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
+    """Points of a schedule, such as 0.1:0,0.5:1."""
+
+    name = "tau:factor,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            points = tuple(tuple(float(number) for number in point.split(":")) for point in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r}: expected points such as 0.1:0,0.5:1", param, ctx)
+        return points
+
+
 class FiniteFloat(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
     """A number, neither infinite nor NaN."""
 
@@ -73,6 +101,20 @@ class FiniteFloat(click.ParamType):  # type: ignore[type-arg]  # generic only in
 
 
 _NUMBER = FiniteFloat()
+_WEIGHTS = {
+    "--dg-weight": "Discriminator guidance; 0 turns it off.",
+    "--dg-weight-2nd": "The same at the solver's second point.",
+    "--classifier-scale": "Classifier guidance; 0 turns it off.",
+    "--cfg-scale": "Classifier-free guidance; 1 turns it off.",
+    "--autoguidance": "Guidance by a worse net; 1 turns it off.",
+}
+
+
+def guidance_weights(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that give each guidance its weight, for every command that takes them."""
+    for option, text in reversed(_WEIGHTS.items()):
+        command = click.option(option, type=_NUMBER, help=text)(command)
+    return command
 
 
 @click.command(help=__doc__)
@@ -94,19 +136,33 @@ _NUMBER = FiniteFloat()
 @click.option("--s-min", "S_min", type=_NUMBER, help="Churn above this noise level only.")
 @click.option("--s-max", "S_max", type=float, help="Churn below this noise level only.")
 @click.option("--s-noise", "S_noise", type=_NUMBER, help="Standard deviation of the added noise.")
-@click.option("--dg-weight", type=_NUMBER, help="Discriminator guidance; 0 turns it off.")
-@click.option("--dg-weight-2nd", type=_NUMBER, help="The same at the solver's second point.")
+@click.option("--respacing", help="Timesteps of a discrete-time network to keep: 250, ddim25, 10,10,5.")
+@click.option(
+    "--clip-denoised", type=bool, is_flag=False, flag_value="true", help="Keep denoised images in [-1, 1]; or =false."
+)
+@click.option("--eta", type=_NUMBER, help="Noise of the ddim solver, from 0 to 1.")
+@click.option("--fixed-variance", type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none.")
+@guidance_weights
 @click.option("--dg-window", type=FloatPair(), help="VP times between which it acts.")
+@click.option("--dg-schedule", type=WeightPoints(), help="Factor on --dg-weight by VP time, linear between points.")
 @click.option("--dg-every", type=int, help="Compute its gradient at every so many guided calls only.")
 @click.option("--dg-reuse", type=click.Choice(REUSES), help="What the calls between use.")
 @click.option("--boosting", is_flag=True, default=None, help="DG's boosting, for conditional nets.")
 @click.option(
     "--published-window", is_flag=True, default=None, help="Judge the window by the batch, as DG's code does."
 )
-@click.option("--classifier-scale", type=_NUMBER, help="Classifier guidance; 0 turns it off.")
-@click.option("--cfg-scale", type=_NUMBER, help="Classifier-free guidance; 1 turns it off.")
+@click.option("--classifier-schedule", type=WeightPoints(), help="Factor on --classifier-scale, as --dg-schedule.")
+@click.option("--cfg-scale-low", type=_NUMBER, help="The same at noise levels of --cfg-branch and below.")
+@click.option("--cfg-branch", type=_NUMBER, help="Noise level sigma at which the one scale takes over from the other.")
+@click.option("--cfg-channels", type=int, help="Guide the first so many channels alone; 3 is DiT's published way.")
 @click.option("--guidance-interval", type=FloatPair(), help="Noise levels sigma between which --cfg-scale acts.")
-@click.option("--autoguidance", type=_NUMBER, help="Guidance by a worse net; 1 turns it off.")
+@click.option("--diversity", type=_NUMBER, help="Low-density guidance, a: away from what the classifier is sure of.")
+@click.option("--fidelity", type=_NUMBER, help="Guidance toward the class in the predicted clean image, b.")
+@click.option("--perceptual", is_flag=True, default=None, help="Turn --diversity round: toward the class.")
+@click.option("--normalize", type=click.Choice(NORMALIZATIONS), help="What both do to their gradients' lengths.")
+@click.option("--clean-time", type=click.Choice(CLEAN_TIMES), help="Classifier's time for the predicted clean image.")
+@click.option("--target-class", type=int, help="Class of the --diversity term; default: each image's own.")
+@click.option("--base-class", type=int, help="Class of the --fidelity term; default: each image's own.")
 @click.option("--dtype", type=click.Choice(["float32", "tf32", "bf16", "fp16"]), default="float32", show_default=True)
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: what is there.")
 @click.option(
@@ -117,6 +173,16 @@ _NUMBER = FiniteFloat()
     flag_value="always",
     help="Compile the guided denoiser before sampling; --compile=try samples without where that can't be done.",
 )
+@click.option("--vae", help="What decodes latents: folder or hub name; default: the bundle's own.")
+@click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    help="What executes the guided denoiser; --compile is short for --runtime compiled.  [default: eager]",
+)
+@click.option(
+    "--engine", type=click.Path(path_type=Path), help="A file of export/to_onnx.py for --runtime onnx; default: export."
+)
+@click.option("--provider", type=click.Choice(PROVIDERS), help="ONNX Runtime's; default: the device's.")
 @click.option("--kernels", type=click.Choice(["reference", "triton"]), default="reference", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="A new folder.")
 @click.option(
@@ -124,6 +190,7 @@ _NUMBER = FiniteFloat()
 )
 def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **options: Any) -> None:
     from dgfast import bundle as bundles
+    from dgfast.latents import decoder
     from dgfast.networks import load
     from dgfast.one_step import OneStep
     from dgfast.ops import kernels
@@ -135,34 +202,39 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
     one_step = options["one_step"]
     if one_step:
         _refuse_beside_one_step(given)
-    sampling = replace(found.sampling, **{name: given[name] for name in _SAMPLING if name in given})
+    sampling = _sampling(found.sampling, given)
     guidance = replace(found.guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
     device, dtype = _device_and_dtype(options["device"], options["dtype"])
     networks: Any = found.load("generator", device, dtype) if one_step else load(found, device, dtype, guidance)
+    decode = decoder(found, (networks if one_step else networks.denoiser).img_channels, device, options["vae"])
 
-    def make(compiled: bool) -> Any:
-        runtimes = _runtimes(device) if compiled else {}
-        return (
-            OneStep(networks, device, **runtimes)
-            if one_step
-            else Sampler(networks, sampling, guidance, device, **runtimes)
-        )
+    runtime, engine = _runtime(options), None
+    if options["engine"]:
+        engine = _engine(runtime, options["engine"], device, options["provider"], found, guidance)
 
-    sampler = make(compiled=options["compiled"] is not None)
+    def make(runtime: str) -> Any:
+        keywords = _keywords(runtime, device, engine)
+        if one_step:
+            return OneStep(networks, device, **keywords)
+        return Sampler(networks, sampling, guidance, device, **keywords)
+
+    sampler = make(runtime)
     classes = _labels_for(sampler, seeds, labels)
     writer = Writer(options["out"], options["formats"])
-    batch = min(batch, len(seeds))
+    batch = min(batch, len(seeds)) if engine is None or engine.batch is None else batch
     with kernels(options["kernels"]):
         began = time.perf_counter()
-        compiled = False
-        if options["compiled"]:
-            sampler, compiled = _compiled(sampler, make, batch, options["compiled"])
-        compile_seconds = time.perf_counter() - began if compiled else 0.0
-        seconds = _draw(sampler, seeds, classes, batch, writer, static=compiled)
+        built = False
+        if runtime != "eager":
+            sampler, built = _prepared(sampler, make, batch, runtime, options["compiled"] or "always")
+        compile_seconds = time.perf_counter() - began if built else 0.0
+        seconds = _draw(sampler, seeds, classes, batch, writer, decode, static=built)
     method = {"one_step": True} if one_step else {"sampling": asdict(sampling), "guidance": asdict(guidance)}
     job = {"bundle": bundle, **method}
+    if decode is not None:
+        job["vae"] = options["vae"] or asdict(found.vae)
     writer.finish(
-        _manifest(job, sampler, seeds, batch, options | {"compiled": compiled})
+        _manifest(job, sampler, seeds, batch, options | {"runtime": runtime if built else "eager"})
         | {"compile_seconds": compile_seconds, "seconds": seconds}
     )
     click.echo(
@@ -173,11 +245,11 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
 
 
 def _refuse_beside_one_step(given: dict[str, Any]) -> None:
-    """No option of the solver or of a guidance beside --one-step, which has neither."""
-    solver_or_guidance = {*_SAMPLING, *asdict(GuidanceConfig())}
-    idle = [p.opts[0] for p in click.get_current_context().command.params if p.name in solver_or_guidance & {*given}]
-    if idle:
-        raise UserError(f"--one-step runs neither solver nor guidance: leave out {', '.join(idle)}, or --one-step")
+    """Nothing that a solver, a guidance or a guided denoiser's file is needed for goes with --one-step."""
+    idle = {*_SAMPLING, *asdict(GuidanceConfig()), "engine"} & {*given}
+    names = [option.opts[0] for option in click.get_current_context().command.params if option.name in idle]
+    if names:
+        raise UserError(f"--one-step has no solver, guidance or engine: leave out {', '.join(names)}, or --one-step")
 
 
 def _cost(sampler: Any, one_step: bool) -> str:
@@ -186,15 +258,66 @@ def _cost(sampler: Any, one_step: bool) -> str:
     return f"{sampler.score_evaluations} score evaluations and {sampler.guidance_gradients} guidance gradients"
 
 
-def _runtimes(device: Any) -> dict[str, Any]:
-    """The sampler's runtimes when it is to be compiled."""
-    from dgfast.runtimes import compiled, cuda_graph
+def _sampling(bundled: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:
+    """The bundle's sampling with what the command line gives, which names one grid alone."""
+    changes = {name: given[name] for name in _SAMPLING if name in given}
+    grid = [name for name in ("discretization", "sigma_min", "sigma_max", "rho") if name in given]
+    if "respacing" in given and (grid or "num_steps" in given):
+        raise UserError("--respacing is the whole grid: leave out --steps, --grid, --sigma-min, --sigma-max and --rho")
+    if bundled.respacing is not None and "respacing" not in given:
+        if grid:
+            changes["respacing"] = None
+        elif "num_steps" in given:
+            changes["respacing"] = str(given["num_steps"])
+    return replace(bundled, **changes)
 
-    return {"runtime": compiled.build, "step_runtime": cuda_graph.build if device.type == "cuda" else None}
+
+def _runtime(options: dict[str, Any]) -> str:
+    """The runtime that the options ask for.
+
+    Raises:
+        UserError: options that contradict one another.
+    """
+    short = "compiled" if options["compiled"] else None
+    runtime = options["runtime"] or short or "eager"
+    if short not in (None, runtime):
+        raise UserError(f"--compile and --runtime {runtime} contradict each other; give one of them")
+    for option, runtimes in (("engine", ("onnx", "tensorrt")), ("provider", ("onnx",))):
+        if options[option] and runtime not in runtimes:
+            raise UserError(f"--{option} goes with --runtime {' or '.join(runtimes)}, not with {runtime}")
+    return runtime
 
 
-def _compiled(sampler: Any, make: Callable[[bool], Any], batch: int, demand: str) -> tuple[Any, bool]:
-    """The sampler, ready for batches of this size, and whether it is compiled."""
+def _keywords(runtime: str, device: Any, engine: Any) -> dict[str, Any]:
+    """What a sampler takes to run in this runtime."""
+    if engine is not None:
+        from dgfast.engines import guided_by
+
+        return {"engine": guided_by(engine)}
+    if runtime == "onnx":
+        from dgfast.runtimes import onnx
+
+        return {"runtime": onnx.build}
+    if runtime == "compiled":
+        from dgfast.runtimes import compiled, cuda_graph
+
+        return {"runtime": compiled.build, "step_runtime": cuda_graph.build if device.type == "cuda" else None}
+    return {}
+
+
+def _engine(runtime: str, path: Path, device: Any, provider: str | None, bundle: Any, guidance: GuidanceConfig) -> Any:
+    """The file, opened, tested and found to fit the job."""
+    from dgfast.engines import require_fit
+    from dgfast.runtimes.onnx import OnnxEngine
+
+    engine = OnnxEngine(path, device, provider)
+    engine.self_test()
+    require_fit(engine, bundle, guidance)
+    return engine
+
+
+def _prepared(sampler: Any, make: Callable[[str], Any], batch: int, runtime: str, demand: str) -> tuple[Any, bool]:
+    """The sampler, ready for batches of this size, and whether it runs in that runtime."""
     began = time.perf_counter()
     try:
         sampler.prepare(batch)
@@ -202,8 +325,8 @@ def _compiled(sampler: Any, make: Callable[[bool], Any], batch: int, demand: str
         if demand != "try":
             raise
         click.echo(f"not compiled: {error.message}", err=True)
-        return make(False), False
-    click.echo(f"compiled in {time.perf_counter() - began:.1f} s")
+        return make("eager"), False
+    click.echo(f"{'compiled' if runtime == 'compiled' else f'{runtime} ready'} in {time.perf_counter() - began:.1f} s")
     return sampler, True
 
 
@@ -227,7 +350,9 @@ def _labels_for(sampler: Any, seeds: Sequence[int], labels: list[int] | None) ->
     return repeated
 
 
-def _draw(sampler: Any, seeds: list[int], labels: list[int] | None, batch: int, writer: Any, static: bool) -> float:
+def _draw(
+    sampler: Any, seeds: list[int], labels: list[int] | None, batch: int, writer: Any, decode: Any, static: bool
+) -> float:
     """Sample all seeds, batch by batch, into the writer; the seconds it took."""
     from tqdm import tqdm
 
@@ -241,7 +366,7 @@ def _draw(sampler: Any, seeds: list[int], labels: list[int] | None, batch: int, 
             bar.write(f"out of memory: going on with batches of {batch} images")
 
         draw(
-            sampler, seeds, labels, batch, writer.add, static=static,
+            sampler, seeds, labels, batch, writer.add, decode=decode, static=static,
             on_step=lambda step, x: bar.update(), on_smaller_batch=smaller,
         )  # fmt: skip
     return time.perf_counter() - began
@@ -256,7 +381,8 @@ def _manifest(job: dict[str, Any], sampler: Any, seeds: list[int], batch: int, o
         "job": {
             **job,
             "dtype": options["dtype"],
-            "compile": options["compiled"],
+            "compile": options["runtime"] == "compiled",
+            "runtime": options["runtime"],
             "kernels": options["kernels"],
             "batch": batch,
         },

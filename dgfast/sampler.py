@@ -1,6 +1,7 @@
 """Noise levels + guided denoiser + solver + runtime = a sampler."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ from dgfast.guidance import (
     Guidance,
     gradient_keeping_denoiser,
     guided_denoiser,
+    guided_posterior,
 )
-from dgfast.labels import one_hot
-from dgfast.networks import Networks
-from dgfast.noise_levels import coordinates, sigma_bounds, sigma_grid
-from dgfast.plan import Step, plan
+from dgfast.networks import Networks, one_hot
+from dgfast.noise_levels import coordinates, sigma_bounds, vp_alpha
+from dgfast.plan import Step, class_count, noise_grid, plan
 from dgfast.randomness import SeedStreams
-from dgfast.solvers import churn, dpmpp_2m_step, euler_step, heun_step
+from dgfast.solvers import ancestral_step, churn, ddim_step, dpmpp_2m_step, euler_step, heun_step
 
 Function = Callable[..., tuple[Tensor, ...]]
 Runtime = Callable[[Function, tuple[Tensor | None, ...]], Function]
@@ -38,6 +39,7 @@ class Sampler:
 
     Attributes:
         steps: the plan. score_evaluations, guidance_gradients: network calls that one image costs.
+        classes: number of classes among which a label chooses, 0 for none. shape: of one image, [C, H, W].
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Sampler:
         runtime: Runtime | None = None,
         state_dtype: torch.dtype = torch.float64,
         step_runtime: Runtime | None = None,
+        engine: Callable[[tuple[Guidance, ...]], Function] | None = None,
     ) -> None:
         """
         Args:
@@ -57,20 +60,25 @@ class Sampler:
                 None runs it as it is.
             step_runtime: the same for a whole step of the solver, such as `runtimes.cuda_graph.build`.
             state_dtype: type of the solver's state; float64 as EDM's.
+            engine: gives the guided denoiser for these guidances, such as `engines.guided_by`, instead of making it
+                from the networks.
 
         Raises:
             UserError: a guidance whose network is missing, or a grid that does not exist.
         """
-        self.networks, self.sampling, self.guidance = networks, sampling, guidance
+        self.networks, self.guidance = networks, guidance
         net = networks.denoiser
         weights = net.parameters() if isinstance(net, nn.Module) else iter(())
         at = next((parameter.device for parameter in weights), torch.device("cpu"))
         self.device, self.state_dtype = at if device is None else torch.device(device), state_dtype
-        self._runtime, self._step_runtime = runtime, step_runtime
+        self._runtime, self._step_runtime, self._engine = runtime, step_runtime, engine
         self._functions: dict[tuple[object, ...], Function] = {}
         low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
         self.coordinates = coordinates(sampling, low, high)
-        grid = sigma_grid(sampling, low, high).to(self.device)
+        grid = noise_grid(networks, sampling, low, high).to(self.device)
+        self.sampling = sampling = replace(sampling, num_steps=len(grid))
+        self.classes = class_count(networks, guidance)
+        self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
         self.steps = plan(networks, sampling, guidance, grid, self.coordinates)
         calls = [g for step in self.steps for g in (step.predictor, step.corrector) if g is not None]
         self.score_evaluations = sum(1 + sum(guidance.evaluations for guidance in call) for call in calls)
@@ -94,32 +102,29 @@ class Sampler:
         """
         if not len(seeds):
             raise UserError("no seeds: give one an image")
-        net = self.networks.denoiser
         streams = SeedStreams(seeds)
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        latents = streams.normal(shape, torch.float32, self.device)
-        drawn = streams.labels(net.label_dim) if net.label_dim else None
+        latents = streams.normal(self.shape, torch.float32, self.device)
+        drawn = streams.labels(self.classes) if self.classes else None
         class_labels = self.class_labels(drawn if labels is None else labels, len(latents))
 
         def noise() -> Tensor:
-            return streams.normal(shape, self.state_dtype, self.device)
+            return streams.normal(self.shape, self.state_dtype, self.device)
 
         return self.integrate(latents, class_labels, noise, on_step).float()
 
     def draw_labels(self, seeds: Sequence[int]) -> Tensor | None:
         """The class indices [N] that the seeds themselves give, as in EDM's generator; None without classes."""
-        net = self.networks.denoiser
         streams = SeedStreams(seeds)
-        streams.normal((net.img_channels, net.img_resolution, net.img_resolution), torch.float32, torch.device("cpu"))
-        return streams.labels(net.label_dim) if net.label_dim else None
+        streams.normal(self.shape, torch.float32, torch.device("cpu"))
+        return streams.labels(self.classes) if self.classes else None
 
     def class_labels(self, labels: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
-        """One-hot rows [count, label_dim] of class indices; None for an unconditional net.
+        """One-hot rows [count, classes] of class indices; None without any.
 
         Raises:
-            UserError: labels for an unconditional net, out of range or of another number.
+            UserError: see `one_hot`.
         """
-        return one_hot(labels, count, self.networks.denoiser.label_dim, self.device)
+        return None if labels is None else one_hot(labels, self.classes, count, self.device)
 
     @torch.no_grad()
     def integrate(
@@ -134,7 +139,8 @@ class Sampler:
         Args:
             latents: unit normal noise [B, C, H, W].
             class_labels: rows [B, label_dim] or None.
-            noise: called once a step, gives unit normal noise [B, C, H, W]; needed with churn or boosting alone.
+            noise: called once a step, gives unit normal noise [B, C, H, W]; needed with churn, boosting, eta
+                and the ddpm solver alone.
             on_step: called before each step with the step and the state.
 
         Returns:
@@ -153,13 +159,17 @@ class Sampler:
         previous: tuple[Tensor, Tensor] | None = None
         carried = CarriedGradient(self.guidance.dg_reuse) if self.guidance.dg_every > 1 else None
         t = time(self.steps[0].t)
-        x = latents.to(self.state_dtype) * (coords.sigma(t) * coords.s(t)).to(self.state_dtype)
+        scale = coords.sigma(t) * coords.s(t)
+        if self.sampling.solver in ("ddpm", "ddim"):  # DDPM starts at unit variance, as if it were all noise
+            scale = 1 / vp_alpha(coords.sigma(t))
+        x = latents.to(self.state_dtype) * scale.to(self.state_dtype)
         for step in self.steps:
             if on_step is not None:
                 on_step(step, x)
             t, t_next = time(step.t), time(step.t_next)
             t_hat, x_hat = self._churn(step, x, t, log_ratio, noise)
-            arguments = (x_hat, t_hat, t_next, class_labels, *(previous or ()))
+            fresh = self._fresh_noise(step, x_hat, noise)
+            arguments = (x_hat, t_hat, t_next, class_labels, *fresh, *(previous or ()))
             x, denoised, log_ratio = self._step_function(step, arguments, carried)(*arguments)
             if self.sampling.solver == "dpmpp-2m":
                 previous = denoised, t_hat
@@ -175,16 +185,14 @@ class Sampler:
 
     def prepare(self, batch: int) -> None:
         """Build every function that the plan calls for batches of this size, so that sampling itself compiles none."""
-        net = self.networks.denoiser
-        shape = (batch, net.img_channels, net.img_resolution, net.img_resolution)
-        x = torch.zeros(shape, dtype=self.state_dtype, device=self.device)
-        labels = self.class_labels([0] * batch, batch) if net.label_dim else None
+        x = torch.zeros((batch, *self.shape), dtype=self.state_dtype, device=self.device)
+        labels = self.class_labels([0] * batch, batch) if self.classes else None
         sigma = torch.ones(batch, dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for guidances in dict.fromkeys(g for step in self.steps for g in (step.predictor, step.corrector)):
                 if guidances is not None:  # each function once, not once a step
-                    keep = self.guidance.dg_every > 1
-                    self._function(guidances, (x, sigma, labels), keep)(x, sigma, labels)
+                    example = (x, sigma, labels, *self._fresh_noise(self.steps[0], x, lambda: x)[1:])
+                    self._function(guidances, example, self.guidance.dg_every > 1)(*example)
             if self._step_runtime is not None:
                 self.integrate(x.float(), labels, lambda: torch.zeros_like(x))
 
@@ -205,19 +213,36 @@ class Sampler:
         t_hat = coords.sigma_inv(self.networks.denoiser.round_sigma(sigma + gamma * sigma))
         return t_hat, churn(x, t, t_hat, noise(), S_noise, coords)
 
+    def _fresh_noise(self, step: Step, x: Tensor, noise: Callable[[], Tensor] | None) -> tuple[Tensor, ...]:
+        """The step's noise, for solvers that add some, and for the ancestral one its log-variances [B] too."""
+        if self.sampling.solver != "ddpm" and not self.sampling.eta:
+            return ()
+        assert noise is not None, "the ddpm solver and eta need noise"
+        bounds = torch.tensor([step.log_variances] * len(x), dtype=torch.float64).to(x.device)
+        return (noise(),) if self.sampling.solver == "ddim" else (noise(), *bounds.unbind(dim=1))
+
     def _step_function(
         self, step: Step, example: tuple[Tensor | None, ...], carried: CarriedGradient | None
     ) -> Function:
-        """(x_hat, t_hat, t_next, class_labels, last denoised, last t) -> (x_next, denoised, log_ratio).
+        """(x_hat, t_hat, t_next, class_labels, further) -> (x_next, denoised, log_ratio).
 
-        The last two only for the second-order multistep solver, and not in its first step.
+        Further arguments: the last denoised images and time for the second-order multistep solver, but in its first
+        step; what `_fresh_noise` returns for those with noise.
         """
+        solver = self.sampling.solver
 
-        def advance(x_hat: Tensor, t_hat: Tensor, t_next: Tensor, labels: Tensor | None, *last: Tensor) -> Any:
+        def advance(x_hat: Tensor, t_hat: Tensor, t_next: Tensor, labels: Tensor | None, *further: Tensor) -> Any:
+            if solver == "ddpm":
+                example = (x_hat, t_hat.flatten(), labels, *further[1:])
+                denoised, shift, variance, log_ratio = self._function(step.predictor, example)(*example)
+                x = ancestral_step(x_hat, denoised, shift, variance, t_hat, t_next, further[0])
+                return x.to(self.state_dtype), denoised, log_ratio
             predict = self._denoise(step.predictor, labels, step.carried[0], carried)
             denoised, log_ratio = predict(x_hat, t_hat)
-            if self.sampling.solver == "dpmpp-2m":
-                x = dpmpp_2m_step(x_hat, denoised, t_hat, t_next, (last[0], last[1]) if last else None)
+            if solver == "dpmpp-2m":
+                x = dpmpp_2m_step(x_hat, denoised, t_hat, t_next, (further[0], further[1]) if further else None)
+            elif solver == "ddim":
+                x = ddim_step(x_hat, denoised, t_hat, t_next, further[0] if further else None, self.sampling.eta)
             elif step.corrector is None:
                 x = euler_step(x_hat, denoised, t_hat, t_next, self.coordinates)
             else:
@@ -247,32 +272,34 @@ class Sampler:
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             sigma = coords.sigma(t).flatten()
             arguments = (x / coords.s(t)).to(self.state_dtype), sigma, class_labels
-            results = self._function(guidances, arguments, carried is not None)(*arguments)
-            denoised, log_ratio, *gradient = results
+            denoised, log_ratio, *gradient = self._function(guidances, arguments, carried is not None)(*arguments)
             if carried is not None and gradient:
                 carried.keep(sigma, gradient[0])
             if carried is not None and reusing is not None:
-                weight = reusing.weight * reusing.inside(sigma)
-                denoised = denoised + carried.correction(sigma, weight).to(denoised.dtype)
+                denoised = denoised + carried.correction(sigma, reusing.weight_at(sigma)).to(denoised.dtype)
             return denoised, log_ratio
 
         return denoise
 
     def _function(
-        self, guidances: tuple[Guidance, ...], example: tuple[Tensor, Tensor, Tensor | None], keep: bool = False
+        self, guidances: tuple[Guidance, ...], example: tuple[Tensor | None, ...], keep: bool = False
     ) -> Function:
-        """The guided denoiser for these guidances in this sampler's runtime, built once a shape.
+        """The guided denoiser, or posterior, for these guidances in this sampler's runtime, built once a shape.
 
         Args:
             keep: return the discriminator's gradient too, where there is one.
         """
-        key = (guidances, example[0].shape if self._runtime else None)
+        key = (guidances, example[0].shape if self._runtime and example[0] is not None else None)
+        if key not in self._functions and self._engine is not None:
+            self._functions[key] = self._engine(guidances)
         if key not in self._functions:
-            net = self.networks.denoiser
-            function: Function = guided_denoiser(net, guidances)
+            net, clip = self.networks.denoiser, self.sampling.clip_denoised
+            function: Function = guided_denoiser(net, guidances, clip)
+            if self.sampling.solver == "ddpm":
+                function = guided_posterior(net, guidances, clip)
             discriminator = next((g for g in guidances if isinstance(g, DiscriminatorGuidance)), None)
             if keep and discriminator is not None:
                 others = [g for g in guidances if g is not discriminator]
-                function = gradient_keeping_denoiser(net, others, discriminator)
+                function = gradient_keeping_denoiser(net, others, discriminator, clip)
             self._functions[key] = self._runtime(function, example) if self._runtime else function
         return self._functions[key]

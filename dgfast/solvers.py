@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dgfast import ops
-from dgfast.noise_levels import Coordinates
+from dgfast.noise_levels import Coordinates, vp_alpha
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> the denoised images
 
@@ -53,3 +53,32 @@ def dpmpp_2m_step(
         denoised = denoised + ratio * (denoised - last_denoised)
     shrink = sigma_next / sigma
     return shrink * x + (1 - shrink) * denoised
+
+
+def ancestral_step(
+    x: Tensor, denoised: Tensor, shift: Tensor, variance: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor
+) -> Tensor:
+    """A draw from DDPM's p(x_next | x), without noise in the step to sigma_next = 0 (arXiv 2006.11239, algorithm 2).
+
+    Args:
+        shift: what guidance adds to the mean. variance: of the step. Both [B, C, H, W], in VP coordinates, where
+            images have about unit variance.
+        noise: unit normal [B, C, H, W].
+    """
+    mean = denoised + (sigma_next / sigma) ** 2 * (x - denoised)
+    spread = torch.where(sigma_next > 0, variance.sqrt(), 0.0)
+    return mean + (shift + spread * noise) / vp_alpha(sigma_next)
+
+
+def ddim_step(
+    x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None, eta: float
+) -> Tensor:
+    """Toward the denoised images, with `eta` times the posterior's standard deviation of fresh noise.
+
+    arXiv 2010.02502, equation 12; without noise it is Euler's step in sigma.
+    """
+    if noise is None:
+        return denoised + sigma_next / sigma * (x - denoised)
+    spread = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
+    kept = (sigma_next**2 - spread**2).sqrt()
+    return denoised + kept / sigma * (x - denoised) + spread * noise

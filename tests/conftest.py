@@ -22,7 +22,6 @@ hypothesis.settings.load_profile("dgfast")
 
 _OWN_FOLDER = Path(__file__).parent / "golden"
 _TABLE: list[tuple[str, int, float, float]] = []  # file, keys judged, largest error / tolerance, largest relative error
-_NOT_COVERED: dict[str, str] = {}  # file -> the output keys that dgfast has no network for, "" for all of them
 
 
 def _golden_folder() -> Path:
@@ -74,14 +73,11 @@ def golden_fill() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def golden_report() -> Callable[[str, int, float, float, str | None], None]:
-    """(file, keys judged, largest error / tolerance, largest relative error, keys not covered) -> the table below."""
+def golden_report() -> Callable[[str, int, float, float], None]:
+    """(file, keys judged, largest error / tolerance, largest relative error) -> the table below."""
 
-    def report(file: str, keys: int, ratio: float, relative: float, not_covered: str | None = None) -> None:
-        if keys:
-            _TABLE.append((file, keys, ratio, relative))
-        if not_covered is not None:
-            _NOT_COVERED[file] = not_covered
+    def report(file: str, keys: int, ratio: float, relative: float) -> None:
+        _TABLE.append((file, keys, ratio, relative))
 
     return report
 
@@ -135,6 +131,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{'file':{width}}  keys  error / tolerance  relative error")
         for file, keys, ratio, relative in sorted(_TABLE):
             terminalreporter.write_line(f"{file:{width}}  {keys:4}  {ratio:17.4f}  {relative:14.1e}")
-    if _NOT_COVERED:
-        named = [f"{file} ({keys})" if keys else file for file, keys in sorted(_NOT_COVERED.items())]
-        terminalreporter.write_line(f"goldens not yet covered: {', '.join(named)}")

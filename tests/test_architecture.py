@@ -11,8 +11,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "dgfast"
-MODULES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})  # a symlink, which rglob may skip
-HEAVY = {"mlxtend", "torchmetrics", "prdc", "matplotlib", "onnx", "onnxruntime", "tensorrt", "triton"}
+MODULES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py"), *(PACKAGE / "export").glob("*.py")})
+HEAVY = {"mlxtend", "torchmetrics", "prdc", "matplotlib", "onnx", "onnxruntime", "tensorrt", "triton", "diffusers"}
 # Room -> the rooms it may import (its own besides), and the packages beyond the standard library.
 ROOMS = {
     "errors": (set(), {"click"}),
@@ -24,12 +24,12 @@ ROOMS = {
     "solvers": ({"noise_levels", "ops"}, {"torch"}),
     "denoiser": ({"noise_levels"}, {"torch"}),
     "nets": ({"denoiser", "errors", "ops"}, {"torch", "numpy"}),
-    "guidance": ({"noise_levels", "ops"}, {"torch"}),
-    "runtimes": ({"errors"}, {"torch"}),
+    "guidance": ({"errors", "noise_levels", "ops"}, {"torch"}),
+    "runtimes": ({"errors"}, {"torch", "numpy", "onnx", "onnxruntime"}),
+    "engines": ({"bundle", "config", "errors", "guidance"}, {"torch"}),
     "outputs": ({"errors"}, {"torch", "numpy", "PIL"}),
     "plan": ({"config", "errors", "guidance", "nets", "networks", "noise_levels"}, {"torch"}),
-    "labels": ({"errors"}, {"torch"}),
-    "one_step": ({"bundle", "errors", "labels", "plan", "randomness", "sampler"}, {"torch"}),
+    "one_step": ({"bundle", "errors", "networks", "plan", "randomness", "sampler"}, {"torch"}),
     "batches": ({"one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }
 
@@ -68,6 +68,8 @@ def test_architecture_package_needs_neither_its_tools_nor_heavy_packages(path: P
     """What is slow to import or not always installed is imported inside the function that needs it."""
     first_names = {name.split(".")[0] for name in imports(path)}
     assert not first_names & {"tests", "benchmarks", "export"}
+    inside = path.is_relative_to(PACKAGE / "export")
+    assert inside or not any(name.startswith("dgfast.export") for name in imports(path)), "not for importing"
     kernel = path.is_relative_to(PACKAGE / "kernels")
     assert not {name.split(".")[0] for name in imports(path, whole_file=False)} & (
         HEAVY - {"triton"} if kernel else HEAVY

@@ -93,14 +93,17 @@ def test_one_step_in_half_precision_stays_close(tiny: Path) -> None:
     assert half.dtype == torch.float32 and 0 < float((half - images).abs().mean()) < 0.05
 
 
-def test_one_step_compiled_equals_eager(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("runtime", ["compiled", "onnx"])
+def test_one_step_in_another_runtime_draws_the_same(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str
+) -> None:
     monkeypatch.setattr(regions, "_WORTHWHILE", 0.4)  # compile the largest region alone: each costs seconds
     assert _run(tiny, tmp_path / "eager", "--batch", "3").exit_code == 0
-    result = _run(tiny, tmp_path / "compiled", "--batch", "3", "--compile")
-    assert result.exit_code == 0 and "compiled in" in result.output, result.output
-    assert _manifest(tmp_path / "compiled")["job"]["compile"] is True
-    eager, fast = (read_shards(tmp_path / name)[0] for name in ("eager", "compiled"))
-    assert eager.shape == fast.shape == (5, 8, 8, 1) and np.abs(eager.astype(int) - fast).max() <= 1
+    result = _run(tiny, tmp_path / runtime, "--batch", "3", "--runtime", runtime)
+    assert result.exit_code == 0, result.output
+    assert _manifest(tmp_path / runtime)["job"]["runtime"] == runtime
+    eager, other = (read_shards(tmp_path / name)[0] for name in ("eager", runtime))
+    assert eager.shape == other.shape == (5, 8, 8, 1) and np.abs(eager.astype(int) - other).max() <= 1
 
 
 def test_one_step_builds_each_runtime_once_a_shape(tiny: Path) -> None:
@@ -170,9 +173,10 @@ def test_one_step_refuses_images_that_are_not_numbers() -> None:
         (["--solver", "euler"], "leave out --solver"),
         (["--boosting"], "leave out --boosting"),
         (["--s-churn", "0"], "leave out --s-churn"),
+        (["--runtime", "onnx", "--engine", "denoiser.onnx"], "leave out --engine"),
         (["--labels", "3"], "label 3 is out of range; this network knows classes 0 to 2"),
     ],
-    ids=["both", "solver", "flag", "churn", "label"],
+    ids=["both", "solver", "flag", "churn", "engine", "label"],
 )
 def test_one_step_bad_input_is_one_line(tiny: Path, tmp_path: Path, options: list[str], message: str) -> None:
     _refused(_run(tiny, tmp_path / "out", *options), message)

@@ -389,9 +389,11 @@ class Checked:
         self.kinds: list[str] = []
         self.calls: list[str] = []
 
-    def __call__(self, kind: str, extract: Callable[[], regions.Region]) -> Callable[..., Any]:
-        self.kinds.append(kind)
-        graph, example = extract()
+    def __call__(self, cut: dict[str, Callable[[], regions.Region]]) -> dict[str, Callable[..., Any]]:
+        self.kinds += cut
+        return {kind: self.checked(kind, *extract()) for kind, extract in cut.items()}
+
+    def checked(self, kind: str, graph: GraphModule, example: list[Any]) -> Callable[..., Any]:
 
         def run(*inputs: Any) -> Any:
             self.calls.append(kind)

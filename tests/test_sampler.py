@@ -41,8 +41,10 @@ class Counting:
         (SamplingConfig(num_steps=6), GuidanceConfig()),
         (SamplingConfig(num_steps=6, S_churn=3.0, S_noise=1.01), GuidanceConfig(dg_weight=1.5, boosting=True)),
         (SamplingConfig(num_steps=6, solver="dpmpp-2m"), GuidanceConfig(dg_weight=1.0, cfg_scale=1.5)),
+        (SamplingConfig(num_steps=6, solver="ddpm"), GuidanceConfig(dg_weight=1.0, cfg_scale=1.5)),
+        (SamplingConfig(num_steps=6, solver="ddim", eta=0.5), GuidanceConfig(dg_weight=1.0)),
     ],
-    ids=["plain", "churn and boosting", "multistep"],
+    ids=["plain", "churn and boosting", "multistep", "ancestral", "ddim"],
 )
 def test_sampler_draws_each_image_from_its_seed_alone(
     tiny_net: NetFactory, tiny_discriminator: NetFactory, sampling: SamplingConfig, guidance: GuidanceConfig

@@ -1,7 +1,7 @@
-"""State dicts in `.pt` and `.safetensors` files, and the keywords of ADM encoders from their tensors.
+"""State dicts in `.pt` and `.safetensors` files, and the keywords of ADM's networks from their tensors.
 
-OpenAI publishes its noise-aware classifiers and DG its discriminators as bare state dicts: what they were built with
-is told by their shapes, within the few configurations that were ever published.
+OpenAI publishes its score networks and noise-aware classifiers and DG its discriminators as bare state dicts: what they
+were built with is told by their shapes, within the few configurations that were ever published.
 """
 
 import itertools
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from dgfast import nets
 from dgfast.bundle import load_state, read_tensors
 from dgfast.checkpoints import one_line
+from dgfast.denoiser import PRECONDITIONERS
 from dgfast.errors import UserError
+from dgfast.nets.adm_unet import PUBLISHED
 
 # OpenAI's 64, 128, 256 and 512, DG's trunk for 32 and its discriminator on 8 x 8 features, each with either depth.
-_IMAGE_SIZES = (8, 32, 64, 128, 256, 512)
+_IMAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
 _DEPTHS = (2, 4)
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -111,6 +113,33 @@ def classifier_keywords(tensors: Mapping[str, Tensor], given: Mapping[str, Any],
             nearest = f"image_size {keywords['image_size']}, classifier_depth {keywords['classifier_depth']}"
             raise UserError(f"{error.message} (the nearest published one, {nearest}). {remedy}") from error
     return keywords
+
+
+def score_keywords(tensors: Mapping[str, Tensor], given: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Keywords with which `nets.build("DDPMPrecond", ...)` makes OpenAI's score network of exactly these tensors.
+
+    Raises:
+        UserError: no published network fits; what to do.
+    """
+    actual = {name: value.shape for name, value in tensors.items()}
+    for keywords in PUBLISHED.values():
+        with torch.device("meta"):
+            shapes = {name: value.shape for name, value in nets.build("create_model", **keywords).state_dict().items()}
+        if shapes == actual:
+            own = {name: value for name, value in keywords.items() if name not in ("image_size", "class_cond")}
+            return {
+                "img_resolution": keywords["image_size"],
+                "img_channels": 3,
+                "label_dim": 1000 if keywords["class_cond"] else 0,
+                "model_type": "create_model",
+                "noise_schedule": "cosine" if keywords["image_size"] == 64 else "linear",
+                **own,
+                **given,
+            }
+    known = ", ".join(PRECONDITIONERS)
+    raise UserError(
+        f"{source}: give --kind ({known}) and its keywords with --set; it is none of {', '.join(PUBLISHED)}"
+    )
 
 
 def _extent(tensors: Mapping[str, Tensor], name: str, axis: int, source: object) -> int:

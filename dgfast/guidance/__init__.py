@@ -10,10 +10,13 @@ because the score is (D - x) / sigma^2 and a noise-aware network reads images at
 from dgfast.guidance.autoguidance import Autoguidance
 from dgfast.guidance.classifier import ClassifierGuidance
 from dgfast.guidance.classifier_free import ClassifierFreeGuidance
-from dgfast.guidance.compose import Denoiser, Guidance, GuidedDenoiser, guided_denoiser
+from dgfast.guidance.compose import Denoiser, Guidance, GuidedDenoiser, guided_denoiser, guided_posterior
 from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
+from dgfast.guidance.low_density import LowDensityGuidance
+from dgfast.guidance.predicted_clean import PredictedCleanGuidance
 from dgfast.guidance.reuse import CarriedGradient, gradient_keeping_denoiser
+from dgfast.guidance.schedule import WeightSchedule
 
 __all__ = [
     "OUTSIDE_WINDOW",
@@ -25,6 +28,10 @@ __all__ = [
     "DiscriminatorGuidance",
     "Guidance",
     "GuidedDenoiser",
+    "LowDensityGuidance",
+    "PredictedCleanGuidance",
+    "WeightSchedule",
     "gradient_keeping_denoiser",
     "guided_denoiser",
+    "guided_posterior",
 ]

@@ -18,16 +18,16 @@ class Autoguidance:
     """
 
     reference: Denoiser
-    weight: float
+    weight: float | Tensor
 
     evaluations = 1
     gradients = 0
 
     def active(self, sigma_low: float, sigma_high: float) -> bool:
-        return self.weight != 1
+        return bool(self.weight != 1)
 
     def correct(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
     ) -> tuple[Tensor, Tensor, None]:
         worse = self.reference(x, sigma, class_labels).to(denoised.dtype)
-        return denoised - worse, torch.full_like(sigma, self.weight - 1), None
+        return denoised - worse, (self.weight - 1) * torch.ones_like(sigma), None

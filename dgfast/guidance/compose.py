@@ -1,16 +1,17 @@
 """The guided denoiser: one pure function of a denoiser and its guidances."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dgfast import ops
-from dgfast.guidance.gradient import OUTSIDE_WINDOW
+from dgfast.guidance.gradient import OUTSIDE_WINDOW, denoiser_gate
 
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 GuidedDenoiser = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+GuidedPosterior = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 class Guidance(Protocol):
@@ -18,7 +19,9 @@ class Guidance(Protocol):
 
     Attributes:
         evaluations, gradients: forwards of a denoiser, and forwards with input gradient of another network, that one
-            call costs on top of the denoiser's own forward.
+            call costs on top of the denoiser's own forward. With a gradient it is one toward a log-density, whose gate
+            is weight x `denoiser_gate`; the ancestral form puts the step's variance in that one's place. Without, it
+            mixes denoisers, and corrects the denoised image whatever the solver.
     """
 
     @property
@@ -42,21 +45,82 @@ class Guidance(Protocol):
         ...
 
 
-def guided_denoiser(denoiser: Denoiser, guidances: Sequence[Guidance]) -> GuidedDenoiser:
+def guided_denoiser(denoiser: Denoiser, guidances: Sequence[Guidance], clip: bool = False) -> GuidedDenoiser:
     """The function (x, sigma, class_labels) -> (denoised, log_ratio) that every runtime executes.
 
     x are noisy images [B, C, H, W] with noise of standard deviation sigma [B]; class_labels [B, label_dim] or None.
     denoised [B, C, H, W] has the type of x; log_ratio [B] is the discriminator's, or `OUTSIDE_WINDOW` without one.
+
+    Args:
+        clip: keep the denoised images in [-1, 1]: after the guidances that mix denoisers, before those by gradients,
+            as ADM does.
     """
 
     def guided(x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> tuple[Tensor, Tensor]:
         plain = denoiser(x, sigma, class_labels).to(x.dtype)
-        denoised = plain
-        log_ratio = torch.full_like(sigma, OUTSIDE_WINDOW)
-        for guidance in guidances:
-            direction, gate, ratio = guidance.correct(x, sigma, class_labels, plain)
+        denoised = _mixed(plain, guidances, x, sigma, class_labels, clip)
+        given, log_ratio = denoised, torch.full_like(sigma, OUTSIDE_WINDOW)
+        for direction, gate, ratio in _gradients(given, guidances, x, sigma, class_labels):
             denoised = ops.guide(denoised, direction, gate)
             log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
         return denoised, log_ratio
 
     return guided
+
+
+def guided_posterior(denoiser: Denoiser, guidances: Sequence[Guidance], clip: bool = False) -> GuidedPosterior:
+    """The function (x, sigma, class_labels, log_least, log_most) -> (denoised, shift, variance, log_ratio).
+
+    What an ancestral step needs, in one pure function as `guided_denoiser` is. log_least and log_most [B] are the
+    logarithms between which a network with learned variance chooses; log_least is the variance's where it learns none.
+    denoised [B, C, H, W] holds the guidances that mix denoisers. The gradient guidances are in the shift, in ADM's form
+    variance w grad_u l (arXiv 2105.05233, algorithm 1); shift and variance [B, C, H, W] are in VP coordinates.
+    """
+    with_variance = getattr(denoiser, "with_variance", None)
+
+    def guided(
+        x: Tensor, sigma: Tensor, class_labels: Tensor | None, log_least: Tensor, log_most: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        v: Tensor | None = None
+        if with_variance is None:
+            plain = denoiser(x, sigma, class_labels)
+        else:
+            plain, v = with_variance(x, sigma, class_labels)
+        plain = plain.to(x.dtype)
+        denoised = _mixed(plain, guidances, x, sigma, class_labels, clip)
+        variance = _variance(v, log_least, log_most).to(x.dtype).expand_as(x)
+        shift, log_ratio = torch.zeros_like(x), torch.full_like(sigma, OUTSIDE_WINDOW)
+        for direction, gate, ratio in _gradients(denoised, guidances, x, sigma, class_labels):
+            weight = (gate / denoiser_gate(sigma)).view(-1, 1, 1, 1).to(x.dtype)
+            shift = shift + variance * weight * direction
+            log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
+        return denoised, shift, variance, log_ratio
+
+    return guided
+
+
+def _mixed(
+    plain: Tensor, guidances: Sequence[Guidance], x: Tensor, sigma: Tensor, class_labels: Tensor | None, clip: bool
+) -> Tensor:
+    """The denoised images under the guidances that take no gradient."""
+    denoised = plain
+    for guidance in guidances:
+        if not guidance.gradients:
+            direction, gate, _ = guidance.correct(x, sigma, class_labels, plain)
+            denoised = ops.guide(denoised, direction, gate)
+    return denoised.clamp(-1, 1) if clip else denoised
+
+
+def _gradients(
+    denoised: Tensor, guidances: Sequence[Guidance], x: Tensor, sigma: Tensor, class_labels: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """What the gradient guidances say, all of them to the same denoised images."""
+    for guidance in guidances:
+        if guidance.gradients:
+            yield guidance.correct(x, sigma, class_labels, denoised)
+
+
+def _variance(v: Tensor | None, log_least: Tensor, log_most: Tensor) -> Tensor:
+    """The ancestral step's variance, from the network's v (arXiv 2102.09672, equation 15) where it gives one."""
+    least, most = (bound.view(-1, 1, 1, 1) for bound in (log_least, log_most))
+    return (least if v is None else least + (v + 1) / 2 * (most - least)).exp()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dgfast.guidance.gradient import OUTSIDE_WINDOW, log_density_gradient
+from dgfast.guidance.schedule import CONSTANT, WeightSchedule
 from dgfast.noise_levels import vp_sigma, vp_time
 
 Discriminator = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -29,14 +30,16 @@ class DiscriminatorGuidance:
         published_window: judge the window by the smallest tau of the batch, as DG's code does, so that one sample
             below the window switches guidance off for all. For reproducing published numbers only.
         boost: factor on the guidance of the samples with negative log-ratio; DG's boosting uses 2 in every second step.
+        schedule: factor on the weight along the trajectory.
     """
 
     discriminator: Discriminator
-    weight: float = 1.0
+    weight: float | Tensor = 1.0
     window: tuple[float, float] = (0.01, 1.0)
     time: Callable[[Tensor], Tensor] = vp_time
     published_window: bool = False
     boost: float = 1.0
+    schedule: WeightSchedule = CONSTANT
 
     evaluations = 0
     gradients = 1
@@ -44,7 +47,8 @@ class DiscriminatorGuidance:
     def active(self, sigma_low: float, sigma_high: float) -> bool:
         low, high = (float(vp_sigma(torch.tensor(tau, dtype=torch.float64))) for tau in self.window)
         # A grid level on the window's edge must count as inside whatever the rounding; `correct` has the last word.
-        return bool(self.weight) and sigma_high >= low * (1 - 1e-6) and sigma_low <= high * (1 + 1e-6)
+        inside = sigma_high >= low * (1 - 1e-6) and sigma_low <= high * (1 + 1e-6)
+        return bool(self.weight) and inside and self.schedule.active(sigma_low, sigma_high)
 
     def inside(self, sigma: Tensor) -> Tensor:
         """Which samples [B] it guides at the noise levels sigma [B]."""
@@ -52,6 +56,10 @@ class DiscriminatorGuidance:
         if self.published_window:
             tau = tau.amin().expand_as(tau)
         return (self.window[0] <= tau) & (tau <= self.window[1])
+
+    def weight_at(self, sigma: Tensor) -> Tensor:
+        """The weight at the noise levels sigma [B], 0 outside the window: [B]."""
+        return self.weight * self.schedule(sigma) * self.inside(sigma).to(sigma.dtype)
 
     def log_ratio(self, u: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         """log d / (1 - d), gated to +-11.51, [B]; u = alpha x at the noise level sigma [B]."""
@@ -62,9 +70,8 @@ class DiscriminatorGuidance:
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient, gate, log_ratio = log_density_gradient(lambda u: self.log_ratio(u, sigma, class_labels), x, sigma)
-        inside = self.inside(sigma)
-        log_ratio = torch.where(inside, log_ratio, OUTSIDE_WINDOW)
-        weight = self.weight * inside.to(sigma.dtype)
+        log_ratio = torch.where(self.inside(sigma), log_ratio, OUTSIDE_WINDOW)
+        weight = self.weight_at(sigma)
         if self.boost != 1:
             weight = torch.where(log_ratio < 0, weight * self.boost, weight)
         return gradient, weight * gate, log_ratio

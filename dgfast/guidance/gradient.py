@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dgfast.noise_levels import vp_alpha
 
@@ -11,10 +12,15 @@ OUTSIDE_WINDOW = 1e7
 """The log-ratio that stands for "not judged", as in DG's code; large and positive, so it never triggers boosting."""
 
 
+def denoiser_gate(sigma: Tensor) -> Tensor:
+    """sigma^2 alpha: what makes a correction of the denoised image of grad_u l, at weight 1."""
+    return sigma**2 * vp_alpha(sigma)
+
+
 def log_density_gradient(
     log_density: Callable[[Tensor], Tensor], x: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_u l(u) at u = alpha x, the gate sigma^2 alpha that makes a correction of weight 1 of it, and l(u) itself.
+    """grad_u l(u) at u = alpha x, its `denoiser_gate`, and l(u) itself.
 
     Args:
         log_density: u [B, C, H, W], float32 -> l(u) [B], one value a sample that depends on that sample alone.
@@ -25,8 +31,31 @@ def log_density_gradient(
         inside `log_density` must be frozen.
     """
     alpha = vp_alpha(sigma)
-    u = (alpha.view(-1, 1, 1, 1) * x).float().detach().requires_grad_()
+    gradient, value = input_gradient(log_density, alpha.view(-1, 1, 1, 1) * x)
+    return gradient, denoiser_gate(sigma), value
+
+
+def input_gradient(log_density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+    """grad_u l(u) [B, C, H, W] in float32, and l [B]. What made u is left out: the gradient ends there."""
+    u = u.float().detach().requires_grad_()
     with torch.enable_grad():
         value = log_density(u)
         (gradient,) = torch.autograd.grad(value.sum(), u)
-    return gradient, sigma**2 * alpha, value.detach()
+    return gradient, value.detach()
+
+
+def normalized(gradient: Tensor, how: str) -> Tensor:
+    """The gradient [B, C, H, W] with its length taken away; one that is zero stays zero.
+
+    Args:
+        how: "none" leaves it alone; "sample_l2" divides each sample by its norm over all pixels and channels;
+            "channel_l2" divides each pixel by its norm over the channels (torch's `F.normalize` without further
+            arguments; with one channel it leaves the sign); "max_abs" divides each sample by its largest absolute
+            value.
+    """
+    if how == "none":
+        return gradient
+    if how == "channel_l2":
+        return F.normalize(gradient, dim=1)
+    order = torch.inf if how == "max_abs" else 2.0
+    return F.normalize(gradient.flatten(1), p=order, dim=1).view_as(gradient)

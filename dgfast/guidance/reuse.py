@@ -19,10 +19,10 @@ GradientKeepingDenoiser = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor
 
 
 def gradient_keeping_denoiser(
-    denoiser: Denoiser, others: Sequence[Guidance], discriminator: DiscriminatorGuidance
+    denoiser: Denoiser, others: Sequence[Guidance], discriminator: DiscriminatorGuidance, clip: bool = False
 ) -> GradientKeepingDenoiser:
     """As `guided_denoiser` with `others` and `discriminator`, and g [B, C, H, W], float32, as a third result."""
-    without = guided_denoiser(denoiser, others)
+    without = guided_denoiser(denoiser, others, clip)
 
     def guided(x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         denoised, _ = without(x, sigma, class_labels)

@@ -8,16 +8,36 @@ from torch import nn
 
 from dgfast import denoiser
 from dgfast.nets.adm import EncoderUNetModel, create_classifier
+from dgfast.nets.adm_unet import UNetModel, create_model
 from dgfast.nets.dhariwal_unet import DhariwalUNet
+from dgfast.nets.dit import DiT
 from dgfast.nets.features import FeatureNet
 from dgfast.nets.generator import Generator
 from dgfast.nets.noise_predictor import NoisePredictor
 from dgfast.nets.song_unet import SongUNet
 
+
+def _adm(
+    img_resolution: int, in_channels: int, out_channels: int, label_dim: int, **keywords: Any
+) -> nn.Module:  # fmt: skip
+    shape = {"image_size": img_resolution, "in_channels": in_channels, "learn_sigma": out_channels > in_channels}
+    classes = {"class_cond": label_dim > 0, "num_classes": label_dim}
+    return create_model(**{**shape, **classes, **keywords})
+
+
+def _dit(img_resolution: int, in_channels: int, out_channels: int, label_dim: int, **keywords: Any) -> nn.Module:
+    shape = {"input_size": img_resolution, "in_channels": in_channels, "learn_sigma": out_channels > in_channels}
+    return DiT(**shape, num_classes=label_dim, **keywords)
+
+
 _RAW: dict[str, Callable[..., nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+_DDPM_RAW: dict[str, Callable[..., nn.Module]] = {"create_model": _adm, "DiT": _dit}
 _PLAIN: dict[str, Callable[..., nn.Module]] = {
     "EncoderUNetModel": EncoderUNetModel,
+    "UNetModel": UNetModel,
     "create_classifier": create_classifier,
+    "create_model": create_model,
+    "DiT": DiT,
     "FeatureNet": FeatureNet,
     "Generator": Generator,
     "NoisePredictor": NoisePredictor,
@@ -29,9 +49,10 @@ def build(kind: str, **keywords: Any) -> nn.Module:
     """A network of the given kind, randomly initialised, from the keywords of its official constructor.
 
     Kinds: EDM's preconditioners `EDMPrecond`, `VPPrecond`, `VEPrecond` and `iDDPMPrecond`, whose keyword `model_type`
-    names the raw network (SongUNet or DhariwalUNet) and which pass it what they do not use themselves; ADM's
-    `EncoderUNetModel`; `create_classifier`, the same encoder from guided-diffusion's and DG's option names; and our
-    own: `FeatureNet` for the metrics, the one-step `Generator`, and the `NoisePredictor` that trains it.
+    names the raw network (SongUNet or DhariwalUNet) and which pass it what they do not use themselves; `DDPMPrecond`,
+    whose raw network is ADM's (create_model) or DiT; ADM's `EncoderUNetModel` and `UNetModel`, and `create_classifier`
+    and `create_model`, the same from guided-diffusion's and DG's option names; `DiT`; and our own: `FeatureNet`
+    for the metrics, the one-step `Generator`, and the `NoisePredictor` that trains it.
 
     Raises:
         ValueError: unknown kind or model type, a keyword that the constructor does not know or misses, a
@@ -57,14 +78,16 @@ def _build_denoiser(
     use_fp16: bool = False,  # how the official code would run it; precision is the runtime's choice here
     **keywords: Any,
 ) -> denoiser.Preconditioner:
-    if model_type not in _RAW:
-        raise ValueError(f"{kind}: unknown model_type {model_type!r}; known: {', '.join(_RAW)}")
+    known = _DDPM_RAW if kind == "DDPMPrecond" else _RAW
+    if model_type not in known:
+        raise ValueError(f"{kind}: unknown model_type {model_type!r}; known: {', '.join(known)}")
     wrap = denoiser.PRECONDITIONERS[kind]
     own = {name: keywords.pop(name) for name in inspect.signature(wrap).parameters if name in keywords}
-    raw = _RAW[model_type](
+    doubled = kind == "iDDPMPrecond" or (kind == "DDPMPrecond" and own.get("learn_sigma", True))
+    raw = known[model_type](
         img_resolution=img_resolution,
         in_channels=img_channels,
-        out_channels=img_channels * (2 if kind == "iDDPMPrecond" else 1),
+        out_channels=img_channels * (2 if doubled else 1),
         label_dim=label_dim,
         **keywords,
     )

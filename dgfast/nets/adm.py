@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgfast.nets.blocks import FusedGroupNorm
+from dgfast.nets.adm_blocks import (
+    AttentionBlock,
+    Downsample,
+    ResBlock,
+    Stage,
+    heads_of,
+    normalization,
+    timestep_embedding,
+    zeroed,
+)
 
 _CLASSIFIER_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -18,96 +27,15 @@ _CLASSIFIER_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     128: (1, 1, 2, 3, 4),
     64: (1, 2, 3, 4),
     32: (1, 2, 4),
+    16: (1, 2),
     8: (1,),
 }
+_LATENT_CHANNELS, _LATENT_CHANNEL_MULT = (
+    4,
+    {32: (1, 2, 3)},
+)  # DG's code for ImageNet has other multipliers than its first
 
-
-def normalization(channels: int) -> FusedGroupNorm:
-    """32 groups, as in ADM. Widths that 32 does not divide, which ADM cannot build, get 4 channels a group."""
-    return FusedGroupNorm(32 if channels % 32 == 0 else channels // 4, channels)
-
-
-def timestep_embedding(t: Tensor, channels: int) -> Tensor:
-    """Sinusoids of t, in units of 1/1000 of the diffusion: [B] -> [B, channels], cosines first, float32."""
-    half = channels // 2
-    freqs = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-    angle = t.float()[:, None] * freqs
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-def _zeroed(layer: nn.Conv2d | nn.Conv1d) -> nn.Module:
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
-
-
-class ResBlock(nn.Module):
-    """Residual block conditioned on the time embedding; `down` halves the resolution by mean pooling."""
-
-    def __init__(
-        self, channels: int, emb_channels: int, out_channels: int, *, dropout: float, scale_shift: bool, down: bool
-    ) -> None:
-        super().__init__()
-        self.down, self.scale_shift = down, scale_shift
-        self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1)))
-        self.out_layers = nn.Sequential(
-            normalization(out_channels),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
-        )
-        self.skip_connection = nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm, _, conv = self.in_layers
-        h = norm(x, silu=True)
-        if self.down:
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        h = conv(h)
-        params = self.emb_layers(emb)
-        norm, _, dropout, conv = self.out_layers
-        if self.scale_shift:
-            scale, shift = params.chunk(2, dim=1)
-            h = norm(h, scale, shift, silu=True)
-        else:
-            h = norm(h, channel_bias=params, silu=True)
-        return self.skip_connection(x) + conv(dropout(h))
-
-
-class Downsample(nn.Module):
-    """Strided convolution, for nets without `resblock_updown`."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention over the pixels; query, key and value lie head by head in `qkv`, as in ADM's default order."""
-
-    def __init__(self, channels: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm = normalization(channels)
-        self.qkv = nn.Conv1d(channels, channels * 3, 1)
-        self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, c, height, width = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
-        weight, bias = self.qkv.weight.squeeze(-1), self.qkv.bias
-        # A matrix product over tokens leaves q, k and v contiguous in their channels, as fused attention kernels ask.
-        qkv = F.linear(tokens, weight, bias).unflatten(-1, (self.num_heads, 3, -1))
-        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [B, heads, HW, C / heads]
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias)  # type: ignore[operator, arg-type]
-        return x + out.transpose(1, 2).reshape(b, c, height, width)
+_POOL_WIDTH = 2048  # hidden units of the "spatial" pools
 
 
 class AttentionPool2d(nn.Module):
@@ -135,22 +63,14 @@ class AttentionPool2d(nn.Module):
         return self.c_proj(pooled).squeeze(-1)
 
 
-class _Stage(nn.Sequential):
-    """A sequence whose residual blocks also take the time embedding."""
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # the embedding is the point
-        for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
-        return x
-
-
 class EncoderUNetModel(nn.Module):
     """ADM's half U-Net with pooled output; keywords and state-dict names are guided-diffusion's.
 
     Args:
         image_size: height and width of the input.
         attention_resolutions: down-sampling factors (1, 2, 4, ...) at which attention stands.
-        pool: "attention" or "adaptive" (mean pooling).
+        num_head_channels: channels an attention head; -1 for `num_heads` of them instead.
+        pool: "attention", "adaptive" (mean pooling), or, of the means of every block, "spatial" and "spatial_v2".
         num_classes: rows of the label table that DG's conditional discriminator adds to the time embedding; 0: none.
     """
 
@@ -169,10 +89,12 @@ class EncoderUNetModel(nn.Module):
         resblock_updown: bool = False,
         pool: str = "adaptive",
         num_classes: int = 0,
+        num_heads: int = 1,
+        use_new_attention_order: bool = False,
     ) -> None:
         super().__init__()
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
-        self.model_channels, self.num_classes = model_channels, num_classes
+        self.model_channels, self.num_classes, self.pool = model_channels, num_classes, pool
         emb_channels = model_channels * 4
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
@@ -183,33 +105,36 @@ class EncoderUNetModel(nn.Module):
             return ResBlock(cin, emb_channels, cout, dropout=dropout, scale_shift=use_scale_shift_norm, down=down)
 
         def attention(channels: int) -> AttentionBlock:
-            if channels % num_head_channels:
-                raise ValueError(f"{channels} channels do not split into heads of {num_head_channels}")
-            return AttentionBlock(channels, channels // num_head_channels)
+            return AttentionBlock(channels, heads_of(channels, num_heads, num_head_channels), use_new_attention_order)
 
         ch = int(channel_mult[0] * model_channels)
-        self.input_blocks = nn.ModuleList([_Stage(nn.Conv2d(in_channels, ch, 3, padding=1))])
-        factor = 1
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, ch, 3, padding=1))])
+        factor, all_channels = 1, ch
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
                 layers: list[nn.Module] = [res_block(ch, int(mult * model_channels))]
                 ch = int(mult * model_channels)
                 if factor in attention_resolutions:
                     layers.append(attention(ch))
-                self.input_blocks.append(_Stage(*layers))
+                self.input_blocks.append(Stage(*layers))
+                all_channels += ch
             if level != len(channel_mult) - 1:
-                self.input_blocks.append(_Stage(res_block(ch, ch, down=True) if resblock_updown else Downsample(ch)))
+                self.input_blocks.append(Stage(res_block(ch, ch, down=True) if resblock_updown else Downsample(ch)))
                 factor *= 2
-        self.middle_block = _Stage(res_block(ch, ch), attention(ch), res_block(ch, ch))
+                all_channels += ch
+        self.middle_block = Stage(res_block(ch, ch), attention(ch), res_block(ch, ch))
         self.feature_channels, self.feature_size = ch, image_size // factor
         head: list[nn.Module]
         if pool == "attention":
             head = [AttentionPool2d(self.feature_size, ch, num_head_channels, out_channels)]
         elif pool == "adaptive":
-            head = [nn.AdaptiveAvgPool2d(1), _zeroed(nn.Conv2d(ch, out_channels, 1)), nn.Flatten()]
+            head = [nn.AdaptiveAvgPool2d(1), zeroed(nn.Conv2d(ch, out_channels, 1)), nn.Flatten()]
+        elif pool in ("spatial", "spatial_v2"):
+            between = [nn.ReLU()] if pool == "spatial" else [normalization(_POOL_WIDTH), nn.SiLU()]
+            head = [nn.Linear(all_channels + ch, _POOL_WIDTH), *between, nn.Linear(_POOL_WIDTH, out_channels)]
         else:
-            raise ValueError(f"pool must be attention or adaptive, not {pool!r}")
-        self.out = nn.Sequential(normalization(ch), nn.SiLU(), *head)
+            raise ValueError(f"pool must be attention, adaptive, spatial or spatial_v2, not {pool!r}")
+        self.out = nn.Sequential(*([] if pool.startswith("spatial") else [normalization(ch), nn.SiLU()]), *head)
 
     def features(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
         """Feature map before pooling, which DG's discriminator reads.
@@ -219,16 +144,24 @@ class EncoderUNetModel(nn.Module):
             timesteps: [B], 0 to 999; fractions are allowed.
             labels: class indices [B], only for a net with `num_classes`; None means class 0, as in DG.
         """
-        dtype = x.dtype
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+        return self._blocks(x, timesteps, labels)[-1]
+
+    def _blocks(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """The output of every block."""
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
         if self.label_emb is not None:
             emb = emb + self.label_emb(torch.zeros_like(timesteps, dtype=torch.long) if labels is None else labels)
+        outputs = []
         for stage in self.input_blocks:
             x = stage(x, emb)
-        return self.middle_block(x, emb)
+            outputs.append(x)
+        return [*outputs, self.middle_block(x, emb)]
 
     def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits [B, out_channels]; arguments as for `features`."""
+        if self.pool.startswith("spatial"):
+            outputs = self._blocks(x, timesteps, labels)
+            return self.out(torch.cat([output.mean(dim=(2, 3)) for output in outputs], dim=1))
         return self.out(self.features(x, timesteps, labels))
 
 
@@ -248,13 +181,15 @@ def create_classifier(
     """An encoder from the keywords of guided-diffusion's `create_classifier`, with DG's three at the end.
 
     `classifier_use_fp16` says how the official code would run it and changes nothing here: precision is the
-    runtime's choice. `condition` adds DG's table of 1000 labels.
+    runtime's choice. `condition` adds DG's table of 1000 labels. Four input channels are latents, whose encoder for
+    32 x 32 is narrower than that of images.
 
     Raises:
         ValueError: an image size for which no channel multipliers are published.
     """
-    if image_size not in _CLASSIFIER_CHANNEL_MULT:
-        known = ", ".join(str(size) for size in sorted(_CLASSIFIER_CHANNEL_MULT))
+    channel_mult = _CLASSIFIER_CHANNEL_MULT | (_LATENT_CHANNEL_MULT if in_channels == _LATENT_CHANNELS else {})
+    if image_size not in channel_mult:
+        known = ", ".join(str(size) for size in sorted(channel_mult))
         raise ValueError(f"no published classifier has image_size {image_size}; known sizes: {known}")
     resolutions = [int(r) for r in classifier_attention_resolutions.split(",")]
     return EncoderUNetModel(
@@ -264,7 +199,7 @@ def create_classifier(
         out_channels=out_channels,
         num_res_blocks=classifier_depth,
         attention_resolutions=[image_size // r for r in resolutions],
-        channel_mult=_CLASSIFIER_CHANNEL_MULT[image_size],
+        channel_mult=channel_mult[image_size],
         use_scale_shift_norm=classifier_use_scale_shift_norm,
         resblock_updown=classifier_resblock_updown,
         pool=classifier_pool,

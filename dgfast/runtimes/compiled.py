@@ -6,12 +6,14 @@ channels-last, and inductor generates what stands between them, region by region
 compiling the whole graph and several times quicker to compile.
 
 Compiled code is kept across runs in inductor's cache: the folder in the environment's TORCHINDUCTOR_CACHE_DIR, or
-torchinductor_<user> in the system's folder for temporary files. A second run loads it instead of compiling.
+torchinductor_<user> in the system's folder for temporary files. A second run loads it instead of compiling. On the CPU
+helper processes share the compiling (see `precompile`).
 """
 
 import ctypes
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from torch.fx import GraphModule
 from dgfast.errors import UserError
 from dgfast.runtimes import onednn, regions
 from dgfast.runtimes.graph import Function, lower, trace
+from dgfast.runtimes.precompile import Helpers
+from dgfast.runtimes.regions import Region
 
 
 def build(function: Function, example: Sequence[Tensor | None]) -> Function:
@@ -32,30 +36,44 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
         UserError: the network does not trace, or there is no C++ compiler for inductor.
     """
     _require_compiler(next(x for x in example if x is not None).device)
-    graph = lower(trace(function, example), example, channels_last=True)
     if any(x is not None and x.is_cuda for x in example):
-        return torch.compile(graph, fullgraph=True, dynamic=False)
+        return torch.compile(_lowered(function, example), fullgraph=True, dynamic=False)
     _keep_freed_memory()
-    regions.fuse(graph, _compile_region)
+    with Helpers() as helpers:
+        graph = _lowered(function, example)
+        regions.fuse(graph, partial(_compile_regions, helpers))
     if onednn.available():
         onednn.pack(graph)
     return _without_grad(graph)
 
 
+def _lowered(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
+    return lower(trace(function, example), example, channels_last=True)
+
+
 _COMPILED_REGIONS: dict[str, Callable[..., Any]] = {}
+"""Regions of one kind are compiled once a process, whichever function they belong to."""
 
 
-def _compile_region(kind: str, extract: Callable[[], regions.Region]) -> Callable[..., Any]:
-    """Regions of one kind are compiled once a process, whichever function they belong to."""
+def _compile_regions(helpers: Helpers, extract: dict[str, Callable[[], Region]]) -> dict[str, Callable[..., Any]]:
+    """A compiled function of every kind."""
+    missing = {kind: cut() for kind, cut in extract.items() if kind not in _COMPILED_REGIONS}
+    for kind in helpers.share(missing):
+        _COMPILED_REGIONS[kind] = _compile_region(missing[kind])
+    helpers.wait(list(missing))
+    for kind in missing.keys() - _COMPILED_REGIONS.keys():
+        _COMPILED_REGIONS[kind] = _compile_region(missing[kind])
+    return {kind: _COMPILED_REGIONS[kind] for kind in extract}
+
+
+def _compile_region(region: Region) -> Callable[..., Any]:
     from torch._inductor.exc import CppCompileError, InductorError
 
-    if kind not in _COMPILED_REGIONS:
-        try:
-            _COMPILED_REGIONS[kind] = torch._inductor.compile(*extract())
-        except (InductorError, CppCompileError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"torch.compile failed: {reason}; run without --compile, or with --compile=try") from error
-    return _COMPILED_REGIONS[kind]
+    try:
+        return torch._inductor.compile(*region)
+    except (InductorError, CppCompileError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"torch.compile failed: {reason}; run without --compile, or with --compile=try") from error
 
 
 def _without_grad(graph: GraphModule) -> Function:

@@ -49,15 +49,22 @@ def trace(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
     return graph
 
 
-def lower(graph: GraphModule, example: Sequence[Tensor | None], channels_last: bool = False) -> GraphModule:
+def lower(
+    graph: GraphModule,
+    example: Sequence[Tensor | None],
+    channels_last: bool = False,
+    decompositions: dict[Any, Callable[..., Any]] | None = None,
+) -> GraphModule:
     """`graph` with its backward operations expressed by forward ones and all that depends on weights alone folded.
 
     Args:
         channels_last: lay images out as [B, H, W, C] in memory from the first convolution on.
+        decompositions: further operations to be expressed by simpler ones.
     """
     with torch.no_grad():
         functional = functionalize(_Lowering(graph, channels_last).run, remove="mutations")
-        lowered = make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+        record = make_fx(functional, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)
+        lowered = record(*example)
     _drop_identities(lowered)
     fold_constants(lowered)
     return lowered

@@ -27,9 +27,9 @@ _METADATA = {
     aten.squeeze, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.unbind, aten.alias,
 }  # fmt: skip
 _FUSIBLE = _METADATA | {
-    aten.native_group_norm, aten.native_group_norm_backward, aten.silu, aten.silu_backward, aten.add, aten.sub,
-    aten.mul, aten.div, aten.neg, aten.sigmoid, aten._to_copy, aten.clone, aten.cat, aten.stack, aten.avg_pool2d,
-    aten.avg_pool2d_backward, aten.upsample_nearest2d,
+    aten.native_group_norm, aten.native_group_norm_backward, aten.native_layer_norm, aten.silu, aten.silu_backward,
+    aten.gelu, aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.sigmoid, aten._to_copy, aten.clone, aten.cat,
+    aten.stack, aten.avg_pool2d, aten.avg_pool2d_backward, aten.upsample_nearest2d,
 }  # fmt: skip
 _WORTHWHILE = 0.01
 """A kind of region is compiled if it keeps this share of what all of them would out of memory; each costs seconds."""
@@ -38,15 +38,15 @@ _WORTHWHILE = 0.01
 Region = tuple[GraphModule, list[Any]]
 """A region as a graph of its own, and examples of its inputs."""
 
-CompileRegion = Callable[[str, Callable[[], Region]], Callable[..., Any]]
+CompileRegions = Callable[[dict[str, Callable[[], Region]]], dict[str, Callable[..., Any]]]
 
 
-def fuse(graph: GraphModule, compile_region: CompileRegion) -> int:
+def fuse(graph: GraphModule, compile_regions: CompileRegions) -> int:
     """Replace the regions of a lowered graph that are worth it by calls of compiled functions, in place.
 
     Args:
-        compile_region: makes a callable of a region: gets its kind, a text that equal regions share, and a function
-            that cuts it out.
+        compile_regions: makes a callable of every region that it is given: of its kind, which is a text that equal
+            regions share, and a function that cuts it out.
 
     Returns:
         the number of kinds that were replaced.
@@ -56,8 +56,9 @@ def fuse(graph: GraphModule, compile_region: CompileRegion) -> int:
         kinds[_kind(nodes)].append(nodes)
     saved = {kind: len(alike) * _saved_bytes(alike[0]) for kind, alike in kinds.items()}
     worthwhile = [kind for kind, size in saved.items() if size and size >= _WORTHWHILE * sum(saved.values())]
+    compiled = compile_regions({kind: partial(_extract, kinds[kind][0]) for kind in worthwhile})
     for i, kind in enumerate(worthwhile):
-        graph.add_submodule(f"region_{i}", _Region(compile_region(kind, partial(_extract, kinds[kind][0]))))
+        graph.add_submodule(f"region_{i}", _Region(compiled[kind]))
         for nodes in kinds[kind]:
             _replace(graph.graph, f"region_{i}", nodes)
     legalize_graph(graph)

@@ -126,13 +126,13 @@ def fit_together(
                 _record(folder / "metrics.jsonl", step=step + 1, **found, seconds=time.monotonic() - started)
                 _save(folder / "state.pt", parts, schedule, step + 1)
                 if watch is not None:
-                    watch(list(average.module.eval()))
+                    watch(list(average.module.eval().children()))
     except KeyboardInterrupt:
         # The step under way is lost, the last record is not; every record holds a whole state.
         raise UserError(f"{folder.name}: interrupted at step {step}; the same command goes on from {folder}") from None
     finally:
         bar.close()
-    return list(average.module.eval().requires_grad_(False))
+    return list(average.module.eval().requires_grad_(False).children())
 
 
 def _turn(player: Player, nets: nn.ModuleList, optimiser: torch.optim.Optimizer, batch: int, step: int) -> Tensor:

@@ -1,0 +1,234 @@
+"""The guided denoiser through ONNX Runtime: from a function, or from a file that `export/to_onnx.py` wrote.
+
+Tensors are bound where they lie, on the host or on the GPU: nothing is copied between the two. ONNX Runtime computes in
+float32; what comes in as float64 goes out as float64.
+"""
+
+import base64
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dgfast.errors import UserError
+from dgfast.runtimes.graph import Function
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_TORCH = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int64)": torch.int64}
+_LIMIT = 2**31 - 2**24  # protobuf's, less some room for what is not weights
+
+
+def build(function: Function, example: Sequence[Tensor | None]) -> Function:
+    """`function` exported for the shapes of `example` and opened on the device of its tensors.
+
+    Values agree with `function` to float32 rounding.
+
+    Raises:
+        UserError: the function cannot be exported, onnx or ONNX Runtime is missing or has no provider for the device.
+    """
+    from dgfast.runtimes.onnx_writer import convert
+
+    given = {f"input_{i}": _single(x) for i, x in enumerate(example) if x is not None}
+
+    def of_given(*arguments: Tensor) -> tuple[Tensor, ...]:
+        remaining = iter(arguments)
+        return function(*(None if x is None else next(remaining) for x in example))
+
+    with torch.no_grad():
+        outputs = [f"output_{i}" for i in range(len(of_given(*(x[:1] for x in given.values()))))]
+    require("onnx")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "function.onnx"
+        save(convert(of_given, given, outputs), path)
+        engine = OnnxEngine(path, next(iter(given.values())).device)
+
+    def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+        tensors = [x for x in arguments if x is not None]
+        results = engine(dict(zip(given, tensors, strict=True)))
+        return tuple(x.to(tensors[0].dtype) for x in results.values())
+
+    return run
+
+
+def save(model: Any, path: Path) -> None:
+    """Write an `onnx.ModelProto`, in one move; weights beyond 2 GB go to a second file beside it."""
+    import onnx
+
+    partial = path.with_name(f"{path.name}.partial")
+    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _LIMIT
+    onnx.save(
+        model, str(partial), save_as_external_data=large, all_tensors_to_one_file=True, location=f"{path.name}.data",
+    )  # fmt: skip
+    partial.replace(path)
+
+
+class OnnxEngine:
+    """A function in an ONNX file, opened in ONNX Runtime.
+
+    Attributes:
+        inputs, outputs: sizes (a name where they are open) and types of its tensors, by name.
+        metadata: what was written into it. device: where its tensors lie.
+    """
+
+    def __init__(self, path: Path, device: torch.device | str = "cpu", provider: str | None = None) -> None:
+        """
+        Args:
+            provider: "cpu", "cuda" or "tensorrt"; None: what suits the device.
+
+        Raises:
+            UserError: no such file, not an ONNX file, one that ONNX Runtime refuses, or it has no such provider.
+        """
+        require("onnxruntime")
+        import onnxruntime
+
+        self.path, self.device = path, torch.device(device)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; export one with python export/to_onnx.py")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=_providers(provider or self.device.type, self.device)
+            )
+        except Exception as error:  # onnxruntime's exceptions have no base class of their own
+            raise UserError(f"{path}: ONNX Runtime does not open it ({_line(error)}); export it anew") from error
+        self.inputs, self.outputs = (
+            {v.name: (tuple(v.shape), v.type) for v in values}
+            for values in (self._session.get_inputs(), self._session.get_outputs())
+        )
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        for name, (_, kind) in [*self.inputs.items(), *self.outputs.items()]:
+            if kind not in _TORCH:
+                raise UserError(f"{path}: {name} is a {kind}, which no file of dgfast has")
+
+    @property
+    def batch(self) -> int | None:
+        """The batch size that the file was made for; None where it is open."""
+        first = next(iter(self.inputs.values()))[0]
+        return first[0] if first and isinstance(first[0], int) else None
+
+    def __call__(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs, in the file's own types, on its device.
+
+        Raises:
+            UserError: a missing or superfluous input, one of another shape or batch.
+        """
+        if arguments.keys() != self.inputs.keys():
+            raise UserError(f"{self.path}: its inputs are {', '.join(self.inputs)}, not {', '.join(arguments)}")
+        binding = self._session.io_binding()
+        batch, held = len(next(iter(arguments.values()))), []
+        for name, (shape, kind) in self.inputs.items():
+            tensor = arguments[name].to(self.device, _TORCH[kind]).contiguous()
+            self._check(name, tensor, shape)
+            binding.bind_input(name, *self._place(tensor))
+            held.append(tensor)
+        results = {}
+        for name, (shape, kind) in self.outputs.items():
+            sizes = [batch if isinstance(size, str) else size for size in shape]
+            results[name] = torch.empty(sizes, dtype=_TORCH[kind], device=self.device)
+            binding.bind_output(name, *self._place(results[name]))
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise UserError(f"{self.path}: ONNX Runtime failed: {_line(error)}") from error
+        return results
+
+    def self_test(self) -> None:
+        """Run the case that is stored in the file.
+
+        Raises:
+            UserError: there is none, or an output that differs; the first is named.
+        """
+        stored = self.stored_case()
+        arguments = {name: _stored(stored["inputs"][name], *self.inputs[name], self.batch) for name in self.inputs}
+        results, tolerance = self(arguments), float(stored["tolerance"])
+        for name, found in results.items():
+            wanted = _stored(stored["outputs"][name], *self.outputs[name], self.batch).to(found.device)
+            scale = max(float(wanted.abs().max()), 1e-6)
+            error = float((found.float() - wanted.float()).abs().max()) / scale
+            if not error <= tolerance:
+                raise UserError(
+                    f"{self.path}: its self-test fails here: output {name} differs by {error:.1e} of its largest value "
+                    f"(allowed {tolerance:.0e}); another version of ONNX Runtime, or a damaged file: export it anew"
+                )
+
+    def stored_case(self) -> dict[str, Any]:
+        """The self-test as it was written: tolerance, inputs and outputs of one sample."""
+        try:
+            stored = json.loads(self.metadata["self_test"])
+            complete = stored["inputs"].keys() == self.inputs.keys() and stored["outputs"].keys() == self.outputs.keys()
+            if not complete or not 0 < float(stored["tolerance"]) < 1:
+                raise ValueError("it does not fit the file")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{self.path}: no self-test of dgfast in it ({_line(error)}); export it anew") from error
+        return stored
+
+    def _check(self, name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
+        if name == next(iter(self.inputs)) and self.batch not in (None, len(tensor)):
+            raise UserError(
+                f"{self.path} was made for batches of {self.batch}, not {len(tensor)}; "
+                f"give --batch {self.batch}, or export with --batch dynamic"
+            )
+        fits = tensor.dim() == len(shape) and all(
+            isinstance(wanted, str) or wanted == size for wanted, size in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits:
+            raise UserError(f"{self.path}: {name} has shape {list(tensor.shape)}, not {list(shape)}")
+
+    def _place(self, tensor: Tensor) -> tuple[Any, ...]:
+        kind = np.dtype(str(tensor.dtype).removeprefix("torch.")).type
+        return self.device.type, self.device.index or 0, kind, tuple(tensor.shape), tensor.data_ptr()
+
+
+def stored_tensor(tensor: Tensor) -> str:
+    """The first sample of a tensor as text for the self-test."""
+    return base64.b64encode(tensor[:1].cpu().contiguous().numpy().tobytes()).decode()
+
+
+def _stored(text: str, shape: Sequence[int | str], kind: str, batch: int | None) -> Tensor:
+    """What `stored_tensor` wrote, once for every sample of the file's batch."""
+    sizes = [1, *(size for size in shape[1:] if isinstance(size, int))]
+    dtype = np.dtype(str(_TORCH[kind]).removeprefix("torch."))
+    raw = base64.b64decode(text, validate=True)
+    if len(sizes) != len(shape) or len(raw) != math.prod(sizes) * dtype.itemsize:
+        raise UserError("the self-test in this file does not fit its shapes; export it anew")
+    tensor = torch.from_numpy(np.frombuffer(raw, dtype).reshape(sizes).copy())
+    return tensor.expand(batch or 1, *sizes[1:]) if shape[0] != 1 else tensor
+
+
+def require(package: str) -> None:
+    """Raises UserError, with the extra to install, where a package is missing."""
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise UserError(f"{package} is not installed: pip install 'dgfast[onnx]' (on a GPU: onnxruntime-gpu instead)")
+
+
+def _providers(name: str, device: torch.device) -> list[Any]:
+    import onnxruntime
+
+    wanted, present = PROVIDERS.get(name, name), onnxruntime.get_available_providers()
+    if wanted not in present:
+        here = ", ".join(sorted(k for k, v in PROVIDERS.items() if v in present))
+        raise UserError(
+            f"this ONNX Runtime has no {name} provider (it has {here}): "
+            "pip install onnxruntime-gpu, or use --device cpu"
+        )
+    return [(wanted, {} if name == "cpu" else {"device_id": device.index or 0})]
+
+
+def _single(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float64 else x
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

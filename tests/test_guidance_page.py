@@ -1,0 +1,34 @@
+"""What docs/guidance.md shows can be drawn as shown, and no guidance is left out of it."""
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dgfast.sample import main
+
+_PAGE = Path(__file__).parents[1] / "docs" / "guidance.md"
+_TEXT = _PAGE.read_text()
+_HEADS = re.findall(r"^(\|.*)\n\|---", _TEXT, flags=re.MULTILINE)
+_SHOWN = [options for line in _HEADS for options in re.findall(r"`(--[^`]*)`", line)]
+
+
+@pytest.mark.parametrize("options", _SHOWN)
+def test_guidance_page_pictures_can_be_drawn(options: str, tmp_path: Path) -> None:
+    short = ["--labels", "0-9", "--seeds", "0-1", "--steps", "4", "--device", "cpu", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, short[:2] + options.split() + short[2:])
+    assert result.exit_code == 0, result.output
+
+
+def test_guidance_page_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(((?!http)[^)#]+)", _TEXT)
+    assert len(links) > 10 and all((_PAGE.parent / link).exists() for link in links)
+    titles = {re.sub(r"[^a-z -]", "", line.lower().lstrip("# ")).replace(" ", "-") for line in _TEXT.splitlines()}
+    assert set(re.findall(r"\]\(#([^)]+)\)", _TEXT)) <= titles
+
+
+@pytest.mark.parametrize("option", ["weight", "scale", "autoguidance", "diversity", "fidelity", "guidance", "dg-every"])
+def test_guidance_page_names_every_option_of_that_kind(option: str) -> None:
+    names = [name for parameter in main.params for name in parameter.opts if option in name]
+    assert names and all(f"`{name}" in _TEXT for name in names)
