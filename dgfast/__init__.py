@@ -7,16 +7,18 @@ if TYPE_CHECKING:
     from dgfast.config import GuidanceConfig, SamplingConfig
     from dgfast.errors import UserError
     from dgfast.networks import Networks, load
+    from dgfast.one_step import OneStep
     from dgfast.outputs import to_uint8
     from dgfast.sampler import Sampler
 
 __version__ = "0.1.0"
 
-__all__ = ["GuidanceConfig", "Networks", "Sampler", "SamplingConfig", "UserError", "load", "to_uint8"]
+__all__ = ["GuidanceConfig", "Networks", "OneStep", "Sampler", "SamplingConfig", "UserError", "load", "to_uint8"]
 
 _HOMES = {
     "GuidanceConfig": "config",
     "Networks": "networks",
+    "OneStep": "one_step",
     "Sampler": "sampler",
     "SamplingConfig": "config",
     "UserError": "errors",

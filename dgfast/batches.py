@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dgfast.one_step import OneStep
 from dgfast.outputs import fetch_uint8
 from dgfast.plan import Step
 from dgfast.sampler import Sampler
@@ -15,7 +16,7 @@ Write = Callable[[np.ndarray, list[int], np.ndarray | None], None]
 
 
 def draw(
-    sampler: Sampler,
+    sampler: Sampler | OneStep,
     seeds: Sequence[int],
     labels: Sequence[int] | None,
     batch: int,
@@ -70,7 +71,7 @@ def draw(
             pending.result()
 
 
-def _classes(sampler: Sampler, seeds: list[int], labels: Sequence[int] | None, start: int) -> Tensor | None:
+def _classes(sampler: Sampler | OneStep, seeds: list[int], labels: Sequence[int] | None, start: int) -> Tensor | None:
     if labels is None:
         return sampler.draw_labels(seeds)
     given = list(labels[start : start + len(seeds)])

@@ -8,9 +8,9 @@
 ```
 
 Roles of networks: `score` (the denoiser), `reference` (a worse one, for autoguidance), `classifier` (noise-aware; also
-the trunk of the discriminator), `discriminator` (its head), `features` (clean images, for the metrics). `vae`, for a
-bundle of latents alone, says what decodes them (see `VaeSpec`). `sampling` and `guidance` are the defaults of
-`python -m dgfast.sample` with this bundle.
+the trunk of the discriminator), `discriminator` (its head), `features` (clean images, for the metrics), `generator`
+(latents to images in one forward). `vae`, for a bundle of latents alone, says what decodes them (see `VaeSpec`).
+`sampling` and `guidance` are the defaults of `python -m dgfast.sample` with this bundle.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from dgfast.latents import SCALE
 from dgfast.noise_levels import TIME_SCHEDULES
 
 FORMAT = 1
-ROLES = ("score", "reference", "classifier", "discriminator", "features")
+ROLES = ("score", "reference", "classifier", "discriminator", "features", "generator")
 DEFAULT = "mnist32"
 _ASSETS = Path(__file__).parent / "assets"
 

@@ -114,7 +114,7 @@ def one_hot(labels: Sequence[int] | Tensor, classes: int, count: int, device: to
         UserError: labels where there are no classes, out of range or of another number.
     """
     if not classes:
-        raise UserError("this score network is unconditional; leave the labels out")
+        raise UserError("this network is unconditional; leave the labels out")
     indices = torch.as_tensor(labels, device=device)
     if indices.is_floating_point():
         raise UserError("labels are class indices: whole numbers")
@@ -136,7 +136,7 @@ def _time(score: Any, schedule: str | None) -> Callable[[Tensor], Tensor]:
 def _wanted(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str]:
     """Roles to load, what a guidance is named after before what it stands on."""
     if guidance is None:
-        return ["score", *(role for role in bundle.nets if role not in ("score", "features"))]
+        return ["score", *(role for role in bundle.nets if role not in ("score", "features", "generator"))]
     discriminator = bool(guidance.dg_weight or guidance.dg_weight_2nd)
     needed = {
         "score": True,

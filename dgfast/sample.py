@@ -122,6 +122,7 @@ def guidance_weights(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--seeds", type=IntegerRanges(), default="0-63", show_default=True, help="One image a seed.")
 @click.option("--labels", type=IntegerRanges(), help="Classes, repeated over the seeds; default: drawn from the seeds.")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
+@click.option("--one-step", is_flag=True, help="One forward of the bundle's generator, without solver and guidance.")
 @click.option("--steps", "num_steps", type=int, help="Noise levels above 0.")
 @click.option("--solver", type=click.Choice(SOLVERS))
 @click.option("--grid", "discretization", type=click.Choice(DISCRETIZATIONS), help="How noise levels are spaced.")
@@ -191,24 +192,31 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
     from dgfast import bundle as bundles
     from dgfast.latents import decoder
     from dgfast.networks import load
+    from dgfast.one_step import OneStep
     from dgfast.ops import kernels
     from dgfast.outputs import Writer
     from dgfast.sampler import Sampler
 
     found = bundles.read(bundle)
     given = {name: value for name, value in options.items() if value is not None}
+    one_step = options["one_step"]
+    if one_step:
+        _refuse_beside_one_step(given)
     sampling = _sampling(found.sampling, given)
     guidance = replace(found.guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
     device, dtype = _device_and_dtype(options["device"], options["dtype"])
-    networks = load(found, device, dtype, guidance)
-    decode = decoder(found, networks.denoiser.img_channels, device, options["vae"])
+    networks: Any = found.load("generator", device, dtype) if one_step else load(found, device, dtype, guidance)
+    decode = decoder(found, (networks if one_step else networks.denoiser).img_channels, device, options["vae"])
 
     runtime, engine = _runtime(options), None
     if options["engine"]:
         engine = _engine(runtime, options["engine"], device, options["provider"], found, guidance)
 
     def make(runtime: str) -> Any:
-        return Sampler(networks, sampling, guidance, device, **_keywords(runtime, device, engine))
+        keywords = _keywords(runtime, device, engine)
+        if one_step:
+            return OneStep(networks, device, **keywords)
+        return Sampler(networks, sampling, guidance, device, **keywords)
 
     sampler = make(runtime)
     classes = _labels_for(sampler, seeds, labels)
@@ -221,7 +229,8 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
             sampler, built = _prepared(sampler, make, batch, runtime, options["compiled"] or "always")
         compile_seconds = time.perf_counter() - began if built else 0.0
         seconds = _draw(sampler, seeds, classes, batch, writer, decode, static=built)
-    job: dict[str, Any] = {"bundle": bundle, "sampling": asdict(sampling), "guidance": asdict(guidance)}
+    method = {"one_step": True} if one_step else {"sampling": asdict(sampling), "guidance": asdict(guidance)}
+    job: dict[str, Any] = {"bundle": bundle, **method}
     if decode is not None:
         job["vae"] = options["vae"] or (found.vae and asdict(found.vae))
     writer.finish(
@@ -230,9 +239,23 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
     )
     click.echo(
         f"{len(seeds)} images in {seconds:.1f} s: {len(seeds) / seconds:.2f} images/s, "
-        f"{sampler.score_evaluations} score evaluations and {sampler.guidance_gradients} guidance gradients an image, "
+        f"{_cost(sampler, one_step)} an image, "
         f"in {options['out']}/"
     )
+
+
+def _refuse_beside_one_step(given: dict[str, Any]) -> None:
+    """Nothing that a solver, a guidance or a guided denoiser's file is needed for goes with --one-step."""
+    idle = {*_SAMPLING, *asdict(GuidanceConfig()), "engine"} & {*given}
+    names = [option.opts[0] for option in click.get_current_context().command.params if option.name in idle]
+    if names:
+        raise UserError(f"--one-step has no solver, guidance or engine: leave out {', '.join(names)}, or --one-step")
+
+
+def _cost(sampler: Any, one_step: bool) -> str:
+    if one_step:
+        return "one generator forward"
+    return f"{sampler.score_evaluations} score evaluations and {sampler.guidance_gradients} guidance gradients"
 
 
 def _sampling(bundled: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:

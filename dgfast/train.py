@@ -133,6 +133,29 @@ def discriminator(generated: Path, dg_weight: float, **options: Any) -> None:
     job.finish(net, {"held_out_by_sigma": judged}, guidance=replace(job.bundle.guidance, dg_weight=dg_weight))
 
 
+@main.command()
+@_shared(images=224_000, batch=32, lr=1e-3, weight_decay=0.0, ema=0.999)
+@click.option("--score-net", "score_json", default="{}", help="The same as --net, for the score network.")
+@click.option("--r1", default=0.1, show_default=True, help="Weight gamma of the gradient penalty.")
+def generator(score_json: str, r1: float, **options: Any) -> None:
+    """A one-step generator by Score Mismatching (arXiv 2309.11043), class-conditional.
+
+    BUNDLE/training/generator/samples.png shows the averaged generator as it learns.
+    """
+    from dgfast.training.score_mismatching import LEVELS, Game, write_sheet
+
+    job = _Job("generator", **options)
+    size, channels = job.train.images.shape[1], job.train.images.shape[3]
+    shape = {"img_resolution": size, "img_channels": channels, "label_dim": job.classes}
+    net = job.build("Generator", shape | {"latent_dim": 64, "style_dim": 128, "channels": [64, 48, 24]})
+    keywords = shape | {"levels": LEVELS, "channels": [16, 32, 64], "minibatch_std": True}
+    keywords |= _json_object("--score-net", score_json)
+    score = _build("--score-net", "NoisePredictor", keywords)
+    players = Game(job.train.tensors(), net, score, job.device).players(r1)
+    averaged = job.fit_together(players, watch=lambda nets: write_sheet(nets[1], job.folder / "samples.png"))[1]
+    job.finish(averaged, {})
+
+
 _SIGMAS = (0.002, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 40.0)
 
 
@@ -144,14 +167,10 @@ class _Job:
     ) -> None:
         from dgfast import bundle
         from dgfast.devices import pick_device
-        from dgfast.errors import UserError
         from dgfast.training.data import load_images, split
         from dgfast.training.loop import Schedule
 
-        try:
-            self._changes = dict(json.loads(net_json))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"--net {net_json!r} is not a JSON object: {error}") from error
+        self._changes = _json_object("--net", net_json)
         self.role, self.device = role, pick_device(device)
         self.schedule = Schedule(**schedule)
         everything = load_images(data)
@@ -160,20 +179,25 @@ class _Job:
         exists = (folder / "bundle.json").exists()
         self.bundle = bundle.read(folder) if exists else bundle.Bundle(folder, folder.resolve().name, {})
 
-    def fit(self, kind: str, keywords: dict[str, Any], loss: Any) -> Any:
-        import torch
+        self.folder = self.bundle.folder / "training" / role
 
-        from dgfast import nets
-        from dgfast.errors import UserError
-        from dgfast.training.loop import fit
+    def build(self, kind: str, keywords: dict[str, Any]) -> Any:
+        """The job's network, as --net changes it and as the seed draws it."""
+        import torch
 
         self._kind, self._keywords = kind, {**keywords, **self._changes}
         torch.manual_seed(self.schedule.seed)
-        try:
-            net = nets.build(kind, **self._keywords)
-        except ValueError as error:
-            raise UserError(f"--net: {error}") from error
-        return fit(net, loss, self.schedule, self.bundle.folder / "training" / self.role, self.device)
+        return _build("--net", kind, self._keywords)
+
+    def fit(self, kind: str, keywords: dict[str, Any], loss: Any) -> Any:
+        from dgfast.training.loop import Player
+
+        return self.fit_together([Player(self.build(kind, keywords), loss)])[0]
+
+    def fit_together(self, players: Any, watch: Any = None) -> Any:
+        from dgfast.training.loop import fit_together
+
+        return fit_together(players, self.schedule, self.folder, self.device, watch)
 
     def mean_loss(self, net: Any, loss: Any, batches: int = 20) -> float:
         """`loss` of `net` over fixed draws."""
@@ -192,6 +216,25 @@ class _Job:
         done = bundle.with_net(self.bundle, self.role, net, self._kind, self._keywords, time_schedule)
         bundle.write(replace(done, metrics={**done.metrics, self.role: record}, **changes))
         click.echo(f"{self.bundle.folder}: {self.role}, {parameters:,} parameters, {json.dumps(metrics)}")
+
+
+def _json_object(option: str, text: str) -> dict[str, Any]:
+    from dgfast.errors import UserError
+
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{option} {text!r} is not a JSON object: {error}") from error
+
+
+def _build(option: str, kind: str, keywords: dict[str, Any]) -> Any:
+    from dgfast import nets
+    from dgfast.errors import UserError
+
+    try:
+        return nets.build(kind, **keywords)
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from error
 
 
 if __name__ == "__main__":

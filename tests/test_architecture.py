@@ -29,7 +29,8 @@ ROOMS = {
     "engines": ({"bundle", "config", "errors", "guidance"}, {"torch"}),
     "outputs": ({"errors"}, {"torch", "numpy", "PIL"}),
     "plan": ({"config", "errors", "guidance", "nets", "networks", "noise_levels"}, {"torch"}),
-    "batches": ({"outputs", "plan", "sampler"}, {"torch", "numpy"}),
+    "one_step": ({"bundle", "errors", "networks", "plan", "randomness", "sampler"}, {"torch"}),
+    "batches": ({"one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }
 
 
@@ -84,7 +85,7 @@ sys.modules.update(dict.fromkeys({sorted(HEAVY)}))  # None: importing it raises 
 import dgfast
 assert "torch" not in sys.modules, "import dgfast takes as long as torch"
 import dgfast.ops, dgfast.nets
-for name in ("load", "Sampler", "Networks", "SamplingConfig", "GuidanceConfig"):
+for name in ("load", "OneStep", "Sampler", "Networks", "SamplingConfig", "GuidanceConfig"):
     assert name in dgfast.__all__ and getattr(dgfast, name).__name__ == name
 """
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -124,7 +124,7 @@ def test_training_stops_at_nan_and_keeps_the_last_good_state(tmp_path: Path) -> 
     with pytest.raises(UserError, match="loss is nan at step 100"):
         fit(_fresh(), diverging, schedule, tmp_path, torch.device("cpu"))
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["step"] <= 100 and bool(state["net"]["weight"].isfinite().all())
+    assert state["step"] <= 100 and bool(state["net"]["0.weight"].isfinite().all())
 
 
 def test_training_rate_warms_up_and_falls_to_zero() -> None:

@@ -12,6 +12,8 @@ from dgfast.nets.adm_unet import UNetModel, create_model
 from dgfast.nets.dhariwal_unet import DhariwalUNet
 from dgfast.nets.dit import DiT
 from dgfast.nets.features import FeatureNet
+from dgfast.nets.generator import Generator
+from dgfast.nets.noise_predictor import NoisePredictor
 from dgfast.nets.song_unet import SongUNet
 
 
@@ -37,6 +39,8 @@ _PLAIN: dict[str, Callable[..., nn.Module]] = {
     "create_model": create_model,
     "DiT": DiT,
     "FeatureNet": FeatureNet,
+    "Generator": Generator,
+    "NoisePredictor": NoisePredictor,
 }
 KINDS = (*denoiser.PRECONDITIONERS, *_PLAIN)
 
@@ -47,8 +51,8 @@ def build(kind: str, **keywords: Any) -> nn.Module:
     Kinds: EDM's preconditioners `EDMPrecond`, `VPPrecond`, `VEPrecond` and `iDDPMPrecond`, whose keyword `model_type`
     names the raw network (SongUNet or DhariwalUNet) and which pass it what they do not use themselves; `DDPMPrecond`,
     whose raw network is ADM's (create_model) or DiT; ADM's `EncoderUNetModel` and `UNetModel`, and `create_classifier`
-    and `create_model`, the same from guided-diffusion's and DG's option names; `DiT`; and `FeatureNet`, our own, for
-    the metrics.
+    and `create_model`, the same from guided-diffusion's and DG's option names; `DiT`; and our own: `FeatureNet`
+    for the metrics, the one-step `Generator`, and the `NoisePredictor` that trains it.
 
     Raises:
         ValueError: unknown kind or model type, a keyword that the constructor does not know or misses, a

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,28 +49,63 @@ class Schedule:
         return min((step + 1) / (self.warmup * self.steps + 1), (1 - progress) / (1 - self.warmup))
 
 
-def fit(
-    net: nn.Module, loss: Callable[[nn.Module, int], Tensor], schedule: Schedule, folder: Path, device: torch.device
-) -> nn.Module:
-    """Train `net` in place and return its averaged weights as a network in eval mode.
+Loss = Callable[[nn.Module, int], Tensor]
+"""(net, batch) -> mean loss of one fresh batch of that size; all randomness from torch's global generator."""
+
+
+@dataclass(frozen=True)
+class Player:
+    """One of the networks that are trained together, step by step in turn.
+
+    Attributes:
+        loss: what it lowers; it may read the other players' networks, which stand still meanwhile.
+        betas: Adam's. rate: learning rate, as a share of the schedule's. start: steps for which it stands still first.
+        penalty: added to the loss at every `penalty_every`th step, the first included.
+    """
+
+    net: nn.Module
+    loss: Loss
+    # As EDM2 and the trial run: with the EMA on top, 0.999 would average twice.
+    betas: tuple[float, float] = (0.9, 0.99)
+    rate: float = 1.0
+    start: int = 0
+    penalty: Loss | None = None
+    penalty_every: int = 1
+
+
+def fit(net: nn.Module, loss: Loss, schedule: Schedule, folder: Path, device: torch.device) -> nn.Module:
+    """`fit_together` for one network."""
+    return fit_together([Player(net, loss)], schedule, folder, device)[0]
+
+
+def fit_together(
+    players: Sequence[Player],
+    schedule: Schedule,
+    folder: Path,
+    device: torch.device,
+    watch: Callable[[Sequence[nn.Module]], None] | None = None,
+) -> list[nn.Module]:
+    """Train the players' networks in place and return their averaged weights as networks in eval mode.
 
     `folder` gets `state.pt`, from which the same call goes on after an interruption, and `metrics.jsonl`.
 
     Args:
-        loss: mean loss of one fresh batch of the given size; all randomness must come from torch's global generator.
+        watch: called with the averaged networks whenever the state is saved.
 
     Raises:
-        UserError: the folder holds a run of another schedule, or the loss is not finite.
+        UserError: the folder holds a run of another schedule, or a loss or a weight is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    net.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # torch types one argument
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema), use_buffers=True)
-    # betas as EDM2 and the trial run: with the EMA on top, 0.999 would average twice.
+    nets = nn.ModuleList(player.net for player in players)
+    nets.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # torch types one argument
+    average = AveragedModel(nets, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema), use_buffers=True)
+    # One Adam holds all players: its state is each parameter's own, and who is not on turn has no gradient.
     optimiser = torch.optim.Adam(
-        net.parameters(), lr=schedule.lr, betas=(0.9, 0.99), weight_decay=schedule.weight_decay
+        [{"params": p.net.parameters(), "betas": p.betas, "lr": p.rate * schedule.lr} for p in players],
+        weight_decay=schedule.weight_decay,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, schedule.factor)
-    parts = {"net": net, "average": average, "optimiser": optimiser, "scheduler": scheduler}
+    parts = {"net": nets, "average": average, "optimiser": optimiser, "scheduler": scheduler}
     done = _restore(folder / "state.pt", parts, schedule, device)
 
     step, recent, started = done, [], time.monotonic()
@@ -79,31 +114,56 @@ def fit(
     try:
         for step in range(done, schedule.steps):
             torch.manual_seed(schedule.seed * 1_000_003 + step)
-            optimiser.zero_grad(set_to_none=True)
-            value = loss(net, schedule.batch)
-            value.backward()
-            optimiser.step()
+            recent.append(torch.stack([_turn(player, nets, optimiser, schedule.batch, step) for player in players]))
             scheduler.step()
-            average.update_parameters(net)
-            recent.append(value.detach())
+            average.update_parameters(nets)
             bar.update()
             if (step + 1) % interval == 0 or step + 1 == schedule.steps:
-                mean = float(torch.stack(recent).mean())
-                if not torch.isfinite(torch.tensor(mean)):
-                    raise UserError(
-                        f"{folder.name}: loss is {mean} at step {step}; the state before it is kept in {folder}: "
-                        "to start anew, remove it and lower --lr"
-                    )
+                losses = _checked(torch.stack(recent), nets, step, folder)
                 recent.clear()
-                bar.set_postfix(loss=f"{mean:.4f}")
-                _record(folder / "metrics.jsonl", step=step + 1, loss=mean, seconds=time.monotonic() - started)
+                bar.set_postfix(loss=" ".join(f"{loss:.4f}" for loss in losses))
+                found = {"loss": losses[0]} if len(losses) == 1 else {f"loss_{k}": x for k, x in enumerate(losses)}
+                _record(folder / "metrics.jsonl", step=step + 1, **found, seconds=time.monotonic() - started)
                 _save(folder / "state.pt", parts, schedule, step + 1)
+                if watch is not None:
+                    watch(list(average.module.eval().children()))
     except KeyboardInterrupt:
         # The step under way is lost, the last record is not; every record holds a whole state.
         raise UserError(f"{folder.name}: interrupted at step {step}; the same command goes on from {folder}") from None
     finally:
         bar.close()
-    return average.module.eval().requires_grad_(False)
+    return list(average.module.eval().requires_grad_(False).children())
+
+
+def _turn(player: Player, nets: nn.ModuleList, optimiser: torch.optim.Optimizer, batch: int, step: int) -> Tensor:
+    """One player's step; its loss without the penalty, 0 if it stands still."""
+    if step < player.start:
+        return torch.zeros((), device=next(nets.parameters()).device)
+    nets.requires_grad_(False)
+    player.net.requires_grad_(True)
+    optimiser.zero_grad(set_to_none=True)
+    value = player.loss(player.net, batch)
+    whole = value
+    if player.penalty is not None and step % player.penalty_every == 0:
+        whole = value + player.penalty(player.net, batch)
+    whole.backward()
+    optimiser.step()
+    return value.detach()
+
+
+def _checked(losses: Tensor, nets: nn.Module, step: int, folder: Path) -> list[float]:
+    """Mean of each player's losses [steps, players] up to `step`, if they and the weights they led to are finite."""
+    bad = (~losses.isfinite()).any(1).nonzero()
+    if len(bad):
+        at = int(bad[0])
+        found = f"loss is {float(losses[at].sum())} at step {step + 1 - len(losses) + at}"
+    elif not all(bool(parameter.isfinite().all()) for parameter in nets.parameters()):
+        found = f"a weight is NaN or infinite after step {step}"
+    else:
+        return losses.mean(0).tolist()
+    raise UserError(
+        f"{folder.name}: {found}; the state before it is kept in {folder}: to start anew, remove it and lower --lr"
+    )
 
 
 def _save(path: Path, parts: dict[str, Any], schedule: Schedule, step: int) -> None:

@@ -1,0 +1,148 @@
+"""One forward an image: a generator in the place of a denoiser, a solver and its steps."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dgfast import bundle as bundles
+from dgfast.errors import UserError
+from dgfast.networks import one_hot
+from dgfast.plan import Step
+from dgfast.randomness import SeedStreams
+from dgfast.sampler import Function, Runtime
+
+
+class GeneratorNet(Protocol):
+    """What is asked of a generator; `dgfast.nets.generator.Generator` provides it.
+
+    Called with latents [B, latent_dim] and class_labels [B, label_dim] or None, it returns images [B, C, R, R].
+
+    Attributes:
+        latent_dim: width of its latents. label_dim: number of its classes, 0 if unconditional.
+    """
+
+    latent_dim: int
+    label_dim: int
+
+    def __call__(self, latents: Tensor, class_labels: Tensor | None, /) -> Tensor: ...
+
+
+class OneStep:
+    """Draws images from a one-step generator; it is called as a `Sampler` is.
+
+    ```python
+    sampler = dgfast.OneStep.load("mnist32")
+    images = sampler(seeds=range(64))  # [64, 1, 32, 32], in [-1, 1]
+    ```
+
+    Attributes:
+        steps: its one step, which no guidance takes part in.
+        score_evaluations, guidance_gradients: 0 both; an image costs one forward of the generator.
+    """
+
+    score_evaluations = guidance_gradients = 0
+    steps = (Step(0, t=1.0, t_next=0.0, sigma=1.0, gamma=0.0, boost_gamma=None, predictor=(), corrector=None),)
+
+    def __init__(
+        self,
+        generator: GeneratorNet,
+        device: torch.device | str | None = None,
+        runtime: Runtime | None = None,
+        step_runtime: Runtime | None = None,
+    ) -> None:
+        """
+        Args:
+            device: where to draw; None: where the generator's weights are.
+            runtime, step_runtime: make a faster callable of the generator for one shape, such as
+                `runtimes.compiled.build`, and another of that, such as `runtimes.cuda_graph.build`.
+        """
+        weights = generator.parameters() if isinstance(generator, nn.Module) else iter(())
+        at = next((parameter.device for parameter in weights), torch.device("cpu"))
+        self.generator, self.device = generator, at if device is None else torch.device(device)
+        self._runtimes = [make for make in (runtime, step_runtime) if make is not None]
+        self._functions: dict[torch.Size, Function] = {}
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path | bundles.Bundle = bundles.DEFAULT,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        runtime: Runtime | None = None,
+        step_runtime: Runtime | None = None,
+    ) -> "OneStep":
+        """The generator of a bundle, as `networks.load` finds bundles.
+
+        Raises:
+            UserError: unknown or broken bundle, or one without a generator.
+        """
+        found = bundle if isinstance(bundle, bundles.Bundle) else bundles.read(bundle)
+        generator = found.load("generator", device, dtype)
+        return cls(generator, device, runtime, step_runtime)  # type: ignore[arg-type]  # a module types no attributes
+
+    def __call__(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | Tensor | None = None,
+        on_step: Callable[[Step, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Images of the seeds in one batch: float32 [N, C, R, R] in [-1, 1], on the sampler's device.
+
+        Args:
+            seeds: one a sample. Image k depends on seed k (and label k) alone.
+            labels: class indices [N]; None takes those of `draw_labels` if the generator is conditional.
+            on_step: called once, with the step and the latents.
+
+        Raises:
+            UserError: no seeds, labels out of range or of another number, NaN in the images.
+        """
+        if not len(seeds):
+            raise UserError("no seeds: give one an image")
+        latents, drawn = self._draw(seeds)
+        class_labels = self.class_labels(drawn if labels is None else labels, len(latents))
+        if on_step is not None:
+            on_step(self.steps[0], latents)
+        images = self._function(latents, class_labels)(latents, class_labels)[0]
+        if not bool(images.isfinite().all()):
+            raise UserError("the generator's images are NaN or infinite; use --dtype float32, or train it anew")
+        return images
+
+    def draw_labels(self, seeds: Sequence[int]) -> Tensor | None:
+        """The class indices [N] that the seeds themselves give; None without classes."""
+        return self._draw(seeds)[1]
+
+    def class_labels(self, labels: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
+        """One-hot rows [count, label_dim] of class indices; None for an unconditional generator.
+
+        Raises:
+            UserError: see `one_hot`.
+        """
+        return None if labels is None else one_hot(labels, self.generator.label_dim, count, self.device)
+
+    def prepare(self, batch: int) -> None:
+        """Build the function for batches of this size, so that drawing itself compiles none."""
+        self([0] * batch)
+
+    def _draw(self, seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Latents [N, latent_dim], and the class indices that come after them in the seeds' streams."""
+        streams, classes = SeedStreams(seeds), self.generator.label_dim
+        latents = streams.normal((self.generator.latent_dim,), torch.float32, self.device)
+        return latents, streams.labels(classes) if classes else None
+
+    def _function(self, latents: Tensor, class_labels: Tensor | None) -> Function:
+        """(latents, class_labels) -> (images,), in this sampler's runtimes, built once a shape."""
+        if not self._runtimes:
+            return self._forward
+        if latents.shape not in self._functions:
+            function: Function = self._forward
+            for make in self._runtimes:
+                function = make(function, (latents, class_labels))
+            self._functions[latents.shape] = function
+        return self._functions[latents.shape]
+
+    @torch.no_grad()
+    def _forward(self, latents: Tensor, class_labels: Tensor | None) -> tuple[Tensor, ...]:
+        return (self.generator(latents, class_labels),)
