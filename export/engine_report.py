@@ -47,7 +47,7 @@ def summary(file: EngineFile, built: Built, layer_table: str, parity: Report | N
 
 def against_eager(engine: Runs, subject: Joint, cases: Mapping[int, Case], device: torch.device) -> str:
     """The latency table of the engine beside the eager and the compiled function, in float32 without TF32."""
-    tables = []
+    tables: list[str] = []
     for batch, case in cases.items():
         example = tuple(case.inputs[name].to(device) for name in subject.inputs)
         built = cuda_graph.build(compiled.build(subject.function, example), example)

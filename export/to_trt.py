@@ -101,8 +101,9 @@ def _subject(bundle: str, device: str = "cpu") -> Any:
     from dgfast.networks import load
 
     found = bundles.read(bundle)
-    off = {} if "discriminator" in found.nets else {"dg_weight": 0.0, "dg_weight_2nd": 0.0}
-    guidance = replace(found.guidance, **off)
+    guidance = found.guidance
+    if "discriminator" not in found.nets:
+        guidance = replace(guidance, dg_weight=0.0, dg_weight_2nd=0.0)
     return joint(load(found, device, guidance=guidance), found.sampling, guidance, "denoiser")
 
 
@@ -156,7 +157,7 @@ def _provenance(onnx: Path) -> dict[str, str]:
     }
 
 
-def _gpu() -> dict[str, str]:
+def _gpu() -> dict[str, Any]:
     import torch
 
     if not torch.cuda.is_available():
