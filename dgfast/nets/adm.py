@@ -77,6 +77,13 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + conv(dropout(h))
 
 
+class _MeanPool(nn.Module):
+    """The mean over all pixels; `nn.AdaptiveAvgPool2d(1)` would set memory strides, which no exporter can express."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, 1, 1]
+        return x.mean(dim=(2, 3), keepdim=True)
+
+
 class Downsample(nn.Module):
     """Strided convolution, for nets without `resblock_updown`."""
 
@@ -206,7 +213,7 @@ class EncoderUNetModel(nn.Module):
         if pool == "attention":
             head = [AttentionPool2d(self.feature_size, ch, num_head_channels, out_channels)]
         elif pool == "adaptive":
-            head = [nn.AdaptiveAvgPool2d(1), _zeroed(nn.Conv2d(ch, out_channels, 1)), nn.Flatten()]
+            head = [_MeanPool(), _zeroed(nn.Conv2d(ch, out_channels, 1)), nn.Flatten()]
         else:
             raise ValueError(f"pool must be attention or adaptive, not {pool!r}")
         self.out = nn.Sequential(normalization(ch), nn.SiLU(), *head)

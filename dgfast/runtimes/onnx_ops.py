@@ -325,8 +325,8 @@ def _avg_pool_backward(
 
 @entry(aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec)
 def _upsample(g: OnnxGraph, out: Out, x: Value, *_: Any) -> Value:
-    factors = [a // b for a, b in zip(out.shape[2:], x.shape[2:], strict=True)]  # type: ignore[operator]
-    if [f * d for f, d in zip(factors, x.shape[2:], strict=True)] != list(out.shape[2:]):  # type: ignore[operator]
+    factors = [a // b for a, b in zip(out.shape[2:], x.shape[2:], strict=True)]
+    if [f * d for f, d in zip(factors, x.shape[2:], strict=True)] != list(out.shape[2:]):
         raise NotImplementedError("nearest-neighbour resampling by other than whole factors")
     return _repeat(g, x, out.shape, factors)
 
@@ -345,15 +345,6 @@ def _repeat(g: OnnxGraph, x: Value, shape: Any, factors: Sequence[int]) -> Value
 )  # fmt: skip
 def _reshape(g: OnnxGraph, out: Out, x: Value, *_: Any) -> Value:
     return g.reshape(x, out.shape)
-
-
-@entry(aten.as_strided.default)
-def _as_strided(g: OnnxGraph, out: Out, x: Value, sizes: Any, strides: list[int], offset: int | None = None) -> Value:
-    """Mean pooling to one pixel calls it to say how sizes of 1 lie in memory, which is all that is known here."""
-    plain = [elements(out.shape[i + 1 :]) for i in range(len(out.shape))]
-    if offset or x.shape != out.shape or any(s != p for s, p, d in zip(strides, plain, x.shape, strict=True) if d != 1):
-        raise NotImplementedError("another layout in memory")
-    return x
 
 
 @entry(aten.permute.default)
