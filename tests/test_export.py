@@ -54,8 +54,10 @@ def _make(folder: Path, roles: tuple[str, ...]) -> Bundle:
     for role in roles:
         kind, keywords = described[role]
         net = nets.build(kind, **keywords)
-        for parameter in net.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
+        for name, parameter in net.named_parameters():
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1)
+            if parameter.dim() == 1 and name.endswith("weight"):
+                parameter.data.add_(1)
         bundle = bundles.with_net(bundle, role, net, kind, keywords)
     bundles.write(bundle)
     return bundles.read(folder)

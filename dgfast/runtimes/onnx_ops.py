@@ -347,15 +347,6 @@ def _reshape(g: OnnxGraph, out: Out, x: Value, *_: Any) -> Value:
     return g.reshape(x, out.shape)
 
 
-@entry(aten.as_strided.default)
-def _as_strided(g: OnnxGraph, out: Out, x: Value, sizes: Any, strides: list[int], offset: int | None = None) -> Value:
-    """Mean pooling to one pixel calls it to say how sizes of 1 lie in memory, which is all that is known here."""
-    plain = [elements(out.shape[i + 1 :]) for i in range(len(out.shape))]
-    if offset or x.shape != out.shape or any(s != p for s, p, d in zip(strides, plain, x.shape, strict=True) if d != 1):
-        raise NotImplementedError("another layout in memory")
-    return x
-
-
 @entry(aten.permute.default)
 def _permute(g: OnnxGraph, out: Out, x: Value, order: list[int]) -> Value:
     return g.transpose(x, [i % len(x.shape) for i in order])
