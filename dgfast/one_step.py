@@ -44,7 +44,7 @@ class OneStep:
     """
 
     score_evaluations = guidance_gradients = 0
-    steps = (Step(0, t=1.0, t_next=0.0, sigma=1.0, gamma=0.0, boost_gamma=None, predictor=(), corrector=None),)
+    steps = (Step(0, 1.0, 0.0, sigma=1.0, gamma=0.0, boost_gamma=None, predictor=(), corrector=None, log_variances=(0, 0)),)
 
     def __init__(
         self,

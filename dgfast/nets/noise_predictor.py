@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from dgfast.nets.blocks import Linear
 from dgfast.nets.generator import XAVIER, StyledLayer
 
+GROUP = 4
+"""Neighbours in a batch that `minibatch_std` compares."""
+
 
 class NoisePredictor(nn.Module):
     """(x [B, C, R, R], level [B] int64, class_labels [B, label_dim] or None) -> predicted noise [B, C, R, R].
@@ -22,8 +25,8 @@ class NoisePredictor(nn.Module):
         img_resolution: height and width of the images.
         levels: number of noise levels.
         channels: width at each resolution, from half the images' on down.
-        minibatch_std: show the coarsest features how much the images of the batch differ, which keeps a generator from
-            making one image of a class.
+        minibatch_std: show the coarsest features how much the images of each `GROUP` in the batch differ; where groups
+            are of one class, that keeps a generator from making one image of each.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class NoisePredictor(nn.Module):
 
 
 def _with_std(x: Tensor) -> Tensor:
-    """x with one more channel: the standard deviation over the batch, averaged over features (arXiv 1710.10196)."""
-    spread = (x.var(0, unbiased=False) + 1e-8).sqrt().mean()
-    return torch.cat([x, spread.expand(len(x), 1, *x.shape[2:])], dim=1)
+    """x with one more channel: the standard deviation over each group, averaged over features (arXiv 1710.10196)."""
+    group = GROUP if len(x) % GROUP == 0 else len(x)
+    spread = (x.unflatten(0, (-1, group)).var(1, unbiased=False) + 1e-8).sqrt().mean((1, 2, 3))
+    return torch.cat([x, spread.repeat_interleave(group).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])], dim=1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dgfast.nets.noise_predictor import GROUP
 from dgfast.outputs import save_grid, to_uint8
 from dgfast.randomness import SeedStreams
 from dgfast.training.loop import Player
@@ -62,7 +63,10 @@ class Game:
     def __init__(
         self, real: tuple[Tensor, Tensor], generator: nn.Module, score: nn.Module, device: torch.device
     ) -> None:
-        self._images, self._labels = (tensor.to(device) for tensor in real)
+        order = real[1].argsort(stable=True)
+        self._images, self._labels = (tensor[order].to(device) for tensor in real)
+        self._counts = self._labels.bincount()
+        self._starts = self._counts.cumsum(0) - self._counts
         self._generator: Any = generator  # torch types no attributes of a module
         self._score, self._device = score, device
         self._sigmas = noise_levels().float().to(device)
@@ -99,12 +103,19 @@ class Game:
         ]
 
     def _real(self, batch: int) -> tuple[Tensor, Tensor | None]:
-        picks = torch.randint(len(self._images), (batch,)).to(self._device)
-        return self._images[picks], self._rows(self._labels[picks])
+        labels = self._classes(batch)
+        picks = self._starts[labels] + (torch.rand(batch).to(self._device) * self._counts[labels]).long()
+        return self._images[picks], self._rows(labels)
 
     def _fake(self, batch: int) -> tuple[Tensor, Tensor | None]:
-        labels = self._rows(self._labels[torch.randint(len(self._labels), (batch,)).to(self._device)])
+        labels = self._rows(self._classes(batch))
         return self._generator(self._normal((batch, self._generator.latent_dim)), labels), labels
+
+    def _classes(self, batch: int) -> Tensor:
+        """Class indices [batch], as frequent as in the data; of conditional networks, in groups of one class."""
+        group = GROUP if self._generator.label_dim else 1
+        picks = torch.randint(len(self._labels), (-(-batch // group),)).to(self._device)
+        return self._labels[picks].repeat_interleave(group)[:batch]
 
     def _rows(self, labels: Tensor) -> Tensor | None:
         classes = self._generator.label_dim
