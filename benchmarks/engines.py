@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import precision, relative_error, seconds, synchronised
-from benchmarks.parts import table, write
+from benchmarks.parts import write
 from benchmarks.runtimes import tensorrt_missing
 from benchmarks.subjects import guided_function, guided_levels, noise_at
 from benchmarks.workloads import WORKLOADS, Workload
@@ -94,7 +94,7 @@ def main(device: str, out: Path, name: str, batches: tuple[int, ...], dtypes: tu
 
     def say(*row: object) -> None:
         if not rows:
-            table(list(_COLUMNS), [])
+            click.echo(f"| {' | '.join(_COLUMNS)} |\n|{' --- |' * len(_COLUMNS)}")
         rows.append([str(cell) for cell in row] + [""] * (len(_COLUMNS) - len(row)))
         click.echo(f"| {' | '.join(rows[-1])} |")
         write(out, {"workload": name, "columns": list(_COLUMNS), "rows": rows})
