@@ -72,14 +72,15 @@ def _cases(metafunc: pytest.Metafunc) -> Iterator[tuple[str, Case]]:
     option = metafunc.config.getoption
     marker = metafunc.definition.get_closest_marker("benchmark")
     assert marker is not None
-    kind = pick_device(option("device")).type
+    at = pick_device(option("device"))
+    kind, present = at.type, [name for name, runtime in RUNTIMES.items() if not runtime.missing(at)]
     in_full = kind == "cuda" or bool(option("precision") or option("batch"))
     for workload in option("workload") or [name for name in WORKLOADS if name not in STAND_INS]:
         batches = WORKLOADS[workload]().batches.get((marker.kwargs["group"], kind), ())
         for precision in option("precision") or _PRECISIONS[kind]:
             for batch in (option("batch") or batches) if batches else ():
-                for runtime in RUNTIMES:
-                    wanted = runtime in (option("runtime") or RUNTIMES)
+                for runtime in option("runtime") or present:
+                    wanted = runtime in RUNTIMES and precision in RUNTIMES[runtime].precisions
                     if wanted and (runtime == "eager" or precision != TORCH_DEFAULT):
                         case = Case(workload, runtime, batch, precision)
                         yield case.name(in_full=in_full), case

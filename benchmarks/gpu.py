@@ -69,6 +69,8 @@ def parts(device: str, small: bool) -> list[Part]:
         options = ("--workload", name, "--batch", few, *_repeated("--precision", "float32 bf16"), *runtime)
         return own(f"parity, {name}", "parity", *options)
 
+    sizes = (*_repeated("--batch", "2" if small else "1 64 512"), *_repeated("--precision", "float32 fp16"))
+    engines = ("-m", "benchmarks.engines", "--device", device, "--out", "{json}", "--workload", workload, *sizes)
     profiled = ("--workload", workload, "--batch", most, "--precision", "bf16", "--trace", "{out}/trace.json.gz")
     return [
         own("environment", "environment", *rounds),
@@ -76,6 +78,7 @@ def parts(device: str, small: bool) -> list[Part]:
         run("throughput", "bf16 default", most, *runtime),
         run("latency", "float32" if small else "float32 bf16", "1", *runtime),
         *(parity(name) for name in (*others, workload)),
+        Part("engines", "part", engines),
         bench("kernels", "kernels", *tiny),
         own("profile", "profile", *profiled, *runtime),
         run("the rest", "tf32" if small else "float32 tf32 bf16", f"{most} {middle}", *runtime, but=f"{most}-bf16"),

@@ -46,9 +46,9 @@ def environment(device: str, out: Path, seconds: float) -> None:
     known = facts(at)
     names = list(PRECISIONS) if at.type == "cuda" else ["float32", "bf16"]
     ceilings = {name: matmul_ceiling(at, name, seconds) / 1e12 for name in names}
-    _write(out, {"machine": known, "matmul_tflop_per_second": ceilings})
-    _table(["", ""], [[name, str(value)] for name, value in known.items()])
-    _table(["matrix product", "TFLOP/s"], [[name, f"{value:.3g}"] for name, value in ceilings.items()])
+    write(out, {"machine": known, "matmul_tflop_per_second": ceilings})
+    table(["", ""], [[name, str(value)] for name, value in known.items()])
+    table(["matrix product", "TFLOP/s"], [[name, f"{value:.3g}"] for name, value in ceilings.items()])
 
 
 @main.command()
@@ -75,10 +75,10 @@ def parity(device: str, out: Path, workload: str, runtime: str, batch: int, name
                     "call": _errors(_guided_calls(chosen, networks, tried, seeds, at), calls),
                     "state": _errors(_trajectory(chosen, networks, tried, seeds, at), states),
                 }
-    _write(out, {"workload": workload, "batch": batch, "errors": errors} | _sigmas(calls, states))
+    write(out, {"workload": workload, "batch": batch, "errors": errors} | _sigmas(calls, states))
     for what, truth in (("call", calls), ("state", states)):
         rows = [[f"{s:.4g}", *(f"{e[what][i]:.1e}" for e in errors.values())] for i, s in enumerate(truth)]
-        _table([f"sigma ({workload}, error of the {what})", *errors], rows)
+        table([f"sigma ({workload}, error of the {what})", *errors], rows)
 
 
 @main.command(name="profile")
@@ -108,9 +108,9 @@ def profile_one_call(device: str, out: Path, workload: str, runtime: str, batch:
     events = sorted(profiled.key_averages(), key=spent, reverse=True)
     total = sum(map(spent, events))
     top = [{"name": e.key, "microseconds": spent(e), "calls": e.count} for e in events[:_PROFILE_ROWS]]
-    _write(out, {"workload": workload, "batch": batch, "precision": name, "total_microseconds": total, "top": top})
+    write(out, {"workload": workload, "batch": batch, "precision": name, "total_microseconds": total, "top": top})
     rows = [[e["name"], f"{e['microseconds']:.0f}", f"{e['microseconds'] / total:.1%}", str(e["calls"])] for e in top]
-    _table([f"{workload}, {runtime}, batch {batch}, {name}", "us", "share", "calls"], rows)
+    table([f"{workload}, {runtime}, batch {batch}, {name}", "us", "share", "calls"], rows)
 
 
 def _guided_calls(
@@ -144,13 +144,13 @@ def _sigmas(calls: dict[float, list[Tensor]], states: dict[float, list[Tensor]])
     return {"call_sigmas": list(calls), "state_sigmas": list(states)}
 
 
-def _table(header: list[str], rows: list[list[str]]) -> None:
+def table(header: list[str], rows: list[list[str]]) -> None:
     for row in (header, ["---"] * len(header), *rows):
         click.echo(f"| {' | '.join(row)} |")
     click.echo()
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
+def write(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1))
 
 

@@ -1,12 +1,14 @@
 """The runtimes that are compared; a new one is one line of `RUNTIMES`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from benchmarks.measure import PRECISIONS, TORCH_DEFAULT
 
 Function = Callable[..., tuple[Tensor, ...]]
 Build = Callable[[Function, Sequence[Tensor | None]], Function]
@@ -18,11 +20,14 @@ class Runtime:
 
     Attributes:
         build: (function, example of its arguments) -> a faster callable of the same.
+        missing: why it can't run on that device, "" if it can. precisions: those that it can be asked for.
         capture: on CUDA, the same once more for what `build` made: for one guided call, or a whole step of a sampler.
     """
 
     build: Build | None = None
     capture: Build | None = None
+    missing: Callable[[torch.device], str] = lambda device: ""
+    precisions: Collection[str] = (*PRECISIONS, TORCH_DEFAULT)
 
     def call(self, function: Function, example: Sequence[Tensor | None], device: torch.device) -> Function:
         """One guided call in this runtime."""
@@ -40,8 +45,31 @@ def _of(module: str) -> Build:
     return lambda function, example: import_module(f"dgfast.runtimes.{module}").build(function, example)
 
 
+def _tensorrt(function: Function, example: Sequence[Tensor | None]) -> Function:
+    from dgfast.export.function_engine import build
+
+    return build(function, example)
+
+
+def tensorrt_missing(device: torch.device) -> str:
+    """Why there is no TensorRT engine on that device: not CUDA, no library, or none for this GPU."""
+    from dgfast.errors import UserError
+    from dgfast.runtimes.tensorrt_library import find
+
+    if device.type != "cuda":
+        return "TensorRT runs on CUDA only"
+    try:
+        flavor, _ = find()
+    except UserError as error:
+        return error.message
+    if flavor == "tensorrt-rtx" and torch.cuda.get_device_capability(device)[0] in (9, 10):
+        return "TensorRT for RTX does not support this GPU"
+    return ""
+
+
 RUNTIMES: dict[str, Runtime] = {
     "eager": Runtime(),
     "compiled": Runtime(_of("compiled"), capture=_of("cuda_graph")),
     "onnx": Runtime(_of("onnx")),
+    "tensorrt": Runtime(_tensorrt, missing=tensorrt_missing, precisions=("float32",)),
 }

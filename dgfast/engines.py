@@ -26,8 +26,12 @@ class Engine(Protocol):
     """
 
     path: Path
-    inputs: Mapping[str, Any]
-    metadata: Mapping[str, str]
+
+    @property
+    def inputs(self) -> Mapping[str, Any]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
 
     @property
     def batch(self) -> int | None: ...

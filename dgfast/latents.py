@@ -64,7 +64,8 @@ def _load(source: Path | str) -> Any:
     except ImportError as error:
         raise UserError(f"decoding latents needs diffusers ({error}): pip install 'dgfast[latent]'") from error
     try:
-        return AutoencoderKL.from_pretrained(source, use_safetensors=True)  # its other format can run code
+        from_pretrained: Any = AutoencoderKL.from_pretrained  # which diffusers leaves untyped
+        return from_pretrained(source, use_safetensors=True)  # its other format can run code
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--vae {source}: no AutoencoderKL with safetensors weights there ({reason})") from error

@@ -4,6 +4,7 @@ So a compiled function has no branch, and a guidance outside of its window, or o
 """
 
 import inspect
+import math
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -53,7 +54,7 @@ class Step:
     boost_gamma: float | None
     predictor: tuple[Guidance, ...]
     corrector: tuple[Guidance, ...] | None
-    log_variances: tuple[float, float]
+    log_variances: tuple[float, float] = (-math.inf, -math.inf)
     carried: tuple[DiscriminatorGuidance | None, DiscriminatorGuidance | None] = (None, None)
 
 

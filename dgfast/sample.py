@@ -27,94 +27,14 @@ from dgfast.config import (
     SamplingConfig,
 )
 from dgfast.errors import UserError
+from dgfast.options import NUMBER, FloatPair, IntegerRanges, WeightPoints, guidance_weights
 
-RUNTIMES = ("eager", "compiled", "onnx")
+RUNTIMES = ("eager", "compiled", "onnx", "tensorrt")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
     "S_churn", "S_min", "S_max", "S_noise", "respacing", "clip_denoised", "eta", "fixed_variance",
 )  # fmt: skip
-
-
-class IntegerRanges(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
-    """Integers and inclusive ranges, such as 0-63,100."""
-
-    name = "ranges"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        if isinstance(value, list):
-            return value
-        numbers: list[int] = []
-        for part in str(value).split(","):
-            first, dash, last = part.strip().partition("-")
-            if not first.isdecimal() or (dash and not last.isdecimal()):
-                self.fail(f"{value!r}: expected integers and ranges such as 0-63,100", param, ctx)
-            if dash and int(last) < int(first):
-                self.fail(f"{value!r}: the range {part.strip()} ends before it begins", param, ctx)
-            numbers.extend(range(int(first), int(last or first) + 1))
-        return numbers
-
-
-class FloatPair(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
-    """Two numbers, such as 0.01,1; `inf` is allowed."""
-
-    name = "low,high"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            low, high = (float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r}: expected two numbers such as 0.01,1", param, ctx)
-        return low, high
-
-
-class WeightPoints(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
-    """Points of a schedule, such as 0.1:0,0.5:1."""
-
-    name = "tau:factor,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        try:
-            points = tuple(tuple(float(number) for number in point.split(":")) for point in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r}: expected points such as 0.1:0,0.5:1", param, ctx)
-        return points
-
-
-class FiniteFloat(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
-    """A number, neither infinite nor NaN."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number", param, ctx)
-        return number
-
-
-_NUMBER = FiniteFloat()
-_WEIGHTS = {
-    "--dg-weight": "Discriminator guidance; 0 turns it off.",
-    "--dg-weight-2nd": "The same at the solver's second point.",
-    "--classifier-scale": "Classifier guidance; 0 turns it off.",
-    "--cfg-scale": "Classifier-free guidance; 1 turns it off.",
-    "--autoguidance": "Guidance by a worse net; 1 turns it off.",
-}
-
-
-def guidance_weights(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that give each guidance its weight, for every command that takes them."""
-    for option, text in reversed(_WEIGHTS.items()):
-        command = click.option(option, type=_NUMBER, help=text)(command)
-    return command
 
 
 @click.command(help=__doc__)
@@ -128,19 +48,19 @@ def guidance_weights(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--grid", "discretization", type=click.Choice(DISCRETIZATIONS), help="How noise levels are spaced.")
 @click.option("--schedule", type=click.Choice(SCHEDULES), help="sigma(t), the solver's time.")
 @click.option("--scaling", type=click.Choice(SCALINGS), help="s(t), the solver's signal scale.")
-@click.option("--sigma-min", type=_NUMBER, help="Smallest noise level above 0.")
-@click.option("--sigma-max", type=_NUMBER, help="Largest noise level.")
-@click.option("--rho", type=_NUMBER, help="Exponent of the edm grid.")
-@click.option("--alpha", type=_NUMBER, help="Heun's second point, as a share of the step.")
-@click.option("--s-churn", "S_churn", type=_NUMBER, help="Noise added anew over the run.")
-@click.option("--s-min", "S_min", type=_NUMBER, help="Churn above this noise level only.")
+@click.option("--sigma-min", type=NUMBER, help="Smallest noise level above 0.")
+@click.option("--sigma-max", type=NUMBER, help="Largest noise level.")
+@click.option("--rho", type=NUMBER, help="Exponent of the edm grid.")
+@click.option("--alpha", type=NUMBER, help="Heun's second point, as a share of the step.")
+@click.option("--s-churn", "S_churn", type=NUMBER, help="Noise added anew over the run.")
+@click.option("--s-min", "S_min", type=NUMBER, help="Churn above this noise level only.")
 @click.option("--s-max", "S_max", type=float, help="Churn below this noise level only.")
-@click.option("--s-noise", "S_noise", type=_NUMBER, help="Standard deviation of the added noise.")
+@click.option("--s-noise", "S_noise", type=NUMBER, help="Standard deviation of the added noise.")
 @click.option("--respacing", help="Timesteps of a discrete-time network to keep: 250, ddim25, 10,10,5.")
 @click.option(
     "--clip-denoised", type=bool, is_flag=False, flag_value="true", help="Keep denoised images in [-1, 1]; or =false."
 )
-@click.option("--eta", type=_NUMBER, help="Noise of the ddim solver, from 0 to 1.")
+@click.option("--eta", type=NUMBER, help="Noise of the ddim solver, from 0 to 1.")
 @click.option("--fixed-variance", type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none.")
 @guidance_weights
 @click.option("--dg-window", type=FloatPair(), help="VP times between which it acts.")
@@ -152,12 +72,12 @@ def guidance_weights(command: Callable[..., Any]) -> Callable[..., Any]:
     "--published-window", is_flag=True, default=None, help="Judge the window by the batch, as DG's code does."
 )
 @click.option("--classifier-schedule", type=WeightPoints(), help="Factor on --classifier-scale, as --dg-schedule.")
-@click.option("--cfg-scale-low", type=_NUMBER, help="The same at noise levels of --cfg-branch and below.")
-@click.option("--cfg-branch", type=_NUMBER, help="Noise level sigma at which the one scale takes over from the other.")
+@click.option("--cfg-scale-low", type=NUMBER, help="The same at noise levels of --cfg-branch and below.")
+@click.option("--cfg-branch", type=NUMBER, help="Noise level sigma at which the one scale takes over from the other.")
 @click.option("--cfg-channels", type=int, help="Guide the first so many channels alone; 3 is DiT's published way.")
 @click.option("--guidance-interval", type=FloatPair(), help="Noise levels sigma between which --cfg-scale acts.")
-@click.option("--diversity", type=_NUMBER, help="Low-density guidance, a: away from what the classifier is sure of.")
-@click.option("--fidelity", type=_NUMBER, help="Guidance toward the class in the predicted clean image, b.")
+@click.option("--diversity", type=NUMBER, help="Low-density guidance, a: away from what the classifier is sure of.")
+@click.option("--fidelity", type=NUMBER, help="Guidance toward the class in the predicted clean image, b.")
 @click.option("--perceptual", is_flag=True, default=None, help="Turn --diversity round: toward the class.")
 @click.option("--normalize", type=click.Choice(NORMALIZATIONS), help="What both do to their gradients' lengths.")
 @click.option("--clean-time", type=click.Choice(CLEAN_TIMES), help="Classifier's time for the predicted clean image.")
@@ -230,9 +150,9 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
         compile_seconds = time.perf_counter() - began if built else 0.0
         seconds = _draw(sampler, seeds, classes, batch, writer, decode, static=built)
     method = {"one_step": True} if one_step else {"sampling": asdict(sampling), "guidance": asdict(guidance)}
-    job = {"bundle": bundle, **method}
+    job: dict[str, Any] = {"bundle": bundle, **method}
     if decode is not None:
-        job["vae"] = options["vae"] or asdict(found.vae)
+        job["vae"] = options["vae"] or (found.vae and asdict(found.vae))
     writer.finish(
         _manifest(job, sampler, seeds, batch, options | {"runtime": runtime if built else "eager"})
         | {"compile_seconds": compile_seconds, "seconds": seconds}
@@ -285,6 +205,8 @@ def _runtime(options: dict[str, Any]) -> str:
     for option, runtimes in (("engine", ("onnx", "tensorrt")), ("provider", ("onnx",))):
         if options[option] and runtime not in runtimes:
             raise UserError(f"--{option} goes with --runtime {' or '.join(runtimes)}, not with {runtime}")
+    if runtime == "tensorrt" and not options["engine"]:
+        raise UserError("--runtime tensorrt needs --engine FILE: build one with python export/to_trt.py")
     return runtime
 
 
@@ -308,9 +230,10 @@ def _keywords(runtime: str, device: Any, engine: Any) -> dict[str, Any]:
 def _engine(runtime: str, path: Path, device: Any, provider: str | None, bundle: Any, guidance: GuidanceConfig) -> Any:
     """The file, opened, tested and found to fit the job."""
     from dgfast.engines import require_fit
+    from dgfast.runtimes import tensorrt
     from dgfast.runtimes.onnx import OnnxEngine
 
-    engine = OnnxEngine(path, device, provider)
+    engine: Any = tensorrt.load(path, device) if runtime == "tensorrt" else OnnxEngine(path, device, provider)
     engine.self_test()
     require_fit(engine, bundle, guidance)
     return engine

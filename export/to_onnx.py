@@ -17,7 +17,7 @@ if __name__ == "__main__":  # this folder's files must not stand in for packages
 
 from dgfast.config import GuidanceConfig
 from dgfast.errors import UserError
-from dgfast.sample import FloatPair, guidance_weights
+from dgfast.options import FloatPair, guidance_weights
 
 
 class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer

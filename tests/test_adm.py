@@ -481,9 +481,8 @@ def test_adm_traced_and_lowered_ancestral_function_equals_eager(adm: DDPMPrecond
 
 def test_adm_compiled_sampling_equals_eager(filled_net: NetFactory) -> None:
     """On nets of one resolution: the fewer kinds of layers, the fewer minutes of C++."""
-    net = DDPMPrecond(
-        filled_net("create_model", TINY | {"channel_mult": "1", "attention_resolutions": "1"}, "a/"), 8, 3, 1000
-    )
+    flat = TINY | {"channel_mult": "1", "attention_resolutions": "1"}
+    net = DDPMPrecond(filled_net("create_model", flat, "a/"), 8, 3, 1000)
     shape = {"image_size": 8, "in_channels": 3, "model_channels": 32, "out_channels": 1000, "num_res_blocks": 1}
     keywords = shape | {"attention_resolutions": [], "channel_mult": [1], "num_head_channels": 32}
     keywords |= {"use_scale_shift_norm": True, "resblock_updown": True}

@@ -10,8 +10,7 @@ from dgfast.sample import main
 
 _PAGE = Path(__file__).parents[1] / "docs" / "guidance.md"
 _TEXT = _PAGE.read_text()
-_HEADS = re.findall(r"^(\|.*)\n\|---", _TEXT, flags=re.MULTILINE)
-_SHOWN = [options for line in _HEADS for options in re.findall(r"`(--[^`]*)`", line)]
+_SHOWN = re.findall(r"`(--[a-z-]+ [0-9][^`]*)`", _TEXT)
 
 
 @pytest.mark.parametrize("options", _SHOWN)
@@ -23,7 +22,7 @@ def test_guidance_page_pictures_can_be_drawn(options: str, tmp_path: Path) -> No
 
 def test_guidance_page_links_lead_somewhere() -> None:
     links = re.findall(r"\]\(((?!http)[^)#]+)", _TEXT)
-    assert len(links) > 10 and all((_PAGE.parent / link).exists() for link in links)
+    assert links and all((_PAGE.parent / link).exists() for link in links)
     titles = {re.sub(r"[^a-z -]", "", line.lower().lstrip("# ")).replace(" ", "-") for line in _TEXT.splitlines()}
     assert set(re.findall(r"\]\(#([^)]+)\)", _TEXT)) <= titles
 

@@ -216,14 +216,14 @@ def relative(mine: Tensor, wanted: Tensor) -> float:
     return float((mine - wanted).abs().max() / wanted.abs().max())
 
 
-def test_onnx_runtime_draws_the_same_images(networks: Networks, guided: Any) -> None:
+def test_onnx_runtime_draws_the_same_images(networks: Networks) -> None:
     built: list[Any] = []
 
     def build(function: Any, example: Sequence[Tensor | None]) -> Any:
         built.append(runtime.build(function, example))
         return built[-1]
 
-    config = SamplingConfig(num_steps=3), GuidanceConfig(dg_weight=5.0)
+    config = SamplingConfig(num_steps=3), GuidanceConfig(cfg_scale=2.0)
     images = [Sampler(networks, *config, runtime=r)([0, 1], [0, 2]) for r in (None, build)]
     assert built and relative(*images) < 2e-4
     assert relative(Sampler(networks, config[0])([0, 1], [0, 2]), images[0]) > 2e-3

@@ -20,9 +20,10 @@ from dgfast import bundle as bundles
 from dgfast import nets, ops
 from dgfast.bundle import Bundle
 from dgfast.nets.discriminator import Discriminator
+from dgfast.options import IntegerRanges
 from dgfast.outputs import read_shards
 from dgfast.runtimes import regions
-from dgfast.sample import IntegerRanges, main
+from dgfast.sample import main
 from dgfast.sampler import Sampler
 
 _SCORE = {

@@ -26,8 +26,8 @@ def _adm(
 
 
 def _dit(img_resolution: int, in_channels: int, out_channels: int, label_dim: int, **keywords: Any) -> nn.Module:
-    shape = {"input_size": img_resolution, "in_channels": in_channels, "learn_sigma": out_channels > in_channels}
-    return DiT(**shape, num_classes=label_dim, **keywords)
+    learn_sigma = out_channels > in_channels
+    return DiT(img_resolution, in_channels=in_channels, num_classes=label_dim, learn_sigma=learn_sigma, **keywords)
 
 
 _RAW: dict[str, Callable[..., nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}

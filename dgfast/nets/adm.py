@@ -30,12 +30,17 @@ _CLASSIFIER_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     16: (1, 2),
     8: (1,),
 }
-_LATENT_CHANNELS, _LATENT_CHANNEL_MULT = (
-    4,
-    {32: (1, 2, 3)},
-)  # DG's code for ImageNet has other multipliers than its first
+_LATENT_CHANNELS = 4
+_LATENT_CHANNEL_MULT = {32: (1, 2, 3)}  # DG's code for ImageNet, on latents, has other multipliers than its first
 
 _POOL_WIDTH = 2048  # hidden units of the "spatial" pools
+
+
+class _MeanPool(nn.Module):
+    """The mean over all pixels; `nn.AdaptiveAvgPool2d(1)` would set memory strides, which no exporter can express."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, 1, 1]
+        return x.mean(dim=(2, 3), keepdim=True)
 
 
 class AttentionPool2d(nn.Module):
@@ -128,7 +133,7 @@ class EncoderUNetModel(nn.Module):
         if pool == "attention":
             head = [AttentionPool2d(self.feature_size, ch, num_head_channels, out_channels)]
         elif pool == "adaptive":
-            head = [nn.AdaptiveAvgPool2d(1), zeroed(nn.Conv2d(ch, out_channels, 1)), nn.Flatten()]
+            head = [_MeanPool(), zeroed(nn.Conv2d(ch, out_channels, 1)), nn.Flatten()]
         elif pool in ("spatial", "spatial_v2"):
             between = [nn.ReLU()] if pool == "spatial" else [normalization(_POOL_WIDTH), nn.SiLU()]
             head = [nn.Linear(all_channels + ch, _POOL_WIDTH), *between, nn.Linear(_POOL_WIDTH, out_channels)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgfast.nets.adm import timestep_embedding
+from dgfast.nets.adm_blocks import timestep_embedding
 
 _FREQUENCIES = 256  # length of the time's sinusoids
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -50,7 +50,7 @@ class _TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(timesteps, _FREQUENCIES).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(timesteps, _FREQUENCIES).to(next(self.mlp.parameters()).dtype))
 
 
 class _LabelEmbedder(nn.Module):

@@ -136,9 +136,9 @@ class OnnxGraph:
             a = one
         if broadcast(a.shape, other.shape) == shape:
             b = other
-        arrays = self.array(a), self.array(b)
-        if arrays[0] is not None and arrays[1] is not None:
-            return self.constant(_FOLDED[op](*arrays))
+        left, right = self.array(a), self.array(b)
+        if left is not None and right is not None:
+            return self.constant(_FOLDED[op](left, right))
         return self.emit(op, [a, b], [shape], dtype or a.dtype)[0]
 
     def add(self, a: Value, b: Value) -> Value:

@@ -325,8 +325,8 @@ def _avg_pool_backward(
 
 @entry(aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec)
 def _upsample(g: OnnxGraph, out: Out, x: Value, *_: Any) -> Value:
-    factors = [a // b for a, b in zip(out.shape[2:], x.shape[2:], strict=True)]  # type: ignore[operator]
-    if [f * d for f, d in zip(factors, x.shape[2:], strict=True)] != list(out.shape[2:]):  # type: ignore[operator]
+    factors = [a // b for a, b in zip(out.shape[2:], x.shape[2:], strict=True)]
+    if [f * d for f, d in zip(factors, x.shape[2:], strict=True)] != list(out.shape[2:]):
         raise NotImplementedError("nearest-neighbour resampling by other than whole factors")
     return _repeat(g, x, out.shape, factors)
 

@@ -166,8 +166,9 @@ class _Caller(TorchDispatchMode):
     """Finds the module in whose forward an operation is called."""
 
     def __init__(self, target: Any) -> None:
-        super().__init__()
-        self.target, self.stack, self.found = target, [], ""
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.target, self.found = target, ""
+        self.stack: list[nn.Module] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is self.target and not self.found:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ def main() -> None:
     """Precompile the headers, then compile what comes in by standard input, from the process that started this one."""
     torch._inductor.compile(torch.fx.symbolic_trace(lambda x: (x.sin(),)), [torch.zeros(64)])
     for graph, shapes in pickle.load(sys.stdin.buffer):
-        example = [torch.empty_strided(size, stride, dtype=dtype) for size, stride, dtype in shapes]
+        example: list[Any] = [torch.empty_strided(size, stride, dtype=dtype) for size, stride, dtype in shapes]
         torch._inductor.compile(graph, example)
 
 

@@ -1,0 +1,86 @@
+"""Half precision where it pays: the convolutions and matrix products of a float32 ONNX file in float16 or bfloat16.
+
+Everything else (statistics of group normalisation, softmax, preconditioning, guidance, inputs, outputs) stays float32.
+The casts around each product are what a builder fuses into the operations beside it.
+"""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+_FLOAT32, _BFLOAT16 = 1, 16  # onnx.TensorProto's numbers
+TYPES = {"fp16": 10, "bf16": _BFLOAT16}
+
+
+def half_products(model: Any, dtype: str, keep_float32: Sequence[str] = ()) -> int:
+    """Rewrite `model` in place; the number of nodes that now compute in `dtype` ("fp16" or "bf16").
+
+    Args:
+        keep_float32: patterns such as "head*" of the names of nodes to leave alone.
+    """
+    from onnx import helper
+
+    to, graph = TYPES[dtype], model.graph
+    weights = {w.name: w for w in graph.initializer if w.data_type == _FLOAT32}
+    nodes, cast, changed = [], dict[str, str](), 0
+    for node in graph.node:
+        kept = any(fnmatchcase(node.name, pattern) for pattern in keep_float32)
+        if node.op_type not in PRODUCTS or kept:
+            nodes.append(node)
+            continue
+        for i, name in enumerate(node.input):
+            if name and name not in cast:
+                cast[name] = f"{name}_{dtype}"
+                if name in weights:
+                    graph.initializer.append(_rounded(weights[name], cast[name], to))
+                else:
+                    nodes.append(helper.make_node("Cast", [name], [cast[name]], name=cast[name], to=to))
+            if name:
+                node.input[i] = cast[name]
+        result = node.output[0]
+        node.output[0] = f"{result}_in_{dtype}"
+        back = helper.make_node("Cast", [node.output[0]], [result], name=f"{result}_back", to=_FLOAT32)
+        nodes += [node, back]
+        changed += 1
+    del graph.node[:]
+    graph.node.extend(nodes)
+    _drop_unread(model)
+    return changed
+
+
+def _rounded(weight: Any, name: str, to: int) -> Any:
+    from onnx import numpy_helper
+
+    array = numpy_helper.to_array(weight)
+    if to == _BFLOAT16:
+        return _bfloat16(array.astype(np.float32), name)
+    return numpy_helper.from_array(array.astype(np.float16), name)
+
+
+def _bfloat16(array: NDArray[np.float32], name: str) -> Any:
+    """Rounded to nearest, ties to even, as PyTorch does."""
+    from onnx import TensorProto
+
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    tensor = TensorProto(name=name, data_type=_BFLOAT16, dims=array.shape)
+    tensor.raw_data = rounded.tobytes()
+    return tensor
+
+
+def _drop_unread(model: Any) -> None:
+    """Leave out the float32 weights that only products read."""
+    read = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
+    kept = [w for w in model.graph.initializer if w.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def product_type(model: Any) -> str:
+    """Of which type its products are: float32, fp16 or bf16, by the types of the weights."""
+    found = {w.data_type for w in model.graph.initializer}
+    return next((name for name, code in TYPES.items() if code in found), "float32")

@@ -1,0 +1,41 @@
+"""What an engine must reproduce: what ONNX Runtime makes of the float32 ONNX file, for inputs of every noise level."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dgfast.export.parity import Case, Tensors
+from dgfast.runtimes.onnx import OnnxEngine
+
+_LEVELS = (0.5, 3.0, 0.01, 20.0, 80.0, 1.2)  # of sigma: inside of guidance's window, below it and above
+MOST = len(_LEVELS)
+"""More samples than that test nothing new."""
+
+
+def case(onnx: OnnxEngine, batch: int, seed: int = 0) -> Case:
+    """Inputs for an ONNX file: noise levels, one-hot classes and weights of 1 by their names, else noisy images."""
+    generator = torch.Generator().manual_seed(seed)
+    sigma = torch.tensor([_LEVELS[k % len(_LEVELS)] for k in range(batch)])
+    inputs = {}
+    for name, (sizes, _) in onnx.inputs.items():
+        shape = [batch if isinstance(size, str) else size for size in sizes]
+        if name in ("sigma", "sigma_next"):
+            inputs[name] = sigma if name == "sigma" else 0.8 * sigma
+        elif name == "class_labels":
+            inputs[name] = torch.eye(shape[1])[torch.arange(shape[0]) % shape[1]]
+        elif len(shape) < 2:
+            inputs[name] = torch.ones(shape)
+        else:
+            spread = (0.5 + sigma).view(-1, *[1] * (len(shape) - 1))
+            inputs[name] = torch.randn(shape, generator=generator) * spread
+    return Case(f"batch {batch}", inputs)
+
+
+def save(path: Path, inputs: Tensors, outputs: Tensors) -> None:
+    """Write what `dgfast.runtimes.tensorrt.read_self_test` reads."""
+    sides: dict[str, Tensor] = {f"input/{name}": x for name, x in inputs.items()}
+    sides |= {f"output/{name}": x for name, x in outputs.items()}
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **{name: x.cpu().numpy() for name, x in sides.items()})

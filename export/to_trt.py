@@ -1,0 +1,236 @@
+"""python export/to_trt.py --bundle B --out DIR: one TensorRT engine of the guided step, its gradient inside.
+
+DIR gets model.engine, engine.json (what it is, where it may run, whether it was ever executed), layers.md, report.md
+and self_test.npz (values that the engine must reproduce whenever it is loaded). TensorRT for RTX builds on a machine
+without a GPU; what can't be executed on this machine is said to be just that.
+"""
+
+import hashlib
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+if __name__ == "__main__":  # this folder's files must not stand in for packages of the same names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from dgfast.errors import UserError
+from dgfast.export.engine_builder import HARDWARE, Built, Options, build, parse
+from dgfast.runtimes.engine_file import EXECUTED, EngineFile
+from dgfast.runtimes.tensorrt_library import FLAVORS, find, layer_table
+
+TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1}
+"""Most that an output may be off, relative to its sample; what float32 is held to everywhere, and what eager's own
+rounding in the other types amounts to."""
+
+
+class BatchRange(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
+    """One batch size, or least,best,most."""
+
+    name = "min,opt,max"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            sizes = [int(part) for part in str(value).split(",")]
+        except ValueError:
+            sizes = []
+        if len(sizes) not in (1, 3):
+            self.fail(f"{value!r}: expected one batch size or three, such as 1,16,64", param, ctx)
+        return (sizes[0], sizes[len(sizes) // 2], sizes[-1])
+
+
+@click.command(help=__doc__)
+@click.option("--bundle", help="Folder, or name of a bundle that comes along.")
+@click.option("--onnx", type=click.Path(path_type=Path), help="A float32 file of export/to_onnx.py instead.")
+@click.option("--batch", type=BatchRange(), default="1,16,64", show_default=True, help="Least, best and most images.")
+@click.option("--dtype", type=click.Choice(list(TOLERANCES)), default="float32", show_default=True)
+@click.option("--keep-float32", multiple=True, help="Pattern of names of ONNX nodes that stay float32; repeatable.")
+@click.option("--flavor", type=click.Choice(list(FLAVORS)), help="Default: whichever is installed.")
+@click.option("--timing-cache", type=click.Path(dir_okay=False, path_type=Path), help="What earlier builds measured.")
+@click.option("--refit", is_flag=True, help="Keep the weights exchangeable.")
+@click.option("--version-compatible", is_flag=True, help="Let later versions of TensorRT load it.")
+@click.option("--hardware-compatible", type=click.Choice(list(HARDWARE)), default="none", show_default=True)
+@click.option("--capability", multiple=True, help="Compute capability such as 8.9 to build for; repeatable.")
+@click.option("--parse-only", is_flag=True, help="Stop when the library has read the file, without errors.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
+def main(bundle: str | None, onnx: Path | None, dtype: str, flavor: str | None, out: Path, **given: Any) -> None:
+    if (bundle is None) == (onnx is None):
+        raise UserError("give either --bundle or --onnx")
+    name, trt = find(flavor)
+    options = Options(
+        batch=given["batch"], tf32=dtype == "tf32", refit=given["refit"],
+        version_compatible=given["version_compatible"], hardware_compatible=given["hardware_compatible"],
+        capabilities=given["capability"], timing_cache=given["timing_cache"],
+    )  # fmt: skip
+    options.check(name)
+    _make_folder(out)
+    subject = None if bundle is None else _subject(bundle)
+    reference = onnx or _exported(bundle, options.batch, out)
+    source = _in_type(reference, dtype, given["keep_float32"], out)
+    if given["parse_only"]:
+        count = parse(trt, source)
+        click.echo(f"{source}: {trt.__name__} {trt.__version__} reads it: {count} layers, no error; nothing was built")
+        return
+    built = build(trt, name, source, options)
+    file = EngineFile(
+        out, hashlib.sha256(built.plan).hexdigest(), name, trt.__version__, dtype, built.batch, TOLERANCES[dtype],
+        capabilities=options.capabilities, hardware_compatible=options.hardware_compatible,
+        version_compatible=options.version_compatible, refit=options.refit, source=_provenance(reference),
+        never_because="; ".join(built.obstacles), **_gpu(),
+    )  # fmt: skip
+    _write(file, built, reference)
+    _report(file, built, reference, subject, bundle)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; give another folder") from error
+
+
+def _subject(bundle: str, device: str = "cpu") -> Any:
+    """The guided denoiser that the bundle's ONNX file has, in eager PyTorch."""
+    from dgfast import bundle as bundles
+    from dgfast.export.joint_graph import joint
+    from dgfast.networks import load
+
+    found = bundles.read(bundle)
+    guidance = found.guidance
+    if "discriminator" not in found.nets:
+        guidance = replace(guidance, dg_weight=0.0, dg_weight_2nd=0.0)
+    return joint(load(found, device, guidance=guidance), found.sampling, guidance, "denoiser")
+
+
+def _exported(bundle: str | None, batch: tuple[int, int, int], out: Path) -> Path:
+    """The bundle's guided denoiser as a float32 ONNX file that TensorRT can build, proved equal to eager."""
+    from dgfast.export.to_onnx import main as to_onnx
+
+    size = str(batch[0]) if batch[0] == batch[2] else "dynamic"
+    to_onnx(
+        ["--bundle", str(bundle), "--for", "tensorrt", "--batch", size, "--out", str(out)], standalone_mode=False
+    )  # fmt: skip
+    return max(out.glob("*.onnx"), key=lambda path: path.stat().st_mtime)
+
+
+def _in_type(onnx: Path, dtype: str, keep_float32: tuple[str, ...], out: Path) -> Path:
+    """The file to build from: the given one, or a copy with its products in half precision.
+
+    Raises:
+        UserError: it can't be read, or is in half precision already.
+    """
+    from dgfast.export.half_products import half_products, product_type
+    from dgfast.runtimes.onnx import require, save
+
+    require("onnx")
+    import onnx as onnx_package
+
+    try:
+        model = onnx_package.load(onnx)
+    except Exception as error:  # protobuf's, onnx's and the system's own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{onnx}: not a readable ONNX file ({reason})") from error
+    found = product_type(model)
+    if found != "float32":
+        raise UserError(f"{onnx}: is in {found}; give the float32 file, of which --dtype makes every other")
+    if dtype in ("float32", "tf32"):
+        return onnx
+    half_products(model, dtype, keep_float32)
+    path = out / f"model-{dtype}.onnx"
+    save(model, path)
+    return path
+
+
+def _provenance(onnx: Path) -> dict[str, str]:
+    """The hash of the file and whatever its exporter wrote into it."""
+    import onnx as onnx_package
+
+    model = onnx_package.load(onnx, load_external_data=False)
+    return {p.key: p.value for p in model.metadata_props} | {
+        "onnx": onnx.name,
+        "onnx_sha256": hashlib.sha256(onnx.read_bytes()).hexdigest(),
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    major, minor = torch.cuda.get_device_capability()
+    return {"gpu": torch.cuda.get_device_name(), "capability": f"{major}.{minor}"}
+
+
+def _write(file: EngineFile, built: Built, reference: Path) -> None:
+    """Write the engine and what stands beside it; a description never stands beside another engine than its own."""
+    from dgfast.export import self_test
+    from dgfast.runtimes.onnx import OnnxEngine
+
+    least, _, most = file.batch
+    onnx = OnnxEngine(reference)
+    inputs = self_test.case(onnx, max(least, min(self_test.MOST, most))).inputs
+    outputs = onnx(inputs)
+    (file.folder / "engine.json").unlink(missing_ok=True)
+    partial = file.folder / "model.engine.partial"
+    partial.write_bytes(built.plan)
+    os.replace(partial, file.path)
+    self_test.save(file.self_test, inputs, outputs)
+    (file.folder / "layers.md").write_text(layer_table(built.layers) + "\n")
+    file.write()
+
+
+def _report(file: EngineFile, built: Built, reference: Path, subject: Any, bundle: str | None) -> None:
+    """Execute the engine where that is possible, and say what is known of it.
+
+    Raises:
+        UserError, ParityError: it could be executed, and is wrong; then it is removed.
+    """
+    from dgfast.export import engine_report
+
+    found, latency = None, ""
+    if not built.obstacles:
+        try:
+            found, latency = _executed(file, reference, subject, bundle)
+            found.check()
+        except UserError:
+            file.path.unlink()
+            (file.folder / "engine.json").unlink()
+            raise
+        (file.folder / "parity.json").write_text(found.json() + "\n")
+        file = replace(file, parity=EXECUTED, errors=found.worst)
+        file.write()
+    text = engine_report.summary(file, built, layer_table(built.layers), found, latency)
+    (file.folder / "report.md").write_text(text)
+    click.echo(text, nl=False)
+
+
+def _executed(file: EngineFile, reference: Path, subject: Any, bundle: str | None) -> tuple[Any, str]:
+    """Parity against eager, or without a bundle against ONNX Runtime, and the latency table."""
+    import torch
+
+    from dgfast.export import engine_report, self_test
+    from dgfast.export.onnx_file import cases_of
+    from dgfast.export.parity import compare
+    from dgfast.runtimes.onnx import OnnxEngine
+    from dgfast.runtimes.tensorrt import load
+
+    engine, onnx, device = load(file.folder), OnnxEngine(reference), torch.device("cuda")
+    engine.self_test()
+    sizes = list(dict.fromkeys(file.batch))
+    if subject is None:
+        cases = [self_test.case(onnx, size, seed=1) for size in sizes]
+        found = compare(onnx, engine, cases, file.tolerance)
+        return found, engine_report.latency_table({"engine": engine}, dict(zip(sizes, cases, strict=True)), device)
+    cases = [case for size in {min(size, 8) for size in sizes} for case in cases_of(subject, size)]
+    found = compare(subject, engine, cases, file.tolerance)
+    timed = {size: subject.case("", [1.0] * size, seed=3) for size in sizes}
+    return found, engine_report.against_eager(engine, _subject(str(bundle), "cuda"), timed, device)
+
+
+if __name__ == "__main__":
+    main()
