@@ -44,7 +44,9 @@ class OneStep:
     """
 
     score_evaluations = guidance_gradients = 0
-    steps = (Step(0, 1.0, 0.0, sigma=1.0, gamma=0.0, boost_gamma=None, predictor=(), corrector=None, log_variances=(0, 0)),)
+    steps = (
+        Step(0, 1.0, 0.0, sigma=1.0, gamma=0.0, boost_gamma=None, predictor=(), corrector=None, log_variances=(0, 0)),
+    )
 
     def __init__(
         self,

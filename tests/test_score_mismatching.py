@@ -161,6 +161,37 @@ def test_score_mismatching_losses_in_closed_form(gain: float) -> None:
     assert float(game.penalty(score, 16).detach()) == pytest.approx(3 * gain**2 / 2)
 
 
+class Recorder(nn.Module):
+    """A score network that keeps what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, level: Tensor, class_labels: Tensor) -> Tensor:
+        self.seen.append((x, class_labels.argmax(1)))
+        return x
+
+
+class Grey(nn.Module):
+    """Class k of three is the grey k - 5."""
+
+    latent_dim, label_dim = 1, 3
+
+    def forward(self, latents: Tensor, class_labels: Tensor) -> Tensor:
+        return (class_labels.argmax(1) - 5.0).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+
+
+def test_score_mismatching_shows_images_with_their_class_in_groups_of_one() -> None:
+    labels = torch.arange(300) % 3
+    real = (labels + 5.0).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    score = Recorder()
+    Game((real, labels), Grey(), score, CPU).score_loss(score, 40)
+    for (x, classes), offset in zip(score.seen, (5, -5), strict=True):
+        assert torch.equal(classes.view(-1, 4), classes[::4, None].expand(-1, 4)) and len(classes.unique()) == 3
+        assert torch.equal((x.mean((1, 2, 3)) - offset).round(), classes.float())
+
+
 def test_score_mismatching_penalty_comes_every_sixteenth_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     game = Game(real_scalars(), Scalar(), Line(4), CPU)
     calls: list[int] = []
@@ -335,3 +366,16 @@ def test_noise_predictor_starts_flat_and_reads_level_and_class() -> None:
     found = net(x, level, rows)
     assert found.shape == x.shape
     assert not torch.allclose(found, net(x, level + 1, rows)) and not torch.allclose(found, net(x, level, None))
+
+
+def test_noise_predictor_compares_the_images_of_a_group() -> None:
+    torch.manual_seed(0)
+    shape = {"img_resolution": 8, "img_channels": 1, "channels": [8, 16], "minibatch_std": True}
+    net = nets.build("NoisePredictor", **shape).requires_grad_(False)
+    nn.init.normal_(net.get_parameter("out.weight"))
+    x, level = torch.randn(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64)
+    found = net(x, level)
+    x[3] = x[0]  # one of the first group
+    changed = net(x, level)
+    torch.testing.assert_close(changed[4:], found[4:])
+    assert not torch.allclose(changed[:3], found[:3], atol=1e-4)
