@@ -173,7 +173,7 @@ class _Lowering(Interpreter):
     ) -> Tensor:  # fmt: skip
         """Stride 1: the convolution with the kernel turned by 180 degrees and its channels swapped; else transposed."""
         if mask != [True, False, False]:
-            raise NotImplementedError("a gradient with respect to weights: freeze the networks")
+            raise UserError("a network's weights require gradients: freeze it with net.requires_grad_(False)")
         dims, size = weight.dim() - 2, weight.shape[2:]
         if transposed:
             image = self._convolution(grad, weight, None, stride, padding, dilation, False, [0] * dims, groups)
