@@ -12,19 +12,16 @@ helper processes share the compiling (see `precompile`).
 
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from dgfast.errors import UserError
-from dgfast.runtimes import onednn, regions
+from dgfast.runtimes import onednn
+from dgfast.runtimes.fusion import library, regions
 from dgfast.runtimes.graph import Function, lower, trace
-from dgfast.runtimes.precompile import Helpers
-from dgfast.runtimes.regions import Region
 
 
 def build(function: Function, example: Sequence[Tensor | None]) -> Function:
@@ -35,13 +32,14 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
     Raises:
         UserError: the network does not trace, or there is no C++ compiler for inductor.
     """
-    _require_compiler(next(x for x in example if x is not None).device)
-    if any(x is not None and x.is_cuda for x in example):
+    first = next(x for x in example if x is not None)
+    if first.is_cuda:
+        _require_inductor()
         return torch.compile(_lowered(function, example), fullgraph=True, dynamic=False)
+    library.compiler()
     _keep_freed_memory()
-    with Helpers() as helpers:
-        graph = _lowered(function, example)
-        regions.fuse(graph, partial(_compile_regions, helpers))
+    graph = _lowered(function, example)
+    regions.fuse(graph, len(first), library.load)
     if onednn.available():
         onednn.pack(graph)
     return _without_grad(graph)
@@ -49,31 +47,6 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
 
 def _lowered(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
     return lower(trace(function, example), example, channels_last=True)
-
-
-_COMPILED_REGIONS: dict[str, Callable[..., Any]] = {}
-"""Regions of one kind are compiled once a process, whichever function they belong to."""
-
-
-def _compile_regions(helpers: Helpers, extract: dict[str, Callable[[], Region]]) -> dict[str, Callable[..., Any]]:
-    """A compiled function of every kind."""
-    missing = {kind: cut() for kind, cut in extract.items() if kind not in _COMPILED_REGIONS}
-    for kind in helpers.share(missing):
-        _COMPILED_REGIONS[kind] = _compile_region(missing[kind])
-    helpers.wait(list(missing))
-    for kind in missing.keys() - _COMPILED_REGIONS.keys():
-        _COMPILED_REGIONS[kind] = _compile_region(missing[kind])
-    return {kind: _COMPILED_REGIONS[kind] for kind in extract}
-
-
-def _compile_region(region: Region) -> Callable[..., Any]:
-    from torch._inductor.exc import CppCompileError, InductorError
-
-    try:
-        return torch._inductor.compile(*region)
-    except (InductorError, CppCompileError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"torch.compile failed: {reason}; run without --compile, or with --compile=try") from error
 
 
 def _without_grad(graph: GraphModule) -> Function:
@@ -84,19 +57,10 @@ def _without_grad(graph: GraphModule) -> Function:
     return run
 
 
-def _require_compiler(device: torch.device) -> None:
-    """Inductor compiles its host code with a C++ compiler on every device."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise UserError(
-            "--compile needs a C++ compiler, and there is none: install g++ (Debian, Ubuntu: apt install g++), "
-            "or use --compile=try to run without compiling"
-        ) from error
-    if device.type == "cuda" and not torch.utils._triton.has_triton():
+def _require_inductor() -> None:
+    """Inductor compiles its host code with a C++ compiler."""
+    library.compiler()
+    if not torch.utils._triton.has_triton():
         raise UserError("--compile on CUDA needs Triton: pip install triton (Linux), or run without --compile")
 
 

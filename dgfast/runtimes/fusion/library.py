@@ -1,0 +1,98 @@
+"""Compiles generated code by the system's C++ compiler, once a machine: the results are kept in a folder.
+
+The folder is `kernels` in the environment's DGFAST_CACHE_DIR, or ~/.cache/dgfast; a file is named by all that its
+contents depend on.
+"""
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dgfast.errors import UserError
+from dgfast.runtimes.fusion.source import PRELUDE
+
+_COMPILERS = ("g++", "clang++", "c++")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared", "-w")
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept."""
+    root = os.environ.get("DGFAST_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if os.environ.get("DGFAST_CACHE_DIR") else Path(root or "~/.cache").expanduser() / "dgfast") / "kernels"
+
+
+def compiler() -> str:
+    """The C++ compiler: the environment's CXX, or the first of those known.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name in (os.environ.get("CXX"), *_COMPILERS):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise UserError(
+        "--compile needs a C++ compiler, and there is none: install g++ (Debian, Ubuntu: apt install g++), "
+        "or use --compile=try to run without compiling"
+    )
+
+
+def load(texts: Sequence[str]) -> list[Any]:
+    """The compiled functions of these codes; those that no run before has compiled are compiled now, in parallel.
+
+    Raises:
+        UserError: there is no compiler, or it fails.
+    """
+    folder, command = cache_folder(), compiler()
+    paths = [folder / f"{_key(text, command)}.so" for text in texts]
+    missing = {path: text for path, text in zip(paths, texts, strict=True) if not path.exists()}
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda item: _compile(command, *item), missing.items()))
+    return [_open(path) for path in paths]
+
+
+def _compile(command: str, path: Path, text: str) -> None:
+    with TemporaryDirectory(dir=path.parent) as folder:
+        source, built = Path(folder, "region.cpp"), Path(folder, "region.so")
+        source.write_text(PRELUDE + text)
+        done = subprocess.run([command, *_FLAGS, str(source), "-o", str(built)], capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
+            raise UserError(f"{command} failed: {reason}; run without --compile, or with --compile=try")
+        built.replace(path)
+
+
+@cache
+def _open(path: Path) -> Any:
+    function = ctypes.CDLL(str(path)).region
+    function.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    function.restype = None
+    return function
+
+
+def _key(text: str, command: str) -> str:
+    return sha256("\n".join((text, PRELUDE, *_FLAGS, _version(command), _processor())).encode()).hexdigest()
+
+
+@cache
+def _version(command: str) -> str:
+    return subprocess.run([command, "--version"], capture_output=True, text=True).stdout
+
+
+@cache
+def _processor() -> str:
+    """What -march=native depends on."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    return "\n".join([platform.machine(), *(line for line in lines[:40] if line.startswith(("model name", "flags")))])
