@@ -39,7 +39,7 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
     library.compiler()
     _keep_freed_memory()
     graph = _lowered(function, example)
-    regions.fuse(graph, len(first), library.load)
+    regions.fuse(graph, len(first))
     if onednn.available():
         onednn.pack(graph)
     return _without_grad(graph)

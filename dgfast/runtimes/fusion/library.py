@@ -1,7 +1,7 @@
 """Compiles generated code by the system's C++ compiler, once a machine: the results are kept in a folder.
 
 The folder is `kernels` in the environment's DGFAST_CACHE_DIR, or ~/.cache/dgfast; a file is named by all that its
-contents depend on.
+contents depend on. A function is kept only if it was seen to compute what it should: compilers err too.
 """
 
 import ctypes
@@ -9,9 +9,9 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,7 @@ from dgfast.errors import UserError
 from dgfast.runtimes.fusion.source import PRELUDE
 
 _COMPILERS = ("g++", "clang++", "c++")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared", "-w")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w")
 
 
 def cache_folder() -> Path:
@@ -46,31 +46,42 @@ def compiler() -> str:
     )
 
 
-def load(texts: Sequence[str]) -> list[Any]:
+def load(texts: Sequence[str], proves: Callable[[str, Any], bool]) -> dict[str, Any]:
     """The compiled functions of these codes; those that no run before has compiled are compiled now, in parallel.
+
+    Args:
+        proves: (code, function) -> whether the function computes what it should; asked once, before it is kept.
+
+    Returns:
+        the functions by their code. One that is not proved is missing.
 
     Raises:
         UserError: there is no compiler, or it fails.
     """
     folder, command = cache_folder(), compiler()
-    paths = [folder / f"{_key(text, command)}.so" for text in texts]
-    missing = {path: text for path, text in zip(paths, texts, strict=True) if not path.exists()}
+    paths = {text: folder / f"{_key(text, command)}.so" for text in texts}
+    missing = [text for text, path in paths.items() if not path.exists()]
+    functions = {text: _open(path) for text, path in paths.items() if text not in missing}
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda item: _compile(command, *item), missing.items()))
-    return [_open(path) for path in paths]
+        with TemporaryDirectory(dir=folder) as at, ThreadPoolExecutor(os.cpu_count()) as pool:
+            built = list(pool.map(partial(_compile, command, Path(at)), range(len(missing)), missing))
+            for text, path in zip(missing, built, strict=True):
+                function = _open(path)
+                if proves(text, function):
+                    functions[text] = function
+                    path.replace(paths[text])
+    return functions
 
 
-def _compile(command: str, path: Path, text: str) -> None:
-    with TemporaryDirectory(dir=path.parent) as folder:
-        source, built = Path(folder, "region.cpp"), Path(folder, "region.so")
-        source.write_text(PRELUDE + text)
-        done = subprocess.run([command, *_FLAGS, str(source), "-o", str(built)], capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
-            raise UserError(f"{command} failed: {reason}; run without --compile, or with --compile=try")
-        built.replace(path)
+def _compile(command: str, folder: Path, number: int, text: str) -> Path:
+    source, built = folder / f"{number}.cpp", folder / f"{number}.so"
+    source.write_text(PRELUDE + text)
+    done = subprocess.run([command, *_FLAGS, str(source), "-o", str(built)], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
+        raise UserError(f"{command} failed: {reason}; run without --compile, or with --compile=try")
+    return built
 
 
 @cache

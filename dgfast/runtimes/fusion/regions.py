@@ -7,22 +7,24 @@ compiled once, and the compiled function is called wherever the region stood.
 
 import ctypes
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.fx.passes.tools_common import legalize_graph
 
+from dgfast.runtimes.fusion import library
 from dgfast.runtimes.fusion.operations import expressible, is_view, result
 from dgfast.runtimes.fusion.source import Code, memory, write
 
-Load = Callable[[Sequence[str]], Sequence[Any]]
-"""Compiles codes to functions, such as `library.load`."""
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Of the largest value: on random numbers, where the operations one by one round otherwise."""
 
 
-def fuse(graph: GraphModule, batch: int, load: Load) -> int:
+def fuse(graph: GraphModule, batch: int) -> int:
     """Replace the regions of a lowered graph by calls of compiled functions, in place.
 
     Args:
@@ -30,19 +32,54 @@ def fuse(graph: GraphModule, batch: int, load: Load) -> int:
 
     Returns:
         the number of different functions.
+
+    Raises:
+        UserError: there is no C++ compiler, or it fails.
     """
-    regions = [(nodes, *_boundary(nodes)) for nodes in _regions(graph.graph, batch)]
-    codes = [write(*region, batch) for region in regions]
-    texts = list(dict.fromkeys(code.text for code in codes))
-    functions = dict(zip(texts, load(texts), strict=True))
-    for i, ((nodes, inputs, _), code) in enumerate(zip(regions, codes, strict=True)):
-        layouts = [memory(result(node)) for node in inputs]
-        graph.add_submodule(f"region_{i}", _Region(functions[code.text], code, layouts, batch))
-        _replace(graph.graph, f"region_{i}", nodes)
+    regions = [_Cut(nodes, *_boundary(nodes), batch) for nodes in _regions(graph.graph, batch)]
+    first = {region.code.text: region for region in reversed(regions)}
+    functions = library.load(list(first), lambda text, function: first[text].agrees(function))
+    for i, region in enumerate(regions):
+        if region.code.text in functions:
+            graph.add_submodule(f"region_{i}", region.call(functions[region.code.text]))
+            _replace(graph.graph, f"region_{i}", region.nodes)
     legalize_graph(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return len(texts)
+    return len(functions)
+
+
+class _Cut:
+    """A region of the graph, and its code."""
+
+    def __init__(self, nodes: list[Node], inputs: list[Node], outputs: list[Node], batch: int) -> None:
+        self.nodes, self._inputs, self._outputs, self._batch = nodes, inputs, outputs, batch
+        self.code = write(nodes, inputs, outputs, batch)
+
+    def call(self, function: Any) -> nn.Module:
+        """What calls the compiled function on tensors."""
+        return _Region(function, self.code, [memory(result(node)) for node in self._inputs], self._batch)
+
+    def agrees(self, function: Any) -> bool:
+        """Whether the compiled function computes what the operations do one by one, on random numbers."""
+        generator = torch.Generator().manual_seed(0)
+        examples = [_random(result(node), generator) for node in self._inputs]
+        values: dict[Node, Any] = dict(zip(self._inputs, examples, strict=True))
+        with torch.no_grad():
+            for node in self.nodes:
+                arguments, keywords = (map_arg(a, values.__getitem__) for a in (node.args, node.kwargs))
+                values[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
+            return all(map(_close, self.call(function)(*examples), (values[node] for node in self._outputs)))
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    size = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True))
+    return torch.randn(size, generator=generator).to(like.dtype).as_strided(like.shape, like.stride())
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    difference = (found.float() - wanted.float()).abs().max()
+    return bool(difference <= _TOLERANCES[wanted.dtype] * wanted.float().abs().max())
 
 
 def _regions(graph: Graph, batch: int) -> Iterable[list[Node]]:

@@ -231,14 +231,14 @@ class _Writer:
             yield f"    float mean{k}[{channels}], rstd{k}[{channels}], scale{k}[{channels}], shift{k}[{channels}];"
             if not is_backward(norm):
                 continue
-            groups = norm.args[8]
+            groups = int(norm.args[8])  # type: ignore[call-overload]
             for name, source in (("mean", norm.args[2]), ("rstd", norm.args[3])):
-                within = self._statistics_of(source)
-                if within is None:
+                if self._statistics_of(source) is None:
                     source = self._of(source)  # type: ignore[arg-type]
-                    index = f"b * {groups} + c / {channels // int(groups)}"  # type: ignore[call-overload]
-                    value = _load(f"in{self._inputs[source]}", index, result(source).dtype)
-                    yield f"    if (busy) for (long c = 0; c < {channels}; ++c) {name}{k}[c] = {value};"
+                    value = _load(f"in{self._inputs[source]}", f"b * {groups} + g", result(source).dtype)
+                    # two loops: g++ 12 gets one with a division in its index wrong
+                    yield f"    if (busy) for (long g = 0; g < {groups}; ++g)"
+                    yield f"      for (long i = 0; i < {channels // groups}; ++i) {name}{k}[g * {channels // groups} + i] = {value};"
 
     def _loop(self, stage: Stage) -> list[str]:
         """All that is computed in a stage, as one loop over pixels and channels."""
