@@ -135,7 +135,7 @@ class _Region(nn.Module):
         outputs = [torch.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in code.outputs]
         tensors = [*laid_out, *outputs]
         threads = torch.get_num_threads()
-        workspace = torch.empty(threads * (code.scratch + code.sums))
+        workspace = torch.empty(threads * code.workspace)
         pointers = self._pointers(*(x.data_ptr() for x in tensors))
         self._function(self._batch, threads, workspace.data_ptr(), pointers)
         return tuple(tensors[i].as_strided(shape, stride) for i, (shape, stride, _) in code.results)
