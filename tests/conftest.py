@@ -20,6 +20,8 @@ from dgfast.nets.discriminator import Discriminator
 hypothesis.settings.register_profile("dgfast", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("dgfast")
 
+pytest.register_assert_rewrite("tests.support")
+
 _OWN_FOLDER = Path(__file__).parent / "golden"
 
 # Beside other workers a test has one core, and so have the processes that it starts: two threads on each of two workers
@@ -124,6 +126,22 @@ def tiny_discriminator(filled_net: Callable[..., nn.Module]) -> Callable[..., Di
         return Discriminator(
             filled_net("EncoderUNetModel", common | trunk, "tiny/trunk/"),
             filled_net("EncoderUNetModel", common | head | {"num_classes": num_classes}, "tiny/head/"),
+        ).eval()
+
+    return discriminator
+
+
+@pytest.fixture(scope="session")
+def small_discriminator(filled_net: Callable[..., nn.Module]) -> Callable[[int], Discriminator]:
+    """(classes) -> a discriminator of both parts with every kind of layer, as few of them as can be."""
+
+    def discriminator(classes: int) -> Discriminator:
+        common = {"model_channels": 16, "num_res_blocks": 1, "attention_resolutions": [], "num_head_channels": 16}
+        trunk = {"image_size": 8, "in_channels": 1, "out_channels": 4, "channel_mult": [1, 1], "resblock_updown": True}
+        head = {"image_size": 4, "in_channels": 16, "out_channels": 1, "channel_mult": [1], "pool": "attention"}
+        return Discriminator(
+            filled_net("EncoderUNetModel", common | trunk, "small/trunk/"),
+            filled_net("EncoderUNetModel", common | head | {"num_classes": classes}, "small/head/"),
         ).eval()
 
     return discriminator
