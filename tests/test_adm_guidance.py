@@ -206,7 +206,7 @@ def check_ancestral_function(built: Any, function: Any, net: DDPMPrecond) -> Non
             pairs = list(zip(built(*inputs), function(*inputs), strict=True))
         assert pairs[1][1].abs().max() > 1e-3, "no guidance to compare"
         for mine, reference in pairs:
-            assert (mine - reference).abs().max() <= 2e-5 * (reference.std() + 1e-6)
+            assert (mine - reference).abs().max() <= 2e-5 * reference.abs().max()
 
 
 def test_adm_traced_and_lowered_ancestral_function_equals_eager(adm: DDPMPrecond, classifier: NoisyClassifier) -> None:
@@ -216,7 +216,7 @@ def test_adm_traced_and_lowered_ancestral_function_equals_eager(adm: DDPMPrecond
 
 
 def test_adm_compiled_sampling_equals_eager(filled_net: NetFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regions, "_WORTHWHILE", 0.1)  # compile the largest regions alone: each costs seconds
+    monkeypatch.setattr(regions, "_WORTHWHILE", 0.2)  # compile the largest regions alone: each costs seconds
     flat = TINY | {"channel_mult": "1", "attention_resolutions": "1"}
     net = DDPMPrecond(filled_net("create_model", flat, "a/"), 8, 3, 1000)
     shape = {"image_size": 8, "in_channels": 3, "model_channels": 32, "out_channels": 1000, "num_res_blocks": 1}
