@@ -13,7 +13,9 @@ test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest
+# A worker a core, each taking what another has not begun. Not in pyproject.toml: with workers nothing can be timed,
+# and pytest-benchmark runs no benchmark.
+	$(VENV)/bin/pytest -n logical --maxprocesses 4 --dist worksteal
 
 format: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check --fix .

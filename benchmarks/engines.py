@@ -61,9 +61,6 @@ def _onnxruntime(model: Any, folder: Path, batches: tuple[int, ...], dtype: str,
 
 
 def _tensorrt(model: Any, folder: Path, batches: tuple[int, ...], dtype: str, at: torch.device) -> Opened:
-    missing = tensorrt_missing(at)
-    if missing:
-        raise UserError(missing)
     flavor, trt = find()
     out = folder / f"tensorrt-{dtype}"
     out.mkdir()
@@ -77,8 +74,8 @@ def _tensorrt(model: Any, folder: Path, batches: tuple[int, ...], dtype: str, at
     return Opened(load(out, at), built.seconds, len(built.plan) / 1e6)
 
 
-WAYS = {"onnx": (_onnxruntime, False), "tensorrt": (_tensorrt, True)}
-"""How each runtime opens a model, and whether it must have images in four dimensions throughout."""
+WAYS = {"onnx": (_onnxruntime, False, lambda at: ""), "tensorrt": (_tensorrt, True, tensorrt_missing)}
+"""How each runtime opens a model, whether it must have images in four dimensions throughout, and why it can't."""
 
 
 @click.command(help=__doc__)
@@ -103,8 +100,8 @@ def main(device: str, out: Path, name: str, batches: tuple[int, ...], dtypes: tu
     for batch, inputs in cases.items():
         _row(say, "eager", "float32", batch, Opened(truth, 0.0, 0.0), inputs, truth, at)
     with tempfile.TemporaryDirectory() as folder:
-        for way, (opens, rank_4) in WAYS.items():
-            model = _attempt(say, way, "all", partial(_model, workload, rank_4))
+        for way, (opens, rank_4, missing) in WAYS.items():
+            model = _attempt(say, way, "all", partial(_model, workload, rank_4, missing(at)))
             for dtype in dtypes if model is not None else ():
                 chosen = _rounded(model, dtype)
                 opened = _attempt(say, way, dtype, partial(opens, chosen, Path(folder), batches, dtype, at))
@@ -133,8 +130,14 @@ def _eager(workload: Workload, at: torch.device) -> Runs:
     return run
 
 
-def _model(workload: Workload, rank_4: bool) -> Any:
-    """The ONNX model for every batch size; traced on the CPU, where it is not run."""
+def _model(workload: Workload, rank_4: bool, missing: str) -> Any:
+    """The ONNX model for every batch size; traced on the CPU, where it is not run.
+
+    Raises:
+        UserError: why nothing here would run it, or onnx is missing.
+    """
+    if missing:
+        raise UserError(missing)
     require("onnx")
     host = torch.device("cpu")
     function = guided_function(workload, workload.load(host, torch.float32), True, host)

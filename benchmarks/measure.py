@@ -25,7 +25,7 @@ LOW_PRECISION_SLACK = 2.0
 """Below float32 there is no exact answer; a result may be off by this many times what plain eager is off by."""
 
 _ROUNDS = (3, 50)
-_MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192, 16384)}
+_MATMUL_SIZES = {"cpu": (256, 1024, 2048), "cuda": (4096, 8192, 16384)}
 
 
 class WrongResultError(AssertionError):
@@ -94,11 +94,14 @@ def matmul_ceiling(device: torch.device, name: str, most_seconds: float = 2.0) -
     """Most operations a second that a square matrix product reaches on this machine in that number format.
 
     Args:
-        most_seconds: spent on each size; every product is tried at least twice.
+        most_seconds: spent on each size. The smallest is tried at least twice in any case, a larger one only if a
+            single product takes less: some CPUs need minutes for one in bfloat16.
     """
     best = 0.0
     with precision(name):
         for size in _MATMUL_SIZES[device.type]:
+            if best and 2 * size**3 / best > most_seconds:
+                break
             a, b = torch.randn(2, size, size, device=device).to(PRECISIONS[name])
             product = synchronised(partial(_product, a, b), device)
             rounds = max(int(most_seconds / seconds(product)), 1)

@@ -1,11 +1,18 @@
 """Which device and which number format to run in."""
 
 import torch
+from torch import nn
 
 from dgfast.errors import UserError
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """--dtype to the type of the weights; tf32 is float32 with TensorFloat-32 matrix products."""
+
+
+def device_of(net: object) -> torch.device:
+    """Where the weights of `net` are; the CPU for a callable that is no module, or has none."""
+    weights = net.parameters() if isinstance(net, nn.Module) else iter(())
+    return next((parameter.device for parameter in weights), torch.device("cpu"))
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgfast import bundle as bundles
+from dgfast.devices import device_of
 from dgfast.errors import UserError
 from dgfast.networks import one_hot
 from dgfast.plan import Step
@@ -44,9 +45,7 @@ class OneStep:
     """
 
     score_evaluations = guidance_gradients = 0
-    steps = (
-        Step(0, 1.0, 0.0, sigma=1.0, gamma=0.0, boost_gamma=None, predictor=(), corrector=None, log_variances=(0, 0)),
-    )
+    steps = (Step(0, t=1.0, t_next=0.0, sigma=1.0, gamma=0.0, boost_gamma=None, predictor=(), corrector=None),)
 
     def __init__(
         self,
@@ -61,9 +60,8 @@ class OneStep:
             runtime, step_runtime: make a faster callable of the generator for one shape, such as
                 `runtimes.compiled.build`, and another of that, such as `runtimes.cuda_graph.build`.
         """
-        weights = generator.parameters() if isinstance(generator, nn.Module) else iter(())
-        at = next((parameter.device for parameter in weights), torch.device("cpu"))
-        self.generator, self.device = generator, at if device is None else torch.device(device)
+        self.generator = generator
+        self.device = device_of(generator) if device is None else torch.device(device)
         self._runtimes = [make for make in (runtime, step_runtime) if make is not None]
         self._functions: dict[torch.Size, Function] = {}
 

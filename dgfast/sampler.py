@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.devices import device_of
 from dgfast.errors import UserError
 from dgfast.guidance import (
     CarriedGradient,
@@ -68,9 +69,7 @@ class Sampler:
         """
         self.networks, self.guidance = networks, guidance
         net = networks.denoiser
-        weights = net.parameters() if isinstance(net, nn.Module) else iter(())
-        at = next((parameter.device for parameter in weights), torch.device("cpu"))
-        self.device, self.state_dtype = at if device is None else torch.device(device), state_dtype
+        self.device, self.state_dtype = device_of(net) if device is None else torch.device(device), state_dtype
         self._runtime, self._step_runtime, self._engine = runtime, step_runtime, engine
         self._functions: dict[tuple[object, ...], Function] = {}
         low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)

@@ -20,8 +20,15 @@ from dgfast.nets.discriminator import Discriminator
 hypothesis.settings.register_profile("dgfast", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("dgfast")
 
+pytest.register_assert_rewrite("tests.support")
+
 _OWN_FOLDER = Path(__file__).parent / "golden"
-_TABLE: list[tuple[str, int, float, float]] = []  # file, keys judged, largest error / tolerance, largest relative error
+
+# Beside other workers a test has one core, and so have the processes that it starts: two threads on each of two workers
+# would wait for one another at the end of every operation that they share.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
 
 
 def _golden_folder() -> Path:
@@ -72,12 +79,12 @@ def golden_fill() -> ModuleType:
     return _golden_fill()
 
 
-@pytest.fixture(scope="session")
-def golden_report() -> Callable[[str, int, float, float], None]:
+@pytest.fixture
+def golden_report(record_property: Callable[[str, object], None]) -> Callable[[str, int, float, float], None]:
     """(file, keys judged, largest error / tolerance, largest relative error) -> the table below."""
 
     def report(file: str, keys: int, ratio: float, relative: float) -> None:
-        _TABLE.append((file, keys, ratio, relative))
+        record_property("golden", (file, keys, ratio, relative))
 
     return report
 
@@ -124,10 +131,29 @@ def tiny_discriminator(filled_net: Callable[..., nn.Module]) -> Callable[..., Di
     return discriminator
 
 
+@pytest.fixture(scope="session")
+def small_discriminator(filled_net: Callable[..., nn.Module]) -> Callable[[int], Discriminator]:
+    """(classes) -> a discriminator of both parts with every kind of layer, as few of them as can be."""
+
+    def discriminator(classes: int) -> Discriminator:
+        common = {"model_channels": 16, "num_res_blocks": 1, "attention_resolutions": [], "num_head_channels": 16}
+        trunk = {"image_size": 8, "in_channels": 1, "out_channels": 4, "channel_mult": [1, 1], "resblock_updown": True}
+        head = {"image_size": 4, "in_channels": 16, "out_channels": 1, "channel_mult": [1], "pool": "attention"}
+        return Discriminator(
+            filled_net("EncoderUNetModel", common | trunk, "small/trunk/"),
+            filled_net("EncoderUNetModel", common | head | {"num_classes": classes}, "small/head/"),
+        ).eval()
+
+    return discriminator
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _TABLE:
+    """The rows come with the tests' reports, which is how they reach the process that prints from workers."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    table = sorted(row for report in reports for name, row in report.user_properties if name == "golden")
+    if table:
         terminalreporter.section(f"goldens in {_golden_folder()}")
-        width = max(len(row[0]) for row in _TABLE)
+        width = max(len(row[0]) for row in table)
         terminalreporter.write_line(f"{'file':{width}}  keys  error / tolerance  relative error")
-        for file, keys, ratio, relative in sorted(_TABLE):
+        for file, keys, ratio, relative in table:
             terminalreporter.write_line(f"{file:{width}}  {keys:4}  {ratio:17.4f}  {relative:14.1e}")

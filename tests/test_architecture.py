@@ -30,7 +30,7 @@ ROOMS = {
     "outputs": ({"errors"}, {"torch", "numpy", "PIL"}),
     "plan": ({"config", "errors", "guidance", "nets", "networks", "noise_levels"}, {"torch"}),
     "options": (set(), {"click"}),
-    "one_step": ({"bundle", "errors", "networks", "plan", "randomness", "sampler"}, {"torch"}),
+    "one_step": ({"bundle", "devices", "errors", "networks", "plan", "randomness", "sampler"}, {"torch"}),
     "batches": ({"one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ from benchmarks.runtimes import RUNTIMES, Runtime
 RUNTIMES["same"] = Runtime(lambda function, example: function)
 RUNTIMES["off"] = Runtime(lambda function, example: lambda *given: tuple(1.001 * y for y in function(*given)))
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_worker() -> Iterator[None]:
+    """In a worker of pytest-xdist, the benchmarks that are started here would take themselves for workers too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+            patch.delenv(name)
+        yield
 
 
 def run_benchmarks(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:

@@ -247,7 +247,7 @@ def test_dit_compiled_equals_eager(
     denoiser: DDPMPrecond, discriminator: Discriminator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What --compile runs: DiT twice, the discriminator's gradient, both scales, inside and outside of the window."""
-    monkeypatch.setattr(regions, "_WORTHWHILE", 0.05)  # the largest few kinds of regions: each takes seconds to compile
+    monkeypatch.setattr(regions, "_WORTHWHILE", 0.2)  # the largest few kinds of regions: each takes seconds to compile
     guidances = [
         ClassifierFreeGuidance(denoiser, 1.25, scale_low=3.0, branch=0.7257, channels=3),
         DiscriminatorGuidance(discriminator, 100.0, DIT_G.dg_window, denoiser.time),

@@ -21,12 +21,12 @@ def _write(folder: Path, images: np.ndarray, labels: np.ndarray) -> str:
 
 def test_evaluate_orders_copies_training_digits_and_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dgfast.evaluate._YARDSTICK", 300)
-    _, held_out = split(load_images("mnist"), 1000)
-    noise = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 1), dtype=np.uint8)
+    _, held_out = split(load_images("mnist"), 300)
+    noise = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 1), dtype=np.uint8)
     copies = _write(tmp_path / "copies", held_out.images, held_out.labels)
-    worst = _write(tmp_path / "noise", noise, np.zeros(300, dtype=np.int64))
+    worst = _write(tmp_path / "noise", noise, np.zeros(100, dtype=np.int64))
     report = tmp_path / "report.json"
-    result = CliRunner().invoke(main, [copies, worst, "--device", "cpu", "--json", str(report)])
+    result = CliRunner().invoke(main, [copies, worst, "--holdout", "300", "--device", "cpu", "--json", str(report)])
     assert result.exit_code == 0, result.output
     rows = json.loads(report.read_text())
     assert abs(rows[copies]["frechet"]) < 1e-3 < rows["training images"]["frechet"] < rows[worst]["frechet"] / 10

@@ -387,8 +387,7 @@ def relative_error(mine: Tensor, reference: Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("read_at_t", [True, False])
+@pytest.mark.parametrize(("normalize", "read_at_t"), [*((how, True) for how in NORMALIZATIONS), ("none", False)])
 def test_low_density_lowered_graph_equals_eager_on_fresh_inputs(
     tiny_net: NetFactory, tiny_classifier: NoisyClassifier, normalize: str, read_at_t: bool
 ) -> None:
@@ -406,7 +405,7 @@ def test_low_density_lowered_graph_equals_eager_on_fresh_inputs(
 def test_low_density_compiled_equals_eager(
     tiny_net: NetFactory, tiny_classifier: NoisyClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(regions, "_WORTHWHILE", 0.05)  # compile even what would save little
+    monkeypatch.setattr(regions, "_WORTHWHILE", 0.2)  # compile the largest regions alone: each costs seconds
     function = guided_denoiser(tiny_net(label_dim=3, channel_mult=[1]), both_terms(tiny_classifier, "sample_l2"))
     run = compiled.build(function, (*batch(seed=8, size=2, pixels=8), labels_of_three(2, 0)))
     x, sigma = batch(seed=9, size=2, pixels=8)

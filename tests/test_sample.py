@@ -197,7 +197,7 @@ def test_sample_bundle_defaults_hold_unless_overridden(tiny: Path, tmp_path: Pat
 
 # Compiled, with other kernels, with gradients reused ------------------------------------------------------------------
 def test_sample_compiled_equals_eager(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regions, "_WORTHWHILE", 0.1)  # compile the largest regions alone: each costs seconds
+    monkeypatch.setattr(regions, "_WORTHWHILE", 0.2)  # compile the largest regions alone: each costs seconds
     job = ["--batch", "3", "--dg-weight", "1", "--dg-window", "0,1", "--solver", "euler"]  # one function to compile
     for name, options in (("eager", []), ("compiled", ["--compile"])):
         result = _run(tiny, tmp_path / name, *job, *options)

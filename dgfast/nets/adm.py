@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from dgfast.nets.adm_blocks import (
     AttentionBlock,
-    Downsample,
     ResBlock,
     Stage,
     heads_of,
     normalization,
+    time_mlp,
     timestep_embedding,
+    way_down,
     zeroed,
 )
 
@@ -101,9 +102,7 @@ class EncoderUNetModel(nn.Module):
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.num_classes, self.pool = model_channels, num_classes, pool
         emb_channels = model_channels * 4
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
-        )
+        self.time_embed = time_mlp(model_channels)
         self.label_emb = nn.Embedding(num_classes, emb_channels) if num_classes else None
 
         def res_block(cin: int, cout: int, down: bool = False) -> ResBlock:
@@ -112,23 +111,13 @@ class EncoderUNetModel(nn.Module):
         def attention(channels: int) -> AttentionBlock:
             return AttentionBlock(channels, heads_of(channels, num_heads, num_head_channels), use_new_attention_order)
 
-        ch = int(channel_mult[0] * model_channels)
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, ch, 3, padding=1))])
-        factor, all_channels = 1, ch
-        for level, mult in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [res_block(ch, int(mult * model_channels))]
-                ch = int(mult * model_channels)
-                if factor in attention_resolutions:
-                    layers.append(attention(ch))
-                self.input_blocks.append(Stage(*layers))
-                all_channels += ch
-            if level != len(channel_mult) - 1:
-                self.input_blocks.append(Stage(res_block(ch, ch, down=True) if resblock_updown else Downsample(ch)))
-                factor *= 2
-                all_channels += ch
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        self.input_blocks, channels = way_down(
+            in_channels, widths, num_res_blocks, attention_resolutions, res_block, attention, resblock_updown
+        )
+        ch = widths[-1]
         self.middle_block = Stage(res_block(ch, ch), attention(ch), res_block(ch, ch))
-        self.feature_channels, self.feature_size = ch, image_size // factor
+        self.feature_channels, self.feature_size = ch, image_size // 2 ** (len(widths) - 1)
         head: list[nn.Module]
         if pool == "attention":
             head = [AttentionPool2d(self.feature_size, ch, num_head_channels, out_channels)]
@@ -136,7 +125,7 @@ class EncoderUNetModel(nn.Module):
             head = [_MeanPool(), zeroed(nn.Conv2d(ch, out_channels, 1)), nn.Flatten()]
         elif pool in ("spatial", "spatial_v2"):
             between = [nn.ReLU()] if pool == "spatial" else [normalization(_POOL_WIDTH), nn.SiLU()]
-            head = [nn.Linear(all_channels + ch, _POOL_WIDTH), *between, nn.Linear(_POOL_WIDTH, out_channels)]
+            head = [nn.Linear(sum(channels) + ch, _POOL_WIDTH), *between, nn.Linear(_POOL_WIDTH, out_channels)]
         else:
             raise ValueError(f"pool must be attention, adaptive, spatial or spatial_v2, not {pool!r}")
         self.out = nn.Sequential(*([] if pool.startswith("spatial") else [normalization(ch), nn.SiLU()]), *head)

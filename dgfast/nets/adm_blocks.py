@@ -1,6 +1,7 @@
 """Layers that ADM's U-Net and its encoder share, under guided-diffusion's state-dict names (arXiv 2105.05233)."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,12 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     freqs = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
     angle = t.float()[:, None] * freqs
     return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def time_mlp(model_channels: int) -> nn.Sequential:
+    """`timestep_embedding` [B, model_channels] -> what the residual blocks read, four times as wide."""
+    wide = 4 * model_channels
+    return nn.Sequential(nn.Linear(model_channels, wide), nn.SiLU(), nn.Linear(wide, wide))
 
 
 def zeroed(layer: nn.Conv2d | nn.Conv1d) -> nn.Module:
@@ -138,3 +145,33 @@ class Stage(nn.Sequential):
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
+
+
+def way_down(
+    in_channels: int,
+    widths: Sequence[int],
+    num_res_blocks: int,
+    attention_resolutions: Sequence[int],
+    res_block: Callable[..., ResBlock],
+    attention: Callable[[int], AttentionBlock],
+    resblock_updown: bool,
+) -> tuple[nn.ModuleList, list[int]]:
+    """The blocks from the image to the lowest resolution, and the channels that each of them puts out.
+
+    Args:
+        widths: channels at each resolution, every one half of that before.
+        attention_resolutions: down-sampling factors (1, 2, 4, ...) at which attention stands.
+        res_block, attention: make a layer: (channels in, channels out, down=False) and (channels).
+    """
+    blocks, channels = nn.ModuleList([Stage(nn.Conv2d(in_channels, widths[0], 3, padding=1))]), [widths[0]]
+    for level, width in enumerate(widths):
+        for _ in range(num_res_blocks):
+            layers: list[nn.Module] = [res_block(channels[-1], width)]
+            if 2**level in attention_resolutions:
+                layers.append(attention(width))
+            blocks.append(Stage(*layers))
+            channels.append(width)
+        if level != len(widths) - 1:
+            blocks.append(Stage(res_block(width, width, down=True) if resblock_updown else Downsample(width)))
+            channels.append(width)
+    return blocks, channels

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from dgfast.nets.adm_blocks import (
     AttentionBlock,
-    Downsample,
     ResBlock,
     Stage,
     Upsample,
     heads_of,
     normalization,
+    time_mlp,
     timestep_embedding,
+    way_down,
     zeroed,
 )
 
@@ -78,9 +79,7 @@ class UNetModel(nn.Module):
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.num_classes = model_channels, num_classes
         emb_channels = model_channels * 4
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
-        )
+        self.time_embed = time_mlp(model_channels)
         self.label_emb = nn.Embedding(num_classes, emb_channels) if num_classes else None
 
         def res_block(cin: int, cout: int, down: bool = False, up: bool = False) -> ResBlock:
@@ -88,35 +87,24 @@ class UNetModel(nn.Module):
                 cin, emb_channels, cout, dropout=dropout, scale_shift=use_scale_shift_norm, down=down, up=up
             )
 
-        def attention(channels: int, heads: int) -> AttentionBlock:
+        def attention(channels: int, heads: int = num_heads) -> AttentionBlock:
             return AttentionBlock(channels, heads_of(channels, heads, num_head_channels), use_new_attention_order)
 
-        ch = int(channel_mult[0] * model_channels)
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, ch, 3, padding=1))])
-        skips, factor = [ch], 1
-        for level, mult in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [res_block(ch, int(mult * model_channels))]
-                ch = int(mult * model_channels)
-                if factor in attention_resolutions:
-                    layers.append(attention(ch, num_heads))
-                self.input_blocks.append(Stage(*layers))
-                skips.append(ch)
-            if level != len(channel_mult) - 1:
-                self.input_blocks.append(Stage(res_block(ch, ch, down=True) if resblock_updown else Downsample(ch)))
-                skips.append(ch)
-                factor *= 2
-        self.middle_block = Stage(res_block(ch, ch), attention(ch, num_heads), res_block(ch, ch))
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        self.input_blocks, skips = way_down(
+            in_channels, widths, num_res_blocks, attention_resolutions, res_block, attention, resblock_updown
+        )
+        ch = widths[-1]
+        self.middle_block = Stage(res_block(ch, ch), attention(ch), res_block(ch, ch))
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for level, width in reversed(list(enumerate(widths))):
             for block in range(num_res_blocks + 1):
-                layers = [res_block(ch + skips.pop(), int(mult * model_channels))]
-                ch = int(mult * model_channels)
-                if factor in attention_resolutions:
+                layers: list[nn.Module] = [res_block(ch + skips.pop(), width)]
+                ch = width
+                if 2**level in attention_resolutions:
                     layers.append(attention(ch, num_heads if num_heads_upsample == -1 else num_heads_upsample))
                 if level and block == num_res_blocks:
                     layers.append(res_block(ch, ch, up=True) if resblock_updown else Upsample(ch))
-                    factor //= 2
                 self.output_blocks.append(Stage(*layers))
         self.out = nn.Sequential(normalization(ch), nn.SiLU(), zeroed(nn.Conv2d(ch, out_channels, 3, padding=1)))
 
