@@ -62,6 +62,17 @@ def deterministic_torch() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled code is shared among the tests of this run, on all workers, and with nothing else."""
+    folder = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "DGFAST_CACHE_DIR", str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "dgfast")
+        )
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden_folder() -> Path:
     return _golden_folder()

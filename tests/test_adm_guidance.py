@@ -23,7 +23,7 @@ from dgfast.guidance import (
 )
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.networks import Networks
-from dgfast.runtimes import compiled, regions
+from dgfast.runtimes import compiled
 from dgfast.runtimes.graph import lower, trace
 from dgfast.sampler import Sampler
 from dgfast.solvers import ancestral_step
@@ -216,7 +216,6 @@ def test_adm_traced_and_lowered_ancestral_function_equals_eager(adm: DDPMPrecond
 
 
 def test_adm_compiled_sampling_equals_eager(filled_net: NetFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regions, "_WORTHWHILE", 0.2)  # compile the largest regions alone: each costs seconds
     flat = TINY | {"channel_mult": "1", "attention_resolutions": "1"}
     net = DDPMPrecond(filled_net("create_model", flat, "a/"), 8, 3, 1000)
     shape = {"image_size": 8, "in_channels": 3, "model_channels": 32, "out_channels": 1000, "num_res_blocks": 1}

@@ -9,7 +9,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
-from torch._inductor import config as inductor
 
 from dgfast import bundle as bundles
 from dgfast import convert, nets
@@ -23,7 +22,7 @@ from dgfast.nets.discriminator import Discriminator
 from dgfast.nets.dit import PRESETS
 from dgfast.networks import Networks, load
 from dgfast.noise_levels import vp_alpha, vp_time
-from dgfast.runtimes import compiled, regions
+from dgfast.runtimes import compiled
 from dgfast.sampler import Sampler
 
 FilledNet = Callable[..., Any]
@@ -247,7 +246,6 @@ def test_dit_compiled_equals_eager(
     denoiser: DDPMPrecond, discriminator: Discriminator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What --compile runs: DiT twice, the discriminator's gradient, both scales, inside and outside of the window."""
-    monkeypatch.setattr(regions, "_WORTHWHILE", 0.2)  # the largest few kinds of regions: each takes seconds to compile
     guidances = [
         ClassifierFreeGuidance(denoiser, 1.25, scale_low=3.0, branch=0.7257, channels=3),
         DiscriminatorGuidance(discriminator, 100.0, DIT_G.dg_window, denoiser.time),
@@ -262,8 +260,7 @@ def test_dit_compiled_equals_eager(
         bounds = torch.full_like(sigma, -4.0), torch.full_like(sigma, -2.0)
         return x, sigma, torch.eye(5)[[t % 5 for t in timesteps]], *bounds
 
-    with inductor.patch(compile_threads=1):
-        built = compiled.build(function, inputs(0, 500, 500, 500))
+    built = compiled.build(function, inputs(0, 500, 500, 500))
     for seed, timesteps in enumerate([(999, 640, 201), (200, 101, 100), (3, 0, 700)]):
         arguments = inputs(seed, *timesteps)
         for mine, reference in zip(built(*arguments), function(*arguments), strict=True):

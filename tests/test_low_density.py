@@ -30,7 +30,7 @@ from dgfast.guidance import (
 from dgfast.guidance.gradient import normalized
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.networks import Networks
-from dgfast.runtimes import compiled, regions
+from dgfast.runtimes import compiled
 from dgfast.runtimes.graph import lower, trace
 from dgfast.sampler import Sampler
 from dgfast.solvers import ancestral_step
@@ -405,7 +405,6 @@ def test_low_density_lowered_graph_equals_eager_on_fresh_inputs(
 def test_low_density_compiled_equals_eager(
     tiny_net: NetFactory, tiny_classifier: NoisyClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(regions, "_WORTHWHILE", 0.2)  # compile the largest regions alone: each costs seconds
     function = guided_denoiser(tiny_net(label_dim=3, channel_mult=[1]), both_terms(tiny_classifier, "sample_l2"))
     run = compiled.build(function, (*batch(seed=8, size=2, pixels=8), labels_of_three(2, 0)))
     x, sigma = batch(seed=9, size=2, pixels=8)

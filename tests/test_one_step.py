@@ -18,7 +18,7 @@ from dgfast.errors import UserError
 from dgfast.networks import load
 from dgfast.outputs import read_shards, to_uint8
 from dgfast.plan import Step
-from dgfast.runtimes import compiled, regions
+from dgfast.runtimes import compiled
 from dgfast.sample import main
 
 _SCORE = {
@@ -97,7 +97,6 @@ def test_one_step_in_half_precision_stays_close(tiny: Path) -> None:
 def test_one_step_in_another_runtime_draws_the_same(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str
 ) -> None:
-    monkeypatch.setattr(regions, "_WORTHWHILE", 0.4)  # compile the largest region alone: each costs seconds
     assert _run(tiny, tmp_path / "eager", "--batch", "3").exit_code == 0
     result = _run(tiny, tmp_path / runtime, "--batch", "3", "--runtime", runtime)
     assert result.exit_code == 0, result.output
@@ -198,7 +197,6 @@ def _refused(result: Result, message: str) -> None:
 
 
 def test_generator_traces_and_agrees_on_other_inputs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regions, "_WORTHWHILE", 1e9)  # the graph alone, no region compiled
     generator = bundles.read(tiny).load("generator")
     latents, rows = torch.randn(4, 6), torch.eye(3)[torch.arange(4) % 3]
     fast = compiled.build(lambda z, y: (generator(z, y),), (torch.zeros(4, 6), torch.zeros(4, 3)))

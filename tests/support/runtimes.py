@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from dgfast.runtimes import regions
 from dgfast.runtimes.graph import Function
 
 NetFactory = Callable[..., Any]
@@ -96,28 +95,3 @@ def fresh_inputs(case: Case) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     for first in range(0, len(LEVELS), case.batch):
         labels = one_hot(case.batch, case.classes)
         yield *at_levels(case.batch, seed=1 + first, first=first), None if labels is None else labels.flip(0)
-
-
-class Checked:
-    """Stands for a compiler: runs the region's graph, and insists on what was promised of its inputs, as compiled
-    code does."""
-
-    def __init__(self) -> None:
-        self.kinds: list[str] = []
-        self.calls: list[str] = []
-
-    def __call__(self, cut: dict[str, Callable[[], regions.Region]]) -> dict[str, Callable[..., Any]]:
-        self.kinds += cut
-        return {kind: self.checked(kind, *extract()) for kind, extract in cut.items()}
-
-    def checked(self, kind: str, graph: GraphModule, example: list[Any]) -> Callable[..., Any]:
-
-        def run(*inputs: Any) -> Any:
-            self.calls.append(kind)
-            for given_, promised in zip(inputs, example, strict=True):
-                if isinstance(promised, Tensor):
-                    assert given_.shape == promised.shape and given_.dtype == promised.dtype
-                    assert layout(given_) == layout(promised)
-            return graph(*inputs)
-
-        return run

@@ -43,44 +43,45 @@ def roles(value: Tensor, batch: int) -> Roles | None:
 
 
 def space(value: Tensor, batch: int) -> Space | None:
-    """The loops over a tensor that lies in memory without gaps, sample by sample; None for any other."""
+    """The loops over a tensor of `batch` samples that lies in memory without gaps; None for any other."""
     named = roles(value, batch)
     if named is None or value.dtype not in DTYPES:
         return None
     sizes = dict(zip(named, value.shape, strict=True))
+    if "n" not in sizes and sizes.get("b") != batch:
+        return None
     pixels = sizes.get("h", 1) * sizes.get("w", 1) * sizes.get("p", 1)
     if "n" in sizes:
         if sizes["n"] % batch:
             return None
         pixels = sizes["n"] // batch
-    found = Space(pixels, sizes["c"])
+    found, lies = Space(pixels, sizes["c"]), strides(value, value, batch)
     dense = Strides(pixels * found.channels, found.channels, 1)
-    return (
-        found if found.channels > 1 and _agree(strides(value, named, batch), dense, found, sizes.get("b", 1)) else None
-    )
+    return found if found.channels > 1 and lies is not None and _agree(lies, dense, found, batch) else None
 
 
-def strides(value: Tensor, of: Roles, batch: int) -> Strides | None:
-    """How to read a tensor that is broadcast to one with the dimensions `of`; None where it takes more strides."""
-    found = {"b": 0, "c": 0, "h": 0, "w": 0, "p": 0, "n": 0}
-    sizes = dict.fromkeys(found, 1)
-    if value.dim() > len(of):
+def strides(value: Tensor, like: Tensor, batch: int) -> Strides | None:
+    """How to read a tensor that is broadcast to another one; None where it takes more strides than three."""
+    named = roles(like, batch)
+    if named is None or value.dim() > len(named):
         return None
-    for role, size, stride in zip(of[len(of) - value.dim() :], value.shape, value.stride(), strict=True):
+    whole = dict(zip(named, like.shape, strict=True))
+    found, sizes = dict.fromkeys("bchwpn", 0), dict.fromkeys("bchwpn", 1)
+    for role, size, stride in zip(named[len(named) - value.dim() :], value.shape, value.stride(), strict=True):
         sizes[role], found[role] = size, stride if size > 1 else 0
-    if sizes["h"] > 1 and sizes["w"] > 1 and found["h"] != sizes["w"] * found["w"]:
+    sides = sizes["h"], sizes["w"]
+    if sides not in ((1, 1), (whole.get("h", 1), whole.get("w", 1))):
         return None
-    if (sizes["h"] > 1) != (sizes["w"] > 1) and "h" in of:
+    if min(sides) > 1 and found["h"] != sizes["w"] * found["w"]:
         return None
-    pixel = found["w"] or found["p"] or found["n"]
+    pixel = found["w"] or found["h"] or found["p"] or found["n"]
     return Strides(found["b"] or found["n"] * (sizes["n"] // batch), pixel, found["c"])
 
 
-def _agree(found: Strides | None, wanted: Strides, size: Space, samples: int) -> bool:
+def _agree(found: Strides, wanted: Strides, size: Space, samples: int) -> bool:
     """Whether they say the same where it matters: a stride along a dimension of size 1 says nothing."""
     return (
-        found is not None
-        and (samples == 1 or found.sample == wanted.sample)
+        (samples == 1 or found.sample == wanted.sample)
         and (size.pixels == 1 or found.pixel == wanted.pixel)
         and found.channel == wanted.channel
     )

@@ -26,10 +26,9 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-
 
 def cache_folder() -> Path:
     """Where compiled code is kept."""
-    root = os.environ.get("DGFAST_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
-    return (
-        Path(root) if os.environ.get("DGFAST_CACHE_DIR") else Path(root or "~/.cache").expanduser() / "dgfast"
-    ) / "kernels"
+    own = os.environ.get("DGFAST_CACHE_DIR")
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dgfast"
+    return (Path(own) if own else shared) / "kernels"
 
 
 def compiler() -> str:

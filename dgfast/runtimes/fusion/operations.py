@@ -81,7 +81,7 @@ def _is_expressible(node: Node, batch: int, known: set[Node]) -> bool:
     kind = packet(node)
     if node.target is operator.getitem:
         source, index = node.args
-        return source in known and isinstance(source, Node) and (index == 0 or not is_backward(source))
+        return isinstance(source, Node) and source in known and bool(index == 0 or not is_backward(source))
     value = node.meta["val"][0] if kind in NORMS else node.meta["val"]
     own = space(value, batch) if isinstance(value, Tensor) else None
     if own is None:
@@ -126,23 +126,24 @@ def _is_by_two(node: Node, batch: int) -> bool:
         return False
     if kind is aten.upsample_nearest2d:
         return True
-    options = [a if a is None else list(a) if isinstance(a, list | tuple) else a for a in node.args[1:]]
+    options: list[Any] = [list(a) if isinstance(a, list | tuple) else a for a in node.args[1:]]
     options = options[1:] if kind is aten.avg_pool2d_backward else options  # it has the image that was pooled first
     options += _HALVING[len(options) :]
     return [options[0], options[1] or [2, 2], *options[2:]] == _HALVING
 
 
 def _is_elementwise(node: Node, own: Space, batch: int, known: set[Node]) -> bool:
-    named = roles(node.meta["val"], batch)
     options = {k: v for k, v in node.kwargs.items() if k not in _HARMLESS}
     if packet(node) is aten.gelu and options.pop("approximate", "none") != "tanh":
         return False
-    if named is None or options:
+    if options:
         return False
     for operand in node.args:
         if isinstance(operand, Node):
             value = operand.meta["val"]
-            read = strides(value, named, batch) if isinstance(value, Tensor) and value.dtype in DTYPES else None
+            read = (
+                strides(value, node.meta["val"], batch) if isinstance(value, Tensor) and value.dtype in DTYPES else None
+            )
             if read is None or read.channel > 1:
                 return False
             if operand in known and not _is_repeated(space(value, batch), own, read.channel):

@@ -67,7 +67,8 @@ class _Cut:
         values: dict[Node, Any] = dict(zip(self._inputs, examples, strict=True))
         with torch.no_grad():
             for node in self.nodes:
-                arguments, keywords = (map_arg(a, values.__getitem__) for a in (node.args, node.kwargs))
+                arguments: Any = map_arg(node.args, values.__getitem__)
+                keywords: Any = map_arg(node.kwargs, values.__getitem__)
                 values[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
             return all(map(_close, self.call(function)(*examples), (values[node] for node in self._outputs)))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from dgfast.runtimes.fusion.layout import DTYPES, Space, roles, strides
+from dgfast.runtimes.fusion.layout import DTYPES, Space, strides
 from dgfast.runtimes.fusion.operations import NORMS, POINTWISE, RESAMPLING, aten, images, is_backward, packet, result
 from dgfast.runtimes.fusion.schedule import Schedule, Stage
 
@@ -162,12 +162,12 @@ class _Text:
         yield f"      for (long c = 0; c < {channels}; ++c) {{"
         yield f"        rstd{k}[c] = 1.0f / __builtin_sqrtf(rstd{k}[c] + {_number(eps)});"
         yield f"        scale{k}[c] = rstd{k}[c]{self.times(weight)};"
-        yield f"        shift{k}[c] = {self._input(bias, 'c') if bias else '0.0f'} - mean{k}[c] * scale{k}[c];"
+        yield f"        shift{k}[c] = {self._input(bias, 'c') if bias else '0.0f'};"
         yield "      }"
         groups = _groups(norm)
         for i, node in enumerate(self._schedule.written):
             if node.target is operator.getitem and node.args[0] is norm:
-                value = f"{('', 'mean', 'rstd')[int(node.args[1])]}{k}[g * {channels // groups}]"  # type: ignore[call-overload]
+                value = f"{('', 'mean', 'rstd')[int(node.args[1])]}{k}[g * {channels // groups}]"  # type: ignore[arg-type]
                 store = _store(f"out{i}", f"b * {groups} + g", result(node).dtype, value)
                 yield f"      if (part == 0) for (long g = 0; g < {groups}; ++g) {store}"
 
@@ -258,16 +258,15 @@ class _Values:
             return _number(operand)
         if self._schedule.of(operand) not in self._text._inputs:
             return self.of(self._schedule.of(operand))
-        named = roles(result(node), self._text._batch)
-        assert named is not None
-        read = strides(result(operand), named, self._text._batch)
+        read = strides(result(operand), result(node), self._text._batch)
         assert read is not None
         return self._text._input(operand, f"b * {read.sample} + p * {read.pixel} + c * {read.channel}")
 
     def _normalised(self, norm: Node) -> str:
         k = self._text._numbers[norm]
         if not is_backward(norm):
-            return f"{self.of(self._schedule.of(images(norm)[0]))} * scale{k}[c] + shift{k}[c]"
+            x = self.of(self._schedule.of(images(norm)[0]))
+            return f"({x} - mean{k}[c]) * scale{k}[c] + shift{k}[c]"
         gradient, normalised = self._weighted(norm)
         return f"{self._statistic(norm, 3)} * ({gradient} - scale{k}[c] - {normalised} * shift{k}[c])"
 
@@ -292,7 +291,7 @@ class _Values:
 
 
 def _groups(norm: Node) -> int:
-    return int(norm.args[8] if is_backward(norm) else norm.args[6])  # type: ignore[call-overload]
+    return int(norm.args[8] if is_backward(norm) else norm.args[6])  # type: ignore[arg-type]
 
 
 def _size(where: Space) -> int:
