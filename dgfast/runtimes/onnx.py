@@ -92,7 +92,7 @@ class OnnxEngine:
             raise UserError(f"{path}: no such file; export one with python export/to_onnx.py")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # Waiting threads that spin hold the cores that PyTorch's need between two calls: sampling is slower by a seventh.
+        # Waiting threads that spin hold the cores that PyTorch's own need between two calls.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
