@@ -6,48 +6,47 @@ number of the same sample, and how far the drawn images end from eager's, as a s
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.workloads import fill_
 from dgfast import GuidanceConfig, Networks, SamplingConfig, nets
+from dgfast.denoiser import EDMPrecond
 from dgfast.engines import generated_by, guided_by
 from dgfast.export.joint_graph import generator, joint
 from dgfast.export.parity import relative_error
 from dgfast.export.subject import Subject
 from dgfast.guidance import Guidance, guided_denoiser, guided_posterior
-from dgfast.nets.discriminator import Discriminator, NoisyClassifier
 from dgfast.one_step import OneStep
 from dgfast.runtimes import compiled, onnx
 from dgfast.runtimes.onnx_writer import convert
 from dgfast.sampler import Sampler
 
 Function = Callable[..., tuple[Tensor, ...]]
+_BUILD: dict[str, Any] = {"compiled": compiled.build, "onnx": onnx.build}
+RUNTIMES = (*_BUILD, "file")
+"""Of the function as it is, and of an exported file whose inputs the guidance weights are."""
 _CLASSES, _SEEDS = 3, (0, 1, 2)
-_ENCODER = {
-    "kind": "EncoderUNetModel", "model_channels": 32, "num_res_blocks": 1, "attention_resolutions": [],
-    "num_head_channels": 32, "pool": "attention", "use_scale_shift_norm": True,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is drawn; without `family` by the one-step generator.
+    """What is drawn.
 
     Attributes:
-        family: of the networks, "edm", "adm" or "dit". exported: whether a file can hold it.
+        family: of the networks, "edm", "adm" or "dit"; "" for the one-step generator.
     """
 
-    family: str = ""
-    sampling: SamplingConfig = SamplingConfig(num_steps=3, sigma_min=0.1)
-    guidance: GuidanceConfig = GuidanceConfig()
-    exported: bool = True
+    family: str
+    sampling: SamplingConfig
+    guidance: GuidanceConfig
 
 
 @dataclass(frozen=True)
@@ -66,63 +65,62 @@ class Row:
     moved: float
 
 
-_ADM = SamplingConfig(solver="ddpm", respacing="4", clip_denoised=True)
-_DIT = SamplingConfig(solver="ddpm", respacing="4")
-_TWO_SCALES = {"cfg_scale": 3.0, "cfg_scale_low": 6.0, "cfg_branch": 2.0}
+_GRID = SamplingConfig(num_steps=3, solver="euler", sigma_min=0.1)
+_HEUN = SamplingConfig(num_steps=3)
+_ADM = {"respacing": "3", "clip_denoised": True}
 METHODS: dict[str, Method] = {
-    "discriminator": Method("edm", SamplingConfig(num_steps=4), GuidanceConfig(dg_weight=3.0)),
-    "discriminator, at both points": Method("edm", guidance=GuidanceConfig(dg_weight=3.0, dg_weight_2nd=2.0)),
-    "discriminator, boosted": Method("edm", guidance=GuidanceConfig(dg_weight=3.0, boosting=True)),
+    "discriminator": Method("edm", _HEUN, GuidanceConfig(dg_weight=0.03)),
+    "discriminator, boosted": Method("edm", _GRID, GuidanceConfig(dg_weight=0.03, boosting=True)),
     "discriminator, gradient reused": Method(
-        "edm", guidance=GuidanceConfig(dg_weight=3.0, dg_weight_2nd=3.0, dg_every=2, dg_reuse="linear"), exported=False
+        "edm", _HEUN, GuidanceConfig(dg_weight=0.03, dg_weight_2nd=0.03, dg_every=2, dg_reuse="linear")
     ),
-    "classifier": Method("edm", guidance=GuidanceConfig(classifier_scale=3.0)),
-    "classifier-free": Method("edm", guidance=GuidanceConfig(cfg_scale=4.0, guidance_interval=(0.2, 50.0))),
-    "classifier-free, two scales": Method("edm", guidance=GuidanceConfig(**_TWO_SCALES)),
-    "autoguidance": Method("edm", guidance=GuidanceConfig(autoguidance=3.0)),
-    "low-density": Method("edm", guidance=GuidanceConfig(diversity=3.0)),
-    "predicted clean": Method("edm", guidance=GuidanceConfig(fidelity=3.0, clean_time="0")),
-    "low-density, predicted clean, classes mixed": Method(
-        "edm",
-        guidance=GuidanceConfig(diversity=9.0, fidelity=9.0, normalize="sample_l2", target_class=1, base_class=2),
+    "classifier": Method("edm", _GRID, GuidanceConfig(classifier_scale=0.2)),
+    "classifier-free": Method("edm", _GRID, GuidanceConfig(cfg_scale=2.0, guidance_interval=(0.2, 50.0))),
+    "classifier-free, two scales": Method(
+        "edm", _GRID, GuidanceConfig(cfg_scale=2.0, cfg_scale_low=3.0, cfg_branch=2.0)
+    ),
+    "autoguidance": Method("edm", _GRID, GuidanceConfig(autoguidance=2.0)),
+    "low-density": Method("edm", _GRID, GuidanceConfig(diversity=0.2)),
+    "predicted clean": Method("edm", _GRID, GuidanceConfig(fidelity=0.2, clean_time="0")),
+    "both, with classes mixed": Method(
+        "edm", _GRID, GuidanceConfig(diversity=0.2, fidelity=0.2, normalize="sample_l2", target_class=1, base_class=2)
     ),
     "low-density, discriminator": Method(
-        "edm", guidance=GuidanceConfig(diversity=3.0, dg_weight=3.0, dg_weight_2nd=3.0)
+        "edm", _GRID, GuidanceConfig(diversity=0.2, dg_weight=0.03, dg_weight_2nd=0.03)
     ),
-    "ADM, classifier by mean shift": Method("adm", _ADM, GuidanceConfig(classifier_scale=9.0)),
-    "ADM, classifier by epsilon shift": Method(
-        "adm", SamplingConfig(solver="ddim", respacing="ddim4", eta=0.5, clip_denoised=True),
-        GuidanceConfig(classifier_scale=9.0),
+    "classifier by epsilon shift: ADM, ddim": Method(
+        "adm", SamplingConfig(solver="ddim", eta=0.5, **_ADM), GuidanceConfig(classifier_scale=3.0)
     ),
-    "ADM-G++": Method(
-        "adm", _ADM, GuidanceConfig(classifier_scale=9.0, dg_weight=9.0, dg_schedule=((0.2, 0.0), (0.4, 1.0)))
+    "classifier by mean shift, discriminator: ADM-G++": Method(
+        "adm", SamplingConfig(solver="ddpm", **_ADM),
+        GuidanceConfig(classifier_scale=9.0, dg_weight=9.0, dg_schedule=((0.2, 0.5), (0.4, 1.0))),
     ),
-    "DiT, classifier-free": Method("dit", _DIT, GuidanceConfig(cfg_scale=4.0, cfg_channels=3)),
-    "DiT-G++": Method("dit", _DIT, GuidanceConfig(dg_weight=9.0, dg_window=(0.1, 2.0), cfg_channels=3, **_TWO_SCALES)),
-    "one-step": Method(),
+    "classifier-free, discriminator: DiT-G++": Method(
+        "dit", SamplingConfig(solver="ddpm", respacing="3"),
+        GuidanceConfig(
+            dg_weight=9.0, dg_window=(0.1, 2.0), cfg_scale=1.1, cfg_scale_low=1.4, cfg_branch=2.0, cfg_channels=3
+        ),
+    ),
+    "one-step": Method("", _GRID, GuidanceConfig()),
 }  # fmt: skip
 
 
-def rows(name: str) -> Iterator[Row]:
-    """One row for the compiled and the ONNX runtime each, and one for a file with its weights as inputs."""
+def rows(name: str, runtimes: Sequence[str] = RUNTIMES) -> Iterator[Row]:
+    """One row for each runtime; no file holds the gradient that is to be reused."""
     method = METHODS[name]
-    wanted, moved = _eager(method)
-    for runtime, build in (("compiled", compiled.build), ("onnx", onnx.build)):
-        errors: list[float] = []
-        drawn = _sampler(method, runtime=partial(_recording, build, errors))(_SEEDS)
-        yield Row(name, runtime, max(errors), _share(drawn, wanted), moved)
-    if method.exported:
-        errors = []
-        with tempfile.TemporaryDirectory() as folder:
-            drawn = _sampler(method, engine=_recording_file(method, Path(folder), errors))(_SEEDS)
-        yield Row(name, "file", max(errors), _share(drawn, wanted), moved)
-
-
-def _eager(method: Method) -> tuple[Tensor, float]:
-    """What eager draws, and how far that is from what it draws without guidance; a generator has none."""
     drawn = _sampler(method)(_SEEDS)
-    plain = _sampler(Method(method.family, method.sampling))(_SEEDS) if method.family else torch.zeros_like(drawn)
-    return drawn, _share(drawn, plain)
+    plain = _sampler(replace(method, guidance=GuidanceConfig()))(_SEEDS) if method.family else torch.zeros_like(drawn)
+    for runtime in runtimes:
+        if runtime == "file" and method.guidance.dg_every > 1:
+            continue
+        errors: list[float] = []
+        with tempfile.TemporaryDirectory() as folder:
+            if runtime == "file":
+                keywords = {"engine": _recording_file(method, Path(folder), errors)}
+            else:
+                keywords = {"runtime": partial(_recording, _BUILD[runtime], errors)}
+            mine = _sampler(method, **keywords)(_SEEDS)
+        yield Row(name, runtime, max(errors), _share(mine, drawn), _share(drawn, plain))
 
 
 def _sampler(method: Method, **keywords: Any) -> Any:
@@ -151,9 +149,8 @@ def _compared(function: Function, candidate: Function, errors: list[float]) -> F
 def _recording_file(method: Method, folder: Path, errors: list[float]) -> Any:
     """What a sampler takes for `engine`: the exported function, every call of it held against eager."""
     if not method.family:
-        return _compared(
-            lambda *given: (_generator()(*given),), generated_by(_file(generator(_generator()), folder)), errors
-        )
+        net = _generator()
+        return _compared(lambda *given: (net(*given),), generated_by(_file(generator(net), folder)), errors)
     networks = _networks(method.family)
     guided = guided_by(_file(joint(networks, method.sampling, method.guidance), folder))
     make: Any = guided_posterior if method.sampling.solver == "ddpm" else guided_denoiser
@@ -167,7 +164,7 @@ def _recording_file(method: Method, folder: Path, errors: list[float]) -> Any:
 
 def _file(subject: Subject, folder: Path) -> onnx.OnnxEngine:
     path = folder / "function.onnx"
-    onnx.save(convert(subject.function, dict(subject.example(2, seed=1)), subject.outputs, dynamic=True), path)
+    onnx.save(convert(subject.function, dict(subject.example(len(_SEEDS), seed=1)), subject.outputs), path)
     return onnx.OnnxEngine(path)
 
 
@@ -175,40 +172,67 @@ def _share(drawn: Tensor, wanted: Tensor) -> float:
     return float((drawn.double() - wanted.double()).abs().max()) / 2
 
 
+class _Raw(nn.Module):
+    """What `EDMPrecond` makes a denoiser of; DiT and ADM's U-Net are there as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label = nn.Linear(_CLASSES, 16)
+        self.first, self.last = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 1, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 16)
+
+    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor, _: None) -> Tensor:
+        shift = self.label(class_labels) + c_noise.view(-1, 1)
+        image: Tensor = self.last(F.silu(self.norm(self.first(x)) + shift[:, :, None, None]))
+        return image
+
+
+class _Judge(nn.Module):
+    """(u, t) -> logits [B, classes], as a classifier; with class_labels the one of each class, as a discriminator."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 32, 3, padding=1, stride=2)
+        self.norm, self.out = nn.GroupNorm(8, 32), nn.Linear(32, _CLASSES)
+
+    def forward(self, u: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        features = F.silu(self.norm(self.conv(u)) + t.float().view(-1, 1, 1, 1)).mean(dim=(2, 3))
+        logits: Tensor = self.out(features)
+        return logits if class_labels is None else (logits * class_labels).sum(dim=1)
+
+
 @cache
 def _networks(family: str) -> Networks:
-    """Score network, reference, classifier and discriminator with random weights, none of them trivially zero."""
-    shape = {"img_resolution": 8, "img_channels": {"edm": 1, "adm": 3, "dit": 4}[family], "label_dim": _CLASSES}
+    """Score network, a worse one, classifier and discriminator with random weights, none of them trivially zero."""
     kinds: dict[str, dict[str, Any]] = {
-        "edm": {
-            "kind": "EDMPrecond", "model_type": "SongUNet", "model_channels": 16, "channel_mult": [1, 2],
-            "num_blocks": 1, "attn_resolutions": [4],
-        },
         "adm": {
-            "kind": "DDPMPrecond", "model_type": "create_model", "num_channels": 32, "num_res_blocks": 1,
-            "channel_mult": "1,2", "attention_resolutions": "4", "num_head_channels": 32, "use_scale_shift_norm": True,
-            "resblock_updown": True,
+            "model_type": "create_model", "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1",
+            "attention_resolutions": "8", "num_head_channels": 32, "use_scale_shift_norm": True,
         },
-        "dit": {"kind": "DDPMPrecond", "model_type": "DiT", "hidden_size": 32, "depth": 2, "num_heads": 2},
+        "dit": {"model_type": "DiT", "hidden_size": 32, "depth": 1, "num_heads": 2},
     }  # fmt: skip
-    trunk = {"image_size": 8, "in_channels": shape["img_channels"], "out_channels": _CLASSES, "channel_mult": [1, 2]}
-    head = {"image_size": 4, "in_channels": 64, "out_channels": 1, "channel_mult": [1], "num_classes": _CLASSES}
-    draws = torch.Generator().manual_seed(0)
-    score, worse = (_filled(draws, **kinds[family], **shape) for _ in range(2))
-    encoder = _filled(draws, **_ENCODER, **trunk, resblock_updown=True)
-    discriminator = Discriminator(encoder, _filled(draws, **_ENCODER, **head)).eval()
+    draws, channels = torch.Generator().manual_seed(0), {"edm": 1, "adm": 3, "dit": 4}[family]
+
+    def net() -> Any:
+        if family == "edm":
+            return _frozen(EDMPrecond(_Raw(), 8, channels, _CLASSES), draws)
+        shape = {"img_resolution": 8, "img_channels": channels, "label_dim": _CLASSES}
+        return _frozen(nets.build("DDPMPrecond", **kinds[family], **shape), draws)
+
+    score, worse = net(), net()
+    classifier, discriminator = (_frozen(_Judge(channels), draws) for _ in range(2))
     time = {"time": score.time} if family != "edm" else {}
-    return Networks(score, discriminator, NoisyClassifier(encoder), worse, **time)
+    return Networks(score, discriminator, classifier, worse, **time)
 
 
 @cache
 def _generator() -> Any:
     keywords = {"img_resolution": 8, "img_channels": 1, "label_dim": _CLASSES, "latent_dim": 8, "channels": (16, 8)}
-    return _filled(torch.Generator().manual_seed(0), kind="Generator", **keywords)
+    return _frozen(nets.build("Generator", **keywords), torch.Generator().manual_seed(0))
 
 
-def _filled(draws: torch.Generator, **keywords: Any) -> Any:
-    return fill_(nets.build(**keywords), draws).eval().requires_grad_(False)
+def _frozen(net: nn.Module, draws: torch.Generator) -> Any:
+    return fill_(net, draws).eval().requires_grad_(False)
 
 
 @click.command(help=__doc__)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dgfast.bundle import Bundle
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
-from dgfast.guidance import Guidance
+from dgfast.guidance import OUTSIDE_WINDOW, Guidance
 from dgfast.guidance.weights import OFF, weights
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -74,7 +74,8 @@ def guided_by(engine: Engine) -> Callable[[tuple[Guidance, ...]], Function]:
 
         def function(x: Tensor, sigma: Tensor, *further: Tensor | None) -> tuple[Tensor, ...]:
             arguments = dict(zip(POSTERIOR, (x, sigma, *further), strict=False))
-            return _called(engine, {**arguments, **values})
+            *results, log_ratio = _called(engine, {**arguments, **values})
+            return *results, log_ratio if "dg_weight" in given else torch.full_like(log_ratio, OUTSIDE_WINDOW)
 
         return function
 
