@@ -1,7 +1,7 @@
 """python -m benchmarks.parity: does every method draw in every runtime what it draws in eager PyTorch?
 
 Small networks with random weights, one method after the other: the largest error of any call, relative to the largest
-number of the same sample, and how far the drawn images end from eager's, as a share of the pixel range.
+number of the same sample, and how far the drawn images end from eager's, as a share of their largest value.
 """
 
 import tempfile
@@ -55,7 +55,7 @@ class Row:
 
     Attributes:
         error: the largest of any call; drift: of the images; moved: what guidance changed them by in eager. The last
-            two are shares of the pixel range.
+            two are shares of their largest value.
     """
 
     method: str
@@ -109,7 +109,7 @@ def rows(name: str, runtimes: Sequence[str] = RUNTIMES) -> Iterator[Row]:
     """One row for each runtime; no file holds the gradient that is to be reused."""
     method = METHODS[name]
     drawn = _sampler(method)(_SEEDS)
-    plain = _sampler(replace(method, guidance=GuidanceConfig()))(_SEEDS) if method.family else torch.zeros_like(drawn)
+    plain = _sampler(replace(method, guidance=GuidanceConfig()))(_SEEDS) if method.family else drawn
     for runtime in runtimes:
         if runtime == "file" and method.guidance.dg_every > 1:
             continue
@@ -120,7 +120,7 @@ def rows(name: str, runtimes: Sequence[str] = RUNTIMES) -> Iterator[Row]:
             else:
                 keywords = {"runtime": partial(_recording, _BUILD[runtime], errors)}
             mine = _sampler(method, **keywords)(_SEEDS)
-        yield Row(name, runtime, max(errors), _share(mine, drawn), _share(drawn, plain))
+        yield Row(name, runtime, max(errors), _share(mine, drawn), _share(plain, drawn))
 
 
 def _sampler(method: Method, **keywords: Any) -> Any:
@@ -169,7 +169,8 @@ def _file(subject: Subject, folder: Path) -> onnx.OnnxEngine:
 
 
 def _share(drawn: Tensor, wanted: Tensor) -> float:
-    return float((drawn.double() - wanted.double()).abs().max()) / 2
+    """The largest difference, as a share of the largest value."""
+    return float((drawn - wanted).abs().max() / wanted.abs().max())
 
 
 class _Raw(nn.Module):
