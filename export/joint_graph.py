@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.denoiser import EDMPrecond, Preconditioner
 from dgfast.engines import DENOISER, POSTERIOR, function_of
 from dgfast.errors import UserError
 from dgfast.export.subject import Function, GeneratorSubject, Joint
@@ -59,6 +60,7 @@ def joint(networks: Networks, sampling: SamplingConfig, guidance: GuidanceConfig
     return Joint(
         what, function, inputs, _OUTPUTS[what], used, (*(step.sigma for step in plan), 0.0),
         (networks.denoiser.img_channels, side, side), classes,
+        isinstance(networks.denoiser, Preconditioner) and not isinstance(networks.denoiser, EDMPrecond),
     )  # fmt: skip
 
 
