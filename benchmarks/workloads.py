@@ -8,6 +8,7 @@ the guidance's gradient.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.utils.module_tracker import ModuleTracker
 import dgfast
 from dgfast import GuidanceConfig, Networks, SamplingConfig, bundle, nets
 from dgfast.denoiser import DDPMPrecond
-from dgfast.nets.discriminator import Discriminator
+from dgfast.nets.adm_unet import PUBLISHED
+from dgfast.nets.discriminator import Discriminator, NoisyClassifier
 from dgfast.nets.dit import PRESETS
 from dgfast.noise_levels import TIME_SCHEDULES
 
@@ -64,7 +66,7 @@ class RandomNetworks:
         head = fill_(nets.build(**self.head, in_channels=trunk.feature_channels), generator)
         score, trunk, head = (_placed(net, device, dtype) for net in (score, trunk, head))
         time = score.time if isinstance(score, DDPMPrecond) else TIME_SCHEDULES[self.time_schedule]
-        return Networks(score, Discriminator(trunk, head).eval(), time=time)
+        return Networks(score, Discriminator(trunk, head).eval(), NoisyClassifier(trunk).eval(), time=time)
 
 
 def fill_(net: nn.Module, generator: torch.Generator) -> Any:
@@ -171,22 +173,40 @@ def _edm_ffhq64() -> Workload:
     )
 
 
-def _dit_s2() -> Workload:
+def _adm_64() -> Workload:
+    networks = RandomNetworks(
+        score={
+            "kind": "DDPMPrecond", "model_type": "create_model", "img_resolution": 64, "img_channels": 3,
+            "label_dim": 1000, "noise_schedule": "cosine", **PUBLISHED["adm-64"],
+        },
+        trunk=_classifier(64, 4),
+        head=_classifier(8, 2, out_channels=1, condition=True),
+    )  # fmt: skip
+    return Workload(
+        load=networks.load,
+        sampling=SamplingConfig(solver="ddpm", respacing="250", clip_denoised=True),
+        guidance=GuidanceConfig(dg_weight=1.0, classifier_scale=1.0),  # ADM-G++; its weights by time are not published
+        batches={("guided-step", "cpu"): (1,), ("guided-step", "cuda"): _GPU_BATCHES},
+    )
+
+
+def _dit(preset: str, devices: tuple[str, ...]) -> Workload:
     networks = RandomNetworks(
         score={
             "kind": "DDPMPrecond", "model_type": "DiT", "img_resolution": 32, "img_channels": 4, "label_dim": 1000,
-            **PRESETS["DiT-S/2"],
+            **PRESETS[preset],
         },
         trunk=_classifier(32, 2, in_channels=4),
         head=_classifier(8, 2, out_channels=1, condition=True),
     )  # fmt: skip
+    batches = {("guided-step", "cpu"): (1,), ("guided-step", "cuda"): _GPU_BATCHES}
     return Workload(
         load=networks.load,
         sampling=SamplingConfig(solver="ddpm", respacing="250"),
         guidance=GuidanceConfig(  # DiT-G++'s: two scales that change at timestep 200, discriminator above 100
             dg_weight=1.0, dg_window=(0.1011, 2.0), cfg_scale=1.25, cfg_scale_low=3.0, cfg_branch=0.7257
         ),
-        batches={("guided-step", "cpu"): (1,), ("guided-step", "cuda"): _GPU_BATCHES},
+        batches={(group, device): sizes for (group, device), sizes in batches.items() if device in devices},
     )
 
 
@@ -216,7 +236,9 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "mnist32": _mnist32,
     "edm-cifar10": _edm_cifar10,
     "edm-ffhq64": _edm_ffhq64,
-    "dit-s2": _dit_s2,
+    "adm-64": _adm_64,
+    "dit-s2": partial(_dit, "DiT-S/2", ("cpu", "cuda")),
+    "dit-xl2": partial(_dit, "DiT-XL/2", ("cuda",)),
     "tiny": _tiny,
 }
 STAND_INS = ("tiny",)

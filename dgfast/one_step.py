@@ -53,15 +53,19 @@ class OneStep:
         device: torch.device | str | None = None,
         runtime: Runtime | None = None,
         step_runtime: Runtime | None = None,
+        engine: Function | None = None,
     ) -> None:
         """
         Args:
             device: where to draw; None: where the generator's weights are.
             runtime, step_runtime: make a faster callable of the generator for one shape, such as
                 `runtimes.compiled.build`, and another of that, such as `runtimes.cuda_graph.build`.
+            engine: (latents, class_labels) -> (images,) that takes the generator's place, such as
+                `engines.generated_by` gives.
         """
         self.generator = generator
         self.device = device_of(generator) if device is None else torch.device(device)
+        self._engine = engine
         self._runtimes = [make for make in (runtime, step_runtime) if make is not None]
         self._functions: dict[torch.Size, Function] = {}
 
@@ -134,8 +138,8 @@ class OneStep:
 
     def _function(self, latents: Tensor, class_labels: Tensor | None) -> Function:
         """(latents, class_labels) -> (images,), in this sampler's runtimes, built once a shape."""
-        if not self._runtimes:
-            return self._forward
+        if self._engine is not None or not self._runtimes:
+            return self._engine or self._forward
         if latents.shape not in self._functions:
             function: Function = self._forward
             for make in self._runtimes:

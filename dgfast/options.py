@@ -1,10 +1,12 @@
-"""What the command lines share: the types of their options, and the options that give guidances their weights."""
+"""What the command lines share: the types of their options, and the options of the guidances."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
 import click
+
+from dgfast.config import CLEAN_TIMES, NORMALIZATIONS
 
 
 class IntegerRanges(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
@@ -72,17 +74,41 @@ class FiniteFloat(click.ParamType):  # type: ignore[type-arg]  # generic only in
 
 
 NUMBER = FiniteFloat()
-_WEIGHTS = {
-    "--dg-weight": "Discriminator guidance; 0 turns it off.",
-    "--dg-weight-2nd": "The same at the solver's second point.",
-    "--classifier-scale": "Classifier guidance; 0 turns it off.",
-    "--cfg-scale": "Classifier-free guidance; 1 turns it off.",
-    "--autoguidance": "Guidance by a worse net; 1 turns it off.",
-}
+_GUIDANCE = (
+    click.option("--dg-weight", type=NUMBER, help="Discriminator guidance; 0 turns it off."),
+    click.option("--dg-weight-2nd", type=NUMBER, help="The same at the solver's second point."),
+    click.option("--dg-window", type=FloatPair(), help="VP times between which it acts."),
+    click.option("--dg-schedule", type=WeightPoints(), help="Factor on --dg-weight by VP time, linear between points."),
+    click.option("--boosting", is_flag=True, default=None, help="DG's boosting, for conditional nets."),
+    click.option(
+        "--published-window", is_flag=True, default=None, help="Judge the window by the batch, as DG's code does."
+    ),
+    click.option("--classifier-scale", type=NUMBER, help="Classifier guidance; 0 turns it off."),
+    click.option("--classifier-schedule", type=WeightPoints(), help="Factor on --classifier-scale, as --dg-schedule."),
+    click.option("--cfg-scale", type=NUMBER, help="Classifier-free guidance; 1 turns it off."),
+    click.option("--cfg-scale-low", type=NUMBER, help="The same at noise levels of --cfg-branch and below."),
+    click.option("--cfg-branch", type=NUMBER, help="Noise level sigma at which the one scale takes over."),
+    click.option("--cfg-channels", type=int, help="Guide the first so many channels alone; 3 is DiT's published way."),
+    click.option("--guidance-interval", type=FloatPair(), help="Noise levels sigma between which --cfg-scale acts."),
+    click.option("--autoguidance", type=NUMBER, help="Guidance by a worse net; 1 turns it off."),
+    click.option("--diversity", type=NUMBER, help="Low-density guidance, a: away from what the classifier is sure of."),
+    click.option("--perceptual", is_flag=True, default=None, help="Turn --diversity round: toward the class."),
+    click.option("--fidelity", type=NUMBER, help="Guidance toward the class in the predicted clean image, b."),
+    click.option("--normalize", type=click.Choice(NORMALIZATIONS), help="What both do to their gradients' lengths."),
+    click.option(
+        "--clean-time", type=click.Choice(CLEAN_TIMES), help="Classifier's time for the predicted clean image."
+    ),
+    click.option("--target-class", type=int, help="Class of the --diversity term; default: each image's own."),
+    click.option("--base-class", type=int, help="Class of the --fidelity term; default: each image's own."),
+)
 
 
-def guidance_weights(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that give each guidance its weight, for every command that takes them."""
-    for option, text in reversed(_WEIGHTS.items()):
-        command = click.option(option, type=NUMBER, help=text)(command)
+def guidance_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What decides on the guided function, for every command that makes one: guidance, and what stands before it."""
+    command = click.option(
+        "--clip-denoised", type=bool, is_flag=False, flag_value="true",
+        help="Keep denoised images in [-1, 1]; or =false.",
+    )(command)  # fmt: skip
+    for option in reversed(_GUIDANCE):
+        command = option(command)
     return command

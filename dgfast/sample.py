@@ -15,9 +15,7 @@ import click
 
 from dgfast import __version__
 from dgfast.config import (
-    CLEAN_TIMES,
     DISCRETIZATIONS,
-    NORMALIZATIONS,
     REUSES,
     SCALINGS,
     SCHEDULES,
@@ -27,7 +25,7 @@ from dgfast.config import (
     SamplingConfig,
 )
 from dgfast.errors import UserError
-from dgfast.options import NUMBER, FloatPair, IntegerRanges, WeightPoints, guidance_weights
+from dgfast.options import NUMBER, IntegerRanges, guidance_options
 
 RUNTIMES = ("eager", "compiled", "onnx", "tensorrt")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
@@ -57,32 +55,11 @@ _SAMPLING = (
 @click.option("--s-max", "S_max", type=float, help="Churn below this noise level only.")
 @click.option("--s-noise", "S_noise", type=NUMBER, help="Standard deviation of the added noise.")
 @click.option("--respacing", help="Timesteps of a discrete-time network to keep: 250, ddim25, 10,10,5.")
-@click.option(
-    "--clip-denoised", type=bool, is_flag=False, flag_value="true", help="Keep denoised images in [-1, 1]; or =false."
-)
 @click.option("--eta", type=NUMBER, help="Noise of the ddim solver, from 0 to 1.")
 @click.option("--fixed-variance", type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none.")
-@guidance_weights
-@click.option("--dg-window", type=FloatPair(), help="VP times between which it acts.")
-@click.option("--dg-schedule", type=WeightPoints(), help="Factor on --dg-weight by VP time, linear between points.")
-@click.option("--dg-every", type=int, help="Compute its gradient at every so many guided calls only.")
+@guidance_options
+@click.option("--dg-every", type=int, help="Compute the discriminator's gradient at every so many guided calls only.")
 @click.option("--dg-reuse", type=click.Choice(REUSES), help="What the calls between use.")
-@click.option("--boosting", is_flag=True, default=None, help="DG's boosting, for conditional nets.")
-@click.option(
-    "--published-window", is_flag=True, default=None, help="Judge the window by the batch, as DG's code does."
-)
-@click.option("--classifier-schedule", type=WeightPoints(), help="Factor on --classifier-scale, as --dg-schedule.")
-@click.option("--cfg-scale-low", type=NUMBER, help="The same at noise levels of --cfg-branch and below.")
-@click.option("--cfg-branch", type=NUMBER, help="Noise level sigma at which the one scale takes over from the other.")
-@click.option("--cfg-channels", type=int, help="Guide the first so many channels alone; 3 is DiT's published way.")
-@click.option("--guidance-interval", type=FloatPair(), help="Noise levels sigma between which --cfg-scale acts.")
-@click.option("--diversity", type=NUMBER, help="Low-density guidance, a: away from what the classifier is sure of.")
-@click.option("--fidelity", type=NUMBER, help="Guidance toward the class in the predicted clean image, b.")
-@click.option("--perceptual", is_flag=True, default=None, help="Turn --diversity round: toward the class.")
-@click.option("--normalize", type=click.Choice(NORMALIZATIONS), help="What both do to their gradients' lengths.")
-@click.option("--clean-time", type=click.Choice(CLEAN_TIMES), help="Classifier's time for the predicted clean image.")
-@click.option("--target-class", type=int, help="Class of the --diversity term; default: each image's own.")
-@click.option("--base-class", type=int, help="Class of the --fidelity term; default: each image's own.")
 @click.option("--dtype", type=click.Choice(["float32", "tf32", "bf16", "fp16"]), default="float32", show_default=True)
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: what is there.")
 @click.option(
@@ -130,10 +107,11 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
 
     runtime, engine = _runtime(options), None
     if options["engine"]:
-        engine = _engine(runtime, options["engine"], device, options["provider"], found, guidance)
+        engine = _engine(runtime, options["engine"], device, options["provider"])
+        _require_fit(engine, found, None if one_step else (sampling, guidance))
 
     def make(runtime: str) -> Any:
-        keywords = _keywords(runtime, device, engine)
+        keywords = _keywords(runtime, device, engine, one_step)
         if one_step:
             return OneStep(networks, device, **keywords)
         return Sampler(networks, sampling, guidance, device, **keywords)
@@ -165,11 +143,11 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
 
 
 def _refuse_beside_one_step(given: dict[str, Any]) -> None:
-    """Nothing that a solver, a guidance or a guided denoiser's file is needed for goes with --one-step."""
-    idle = {*_SAMPLING, *asdict(GuidanceConfig()), "engine"} & {*given}
+    """Nothing that a solver or a guidance is needed for goes with --one-step."""
+    idle = {*_SAMPLING, *asdict(GuidanceConfig())} & {*given}
     names = [option.opts[0] for option in click.get_current_context().command.params if option.name in idle]
     if names:
-        raise UserError(f"--one-step has no solver, guidance or engine: leave out {', '.join(names)}, or --one-step")
+        raise UserError(f"--one-step has no solver and no guidance: leave out {', '.join(names)}, or --one-step")
 
 
 def _cost(sampler: Any, one_step: bool) -> str:
@@ -210,12 +188,12 @@ def _runtime(options: dict[str, Any]) -> str:
     return runtime
 
 
-def _keywords(runtime: str, device: Any, engine: Any) -> dict[str, Any]:
+def _keywords(runtime: str, device: Any, engine: Any, one_step: bool) -> dict[str, Any]:
     """What a sampler takes to run in this runtime."""
     if engine is not None:
-        from dgfast.engines import guided_by
+        from dgfast.engines import generated_by, guided_by
 
-        return {"engine": guided_by(engine)}
+        return {"engine": generated_by(engine) if one_step else guided_by(engine)}
     if runtime == "onnx":
         from dgfast.runtimes import onnx
 
@@ -227,16 +205,24 @@ def _keywords(runtime: str, device: Any, engine: Any) -> dict[str, Any]:
     return {}
 
 
-def _engine(runtime: str, path: Path, device: Any, provider: str | None, bundle: Any, guidance: GuidanceConfig) -> Any:
-    """The file, opened, tested and found to fit the job."""
-    from dgfast.engines import require_fit
+def _engine(runtime: str, path: Path, device: Any, provider: str | None) -> Any:
+    """The file, opened and tested."""
     from dgfast.runtimes import tensorrt
     from dgfast.runtimes.onnx import OnnxEngine
 
     engine: Any = tensorrt.load(path, device) if runtime == "tensorrt" else OnnxEngine(path, device, provider)
     engine.self_test()
-    require_fit(engine, bundle, guidance)
     return engine
+
+
+def _require_fit(engine: Any, bundle: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None) -> None:
+    """Raises UserError if the file does not fit the job; without settings, that is a one-step generator's."""
+    from dgfast.engines import require_fit, require_generator
+
+    if settings is None:
+        require_generator(engine, bundle)
+    else:
+        require_fit(engine, bundle, *settings)
 
 
 def _prepared(sampler: Any, make: Callable[[str], Any], batch: int, runtime: str, demand: str) -> tuple[Any, bool]:

@@ -48,10 +48,15 @@ class ValueMismatchError(ParityError):
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs by name, none of them those of the tracing example."""
+    """Inputs by name, none of them those of the tracing example.
+
+    Attributes:
+        least: by output, a size [B] that errors are a share of where the reference's largest value is smaller.
+    """
 
     name: str
     inputs: Tensors
+    least: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,8 @@ def compare(
             continue
         for name, value in wanted.items():
             allowed = tolerance if isinstance(tolerance, float | int) else tolerance[name]
-            rows.append(_row(case.name, name, value, found[name], allowed, (dtypes or {}).get(name)))
+            dtype, least = (dtypes or {}).get(name), case.least.get(name)
+            rows.append(_row(case.name, name, value, found[name], allowed, dtype, least))
     return Report(rows)
 
 
@@ -163,24 +169,29 @@ def signature(
             yield Row("signature", name, float("inf"), 0.0, ShapeMismatchError.__name__, detail)
 
 
-def relative_error(found: Tensor, reference: Tensor) -> float:
-    """See `Row`; infinite if anything is not a number."""
+def relative_error(found: Tensor, reference: Tensor, least: Tensor | None = None) -> float:
+    """See `Row` and `Case`; infinite if anything is not a number."""
     found, reference = found.double().cpu(), reference.double().cpu()
     if reference.dim() <= 1:
         scale = reference.abs().clamp(min=1)
     else:
-        scale = reference.abs().flatten(1).amax(1).clamp(min=1e-12).view(-1, *[1] * (reference.dim() - 1))
+        size = reference.abs().flatten(1).amax(1).clamp(min=1e-12)
+        size = size if least is None else size.maximum(least.double().cpu())
+        scale = size.view(-1, *[1] * (reference.dim() - 1))
     error = ((found - reference).abs() / scale).max()
     return float(error) if bool(error.isfinite()) else float("inf")
 
 
-def _row(case: str, name: str, wanted: Tensor, found: Tensor, tolerance: float, dtype: torch.dtype | None) -> Row:
+def _row(
+    case: str, name: str, wanted: Tensor, found: Tensor, tolerance: float, dtype: torch.dtype | None,
+    least: Tensor | None,
+) -> Row:  # fmt: skip
     if dtype is not None and found.dtype != dtype:
         return Row(case, name, float("inf"), tolerance, DtypeMismatchError.__name__, f"{found.dtype}, not {dtype}")
     if found.shape != wanted.shape:
         detail = f"shape {list(found.shape)}, not {list(wanted.shape)}"
         return Row(case, name, float("inf"), tolerance, ShapeMismatchError.__name__, detail)
-    error = relative_error(found, wanted)
+    error = relative_error(found, wanted, least)
     if not error <= tolerance:
         detail = f"differs by {error:.1e} of the reference, allowed {tolerance:.0e}"
         return Row(case, name, error, tolerance, ValueMismatchError.__name__, detail)

@@ -95,7 +95,7 @@ def _make_folder(out: Path) -> None:
 
 
 def _subject(bundle: str, device: str = "cpu") -> Any:
-    """The guided denoiser that the bundle's ONNX file has, in eager PyTorch."""
+    """The function that the bundle's ONNX file has, in eager PyTorch."""
     from dgfast import bundle as bundles
     from dgfast.export.joint_graph import joint
     from dgfast.networks import load
@@ -104,7 +104,7 @@ def _subject(bundle: str, device: str = "cpu") -> Any:
     guidance = found.guidance
     if "discriminator" not in found.nets:
         guidance = replace(guidance, dg_weight=0.0, dg_weight_2nd=0.0)
-    return joint(load(found, device, guidance=guidance), found.sampling, guidance, "denoiser")
+    return joint(load(found, device, guidance=guidance), found.sampling, guidance)
 
 
 def _exported(bundle: str | None, batch: tuple[int, int, int], out: Path) -> Path:
@@ -214,7 +214,6 @@ def _executed(file: EngineFile, reference: Path, subject: Any, bundle: str | Non
     import torch
 
     from dgfast.export import engine_report, self_test
-    from dgfast.export.onnx_file import cases_of
     from dgfast.export.parity import compare
     from dgfast.runtimes.onnx import OnnxEngine
     from dgfast.runtimes.tensorrt import load
@@ -226,7 +225,7 @@ def _executed(file: EngineFile, reference: Path, subject: Any, bundle: str | Non
         cases = [self_test.case(onnx, size, seed=1) for size in sizes]
         found = compare(onnx, engine, cases, file.tolerance)
         return found, engine_report.latency_table({"engine": engine}, dict(zip(sizes, cases, strict=True)), device)
-    cases = [case for size in {min(size, 8) for size in sizes} for case in cases_of(subject, size)]
+    cases = [case for size in {min(size, 8) for size in sizes} for case in subject.cases(size)]
     found = compare(subject, engine, cases, file.tolerance)
     timed = {size: subject.case("", [1.0] * size, seed=3) for size in sizes}
     return found, engine_report.against_eager(engine, _subject(str(bundle), "cuda"), timed, device)

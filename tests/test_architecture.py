@@ -29,7 +29,7 @@ ROOMS = {
     "engines": ({"bundle", "config", "errors", "guidance"}, {"torch"}),
     "outputs": ({"errors"}, {"torch", "numpy", "PIL"}),
     "plan": ({"config", "errors", "guidance", "nets", "networks", "noise_levels"}, {"torch"}),
-    "options": (set(), {"click"}),
+    "options": ({"config"}, {"click"}),
     "one_step": ({"bundle", "devices", "errors", "networks", "plan", "randomness", "sampler"}, {"torch"}),
     "batches": ({"one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }

@@ -23,8 +23,9 @@ from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.engines import guided_by, require_fit
 from dgfast.errors import UserError
 from dgfast.export import onnx_file, parity, to_onnx
-from dgfast.export.joint_graph import Joint, joint
+from dgfast.export.joint_graph import joint
 from dgfast.export.parity import Case, Row, compare, signature
+from dgfast.export.subject import Joint
 from dgfast.networks import load
 from dgfast.outputs import read_shards
 from dgfast.runtimes.onnx import OnnxEngine, save
@@ -207,7 +208,7 @@ def test_export_knows_only_plans_of_equal_steps(bundle: Bundle) -> None:
     with pytest.raises(UserError, match="heun and euler"):
         joint(networks, replace(bundle.sampling, solver="dpmpp-2m"), bundle.guidance, "step")
     with pytest.raises(UserError, match="boosting"):
-        joint(networks, bundle.sampling, replace(bundle.guidance, boosting=True), "denoiser")
+        joint(networks, bundle.sampling, replace(bundle.guidance, boosting=True), "step")
 
 
 # The checker ----------------------------------------------------------------------------------------------------------
@@ -287,16 +288,23 @@ def test_engine_samples_the_images_of_eager(bundle: Bundle, denoiser_file: Path,
 
 def test_engine_refuses_another_job(bundle: Bundle, denoiser_file: Path, step_file: Path, tmp_path: Path) -> None:
     engine = OnnxEngine(denoiser_file)
-    require_fit(engine, bundle, bundle.guidance)
+
+    def fits(sampling: SamplingConfig = bundle.sampling, guidance: GuidanceConfig = bundle.guidance) -> None:
+        require_fit(engine, bundle, sampling, guidance)
+
+    fits()
     other = _make(tmp_path / "other", ("score",))
     for fit, message in (
         (
-            lambda: require_fit(OnnxEngine(step_file), bundle, bundle.guidance),
+            lambda: require_fit(OnnxEngine(step_file), bundle, bundle.sampling, bundle.guidance),
             "holds step; export with --what denoiser",
         ),
-        (lambda: require_fit(engine, other, bundle.guidance), "was exported from other weights"),
-        (lambda: require_fit(engine, bundle, replace(bundle.guidance, dg_window=(0.1, 0.9))), "another dg_window"),
-        (lambda: require_fit(engine, bundle, replace(bundle.guidance, dg_every=2)), "dg-every"),
+        (lambda: require_fit(engine, other, bundle.sampling, bundle.guidance), "was exported from other weights"),
+        (
+            lambda: require_fit(engine, bundle, bundle.sampling, replace(bundle.guidance, dg_window=(0.1, 0.9))),
+            "another dg_window",
+        ),
+        (lambda: require_fit(engine, bundle, bundle.sampling, replace(bundle.guidance, dg_every=2)), "dg-every"),
     ):
         with pytest.raises(UserError, match=message):
             fit()

@@ -172,7 +172,7 @@ def test_one_step_refuses_images_that_are_not_numbers() -> None:
         (["--solver", "euler"], "leave out --solver"),
         (["--boosting"], "leave out --boosting"),
         (["--s-churn", "0"], "leave out --s-churn"),
-        (["--runtime", "onnx", "--engine", "denoiser.onnx"], "leave out --engine"),
+        (["--runtime", "onnx", "--engine", "nowhere.onnx"], "nowhere.onnx: no such file"),
         (["--labels", "3"], "label 3 is out of range; this network knows classes 0 to 2"),
     ],
     ids=["both", "solver", "flag", "churn", "engine", "label"],

@@ -52,7 +52,7 @@ def gradient_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tupl
 
 # Operations -----------------------------------------------------------------------------------------------------------
 WEIGHT, BIAS = image(6, seed=1).abs() + 0.5, image(6, seed=2)
-KERNEL = image(4, 6, 3, 3, seed=3) / 7
+KERNEL, PLANES = image(4, 6, 3, 3, seed=3) / 7, image(6, 8, 8, seed=4)
 
 
 def attention(x: Tensor) -> Tensor:
@@ -69,9 +69,13 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elementwise": of_every_kind,
     "comparisons": lambda x: torch.where((x > 0.3) & (x <= 1), x, -1.0) + (x >= 0) + (x < 0.1) * 0.5,
     "sums": lambda x: x.mean(dim=(2, 3)) + x.sum(dim=(1, 2, 3)).unsqueeze(1) + x.amax(dim=(2, 3)) - x.amin(dim=(2, 3)),
+    "norms": lambda x: torch.stack([F.normalize(x.flatten(1), p=p, dim=1) for p in (2.0, torch.inf)]).sum(0),
+    "any": lambda x: (x > 2).any(dim=1) + 2.0 * x.relu().any(dim=3, keepdim=True).squeeze(3).any(dim=1)[:, None],
     "log1p": lambda x: (1e-6 * x.abs()).log1p() * 1e6,
     "silu": F.silu,
     "softmax": lambda x: x.flatten(2).softmax(-1) + x.log_softmax(1).flatten(2),
+    "layer norm": lambda x: F.layer_norm(x + 5, (8,)) + F.layer_norm(x, (6, 8, 8), bias=PLANES),
+    "gelu": lambda x: F.gelu(3 * x) + F.gelu(x, approximate="tanh"),
     "group norm": lambda x: F.group_norm(x + 5, 3, WEIGHT, BIAS),
     "group norm, scale, shift": lambda x: F.group_norm(x, 2, WEIGHT, BIAS) * (x.mean((2, 3), keepdim=True) + 1) + 0.5,
     "convolution": lambda x: F.conv2d(x, KERNEL, BIAS[:4], padding=1),
@@ -86,7 +90,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention": attention,
     "linear": lambda x: F.linear(x.flatten(2).transpose(1, 2), KERNEL[:, :, 0, 0], BIAS[:4]),
 }
-BACKWARD = [name for name in OPERATIONS if name not in ("comparisons", "padding", "elementwise", "sums", "upsampling")]
+_FORWARD_ONLY = ("any", "comparisons", "elementwise", "gelu", "layer norm", "norms", "padding", "sums", "upsampling")
+BACKWARD = [name for name in OPERATIONS if name not in _FORWARD_ONLY]
 
 
 @pytest.mark.parametrize("rank_4", [False, True], ids=["onnxruntime", "tensorrt"])

@@ -30,7 +30,7 @@ class ClassifierFreeGuidance:
     denoiser: Denoiser
     scale: float | Tensor
     interval: tuple[float, float] = (0.0, math.inf)
-    scale_low: float | None = None
+    scale_low: float | Tensor | None = None
     branch: float = 0.0
     channels: int | None = None
 

@@ -38,7 +38,7 @@ class DiscriminatorGuidance:
     window: tuple[float, float] = (0.01, 1.0)
     time: Callable[[Tensor], Tensor] = vp_time
     published_window: bool = False
-    boost: float = 1.0
+    boost: float | Tensor = 1.0
     schedule: WeightSchedule = CONSTANT
 
     evaluations = 0
@@ -72,6 +72,6 @@ class DiscriminatorGuidance:
         gradient, gate, log_ratio = log_density_gradient(lambda u: self.log_ratio(u, sigma, class_labels), x, sigma)
         log_ratio = torch.where(self.inside(sigma), log_ratio, OUTSIDE_WINDOW)
         weight = self.weight_at(sigma)
-        if self.boost != 1:
+        if isinstance(self.boost, Tensor) or self.boost != 1:
             weight = torch.where(log_ratio < 0, weight * self.boost, weight)
         return gradient, weight * gate, log_ratio

@@ -34,7 +34,7 @@ class LowDensityGuidance:
     """
 
     classifier: NoisyClassifier
-    diversity: float
+    diversity: float | Tensor
     normalize: str = "none"
     target: int | None = None
     time: Callable[[Tensor], Tensor] = vp_time

@@ -32,7 +32,7 @@ class PredictedCleanGuidance:
     """
 
     classifier: NoisyClassifier
-    fidelity: float
+    fidelity: float | Tensor
     normalize: str = "none"
     base: int | None = None
     read_at_t: bool = True

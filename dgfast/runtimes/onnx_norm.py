@@ -1,4 +1,4 @@
-"""Group normalisation and its input gradient in ONNX operations, with statistics in float32.
+"""Normalisations, of groups with the input gradient, in ONNX operations, with statistics in float32.
 
     y = x' w + b,   x' = (x - m) r,   m and r = 1 / sqrt(v + eps) of the group (Wu and He, arXiv 1803.08494)
     dx = r (g - mean(g) - x' mean(g x')),   g = dy w,   means over the group
@@ -23,6 +23,21 @@ def group_norm(
     scale, shift = (None if p is None else _per_channel(g, p, len(x.shape)) for p in (weight, bias))
     y = normal if scale is None else g.affine(normal, scale, shift)
     return g.cast(y, dtype), mean, rstd
+
+
+def layer_norm(
+    g: OnnxGraph, x: Value, rank: int, weight: Value | None, bias: Value | None, eps: float
+) -> tuple[Value, Value, Value]:
+    """y over the last `rank` sizes, mean and 1 / sqrt(v + eps): an operation of its own, in either library."""
+    sizes = elements(x.shape[-rank:])
+    statistic: Shape = (*x.shape[:-rank], *[1] * rank)
+    scale = g.constant(np.ones(sizes).reshape([elements([d]) for d in x.shape[-rank:]]), np.float32)
+    parts = [g.cast(x, np.float32), scale if weight is None else g.cast(weight, np.float32)]
+    parts += [] if bias is None else [g.cast(bias, np.float32)]
+    y, mean, rstd = g.emit(
+        "LayerNormalization", parts, [x.shape, statistic, statistic], np.float32, axis=-rank, epsilon=float(eps)
+    )
+    return g.cast(y, x.dtype), mean, rstd
 
 
 def _by_rows(g: OnnxGraph, x: Value, groups: int, eps: float) -> tuple[Value, Value, Value]:

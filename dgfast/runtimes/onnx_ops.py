@@ -142,6 +142,19 @@ def _silu_backward(g: OnnxGraph, out: Out, grad: Value, x: Value) -> Value:
     return g.binary("Mul", grad, slope)
 
 
+@entry(aten.gelu.default)
+def _gelu(g: OnnxGraph, out: Out, x: Value, *, approximate: str = "none") -> Value:
+    """x / 2 (1 + erf(x / sqrt 2)), or with a hyperbolic tangent for it (arXiv 1606.08415): opset 20 alone has both."""
+    if approximate == "none":
+        bent = g.unary("Erf", g.binary("Mul", x, g.constant(math.sqrt(0.5), x.dtype)))
+    else:
+        cubed = g.binary("Mul", g.binary("Mul", g.binary("Mul", x, x), x), g.constant(0.044715, x.dtype))
+        inner = g.binary("Add", x, cubed)
+        bent = g.unary("Tanh", g.binary("Mul", inner, g.constant(math.sqrt(2 / math.pi), x.dtype)))
+    half = g.binary("Mul", x, g.constant(0.5, x.dtype))
+    return g.binary("Mul", half, g.binary("Add", bent, g.constant(1, x.dtype)))
+
+
 @entry(aten.pow.Tensor_Scalar)
 def _pow(g: OnnxGraph, out: Out, x: Value, exponent: float) -> Value:
     x = g.cast(x, out.dtype)
@@ -199,6 +212,22 @@ TABLE |= dict.fromkeys((aten.mean.dim, aten.mean.default), _reduction("ReduceMea
 TABLE |= dict.fromkeys((aten.sum.dim_IntList, aten.sum.default), _reduction("ReduceSum"))
 TABLE |= {aten.amin.default: _reduction("ReduceMin"), aten.min.default: _reduction("ReduceMin")}
 TABLE |= {aten.amax.default: _reduction("ReduceMax"), aten.max.default: _reduction("ReduceMax")}
+
+
+@entry(aten.any.dim)
+def _any(g: OnnxGraph, out: Out, x: Value, dim: int, keepdim: bool = False) -> Value:
+    """Largest of zeros and ones: ONNX reduces no booleans."""
+    return g.cast(g.reduce("ReduceMax", g.cast(g.cast(x, np.bool_), np.float32), [dim], keepdim), np.bool_)
+
+
+@entry(aten.linalg_vector_norm.default)
+def _norm(g: OnnxGraph, out: Out, x: Value, order: float, axes: Any = None, keepdim: bool = False, **_: Any) -> Value:
+    x, axes = g.cast(x, out.dtype), range(len(x.shape)) if axes is None else axes
+    if order == math.inf:
+        return g.reduce("ReduceMax", g.unary("Abs", x), list(axes), keepdim)
+    if order != 2:
+        raise NotImplementedError(f"a norm of order {order}")
+    return g.reduce("ReduceL2", x, list(axes), keepdim)
 
 
 def _index_of(op: str) -> Entry:
@@ -299,6 +328,13 @@ def _group_norm_backward(
     if mask != [True, False, False]:
         raise NotImplementedError("a gradient with respect to weights: freeze the networks")
     return onnx_norm.group_norm_backward(g, grad, x, rstd, weight, groups), None, None
+
+
+@entry(aten.native_layer_norm.default)
+def _layer_norm(
+    g: OnnxGraph, out: Out, x: Value, shape: list[int], weight: Value | None, bias: Value | None, eps: float
+) -> tuple[Value, Value, Value]:
+    return onnx_norm.layer_norm(g, x, len(shape), weight, bias, eps)
 
 
 # Resampling -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,218 @@
+"""Functions to export, and what an exported file is tried with: calls it has not seen, and a whole run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dgfast.export.parity import Case, Row, Runs, Tensors, ValueMismatchError
+from dgfast.guidance.weights import OFF
+from dgfast.noise_levels import posterior_log_variances
+from dgfast.solvers import ancestral_step, ddim_step
+
+Function = Callable[..., tuple[Tensor, ...]]
+_DOUBLE = ("x", "sigma", "sigma_next", "log_least", "log_most")
+_LEVELS = 80.0, 0.5, 5.0, 0.01, 0.1, 160.0, 1.0, 20.0, 0.002, 2.0  # the window is 0.0447 to 152 by default
+_MOST_STEPS = 40
+
+
+class Subject(Protocol):
+    """One function to export.
+
+    Attributes:
+        what: its name; function: of the tensors `inputs` names, in that order; outputs: names of its results.
+        weights: the guidance weights among its inputs, and the values that the export was asked for.
+    """
+
+    @property
+    def what(self) -> str: ...
+
+    @property
+    def function(self) -> Function: ...
+
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[str, ...]: ...
+
+    @property
+    def weights(self) -> Mapping[str, float]: ...
+
+    def __call__(self, inputs: Tensors) -> dict[str, Tensor]:
+        """The eager reference."""
+        ...
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one sample of every tensor that has one a sample."""
+        ...
+
+    def example(self, batch: int, seed: int) -> Tensors:
+        """Some inputs."""
+        ...
+
+    def cases(self, batch: int) -> list[Case]:
+        """Inputs of every kind that the function may meet."""
+        ...
+
+    def whole_run(self, reference: Runs, candidate: Runs, batch: int, tolerance: float) -> list[Row]:
+        """Images drawn by both, where more than one call makes them: the largest difference in the pixel range of 2."""
+        ...
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A guided denoiser, its posterior, or a whole step; see `Subject`.
+
+    Attributes:
+        sigmas: the plan's noise levels, 0 last. image: shape of one. label_dim: number of classes, 0 for none.
+        subtracts: the network predicts the noise, and float32 keeps of x - sigma F what it keeps of x.
+    """
+
+    what: str
+    function: Function
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weights: dict[str, float]
+    sigmas: tuple[float, ...]
+    image: tuple[int, int, int]
+    label_dim: int
+    subtracts: bool = False
+
+    def __call__(self, inputs: Tensors) -> dict[str, Tensor]:
+        """The eager reference: state and noise levels in double precision, as a sampler has them."""
+        arguments = [inputs[n].double() if n in _DOUBLE else inputs[n] for n in self.inputs]
+        return _run(self.function, arguments, self.outputs)
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        images = dict.fromkeys(("x", "x_next", "denoised", "shift", "variance"), self.image)
+        numbers = dict.fromkeys(("sigma", "sigma_next", "log_least", "log_most", "log_ratio"), ())
+        return {**images, **numbers, "class_labels": (self.label_dim,)}
+
+    def case(self, name: str, levels: Sequence[float], seed: int, weights: Mapping[str, float] | None = None) -> Case:
+        """Noise of those levels, one a sample, with classes, under the export's own weights or others."""
+        generator = torch.Generator().manual_seed(seed)
+        count, sigma = len(levels), torch.tensor(levels)
+        clean = 0.5 * torch.randn(count, *self.image, generator=generator)
+        x = clean + sigma.view(-1, 1, 1, 1) * torch.randn(clean.shape, generator=generator)
+        classes = torch.randint(max(self.label_dim, 1), (count,), generator=generator)
+        values: dict[str, Tensor] = {"x": x, "sigma": sigma, "sigma_next": 0.8 * sigma}
+        values["log_least"], values["log_most"] = (s * sigma**2 / (1 + sigma**2) for s in (0.2, 0.4))
+        values |= {key: values[key].log() for key in ("log_least", "log_most")}
+        values["class_labels"] = F.one_hot(classes, max(self.label_dim, 1)).float()
+        values |= {key: torch.tensor([value]) for key, value in (self.weights | dict(weights or {})).items()}
+        least = {"denoised": 0.01 * x.abs().flatten(1).amax(1)} if self.subtracts else {}
+        return Case(name, {key: values[key] for key in self.inputs}, least)
+
+    def example(self, batch: int, seed: int) -> Tensors:
+        return self.case("", [1.5] * batch, seed).inputs
+
+    def last(self, case: Case) -> Case:
+        """The same case as the last step, which goes to sigma 0."""
+        return Case(f"{case.name}, last step", {**case.inputs, "sigma_next": torch.zeros_like(case.inputs["sigma"])})
+
+    def amplified(self, name: str, levels: Sequence[float], seed: int) -> Case:
+        """A case whose weights make the guidance as large as the image, so that an error in it cannot hide."""
+        usual = self.case(name, levels, seed)
+        off = self.case(name, levels, seed, {key: OFF[key] for key in self.weights})
+        plain, guided = (self(case.inputs)[self.outputs[0]] for case in (off, usual))
+        share = float((guided - plain).abs().max() / plain.abs().max())
+        factor = min(1 / share, 1e6) if share else 1.0
+        raised = {k: OFF[k] + factor * (w - OFF[k]) for k, w in self.weights.items() if k != "dg_boost"}
+        return self.case(name, levels, seed, raised)
+
+    def cases(self, batch: int) -> list[Case]:
+        """Noise levels inside and outside of the window; the guidance as it is and amplified."""
+        known = [s for s in _LEVELS if s <= max(*self.sigmas, 160.0)]
+        cases = []
+        for i, start in enumerate(range(0, len(known), max(batch, 2))):
+            chosen = [known[(start + k) % len(known)] for k in range(batch)]
+            name = f"batch {batch}, sigma {', '.join(f'{s:g}' for s in chosen[:5])}{', ...' if batch > 5 else ''}"
+            cases.append(self.case(name, chosen, seed=100 + i))
+            if self.weights:
+                cases.append(self.amplified(f"{name}, amplified", chosen, seed=200 + i))
+            if self.what == "step" and i == 0:
+                cases.append(self.last(cases[0]))
+        return cases
+
+    def whole_run(self, reference: Runs, candidate: Runs, batch: int, tolerance: float) -> list[Row]:
+        """The plan with its own steps, or with Euler's or ancestral ones; of a long plan every so many-th level."""
+        steps = len(self.sigmas) - 1
+        kept = [*self.sigmas[: -1 : -(-steps // _MOST_STEPS)], 0.0]
+        images = [self._draw(runs, batch, kept) for runs in (reference, candidate)]
+        error = float((images[1].double() - images[0].double()).abs().max()) / 2
+        error = error if error == error else float("inf")
+        count = f"all {steps}" if len(kept) == steps + 1 else f"{len(kept) - 1} of {steps}"
+        problem = "" if error <= tolerance else ValueMismatchError.__name__
+        detail = f"drifts by {error:.1e} of the pixel range"
+        return [Row(f"{count} steps, share of the pixel range", "x", error, tolerance, problem, detail)]
+
+    def _draw(self, runs: Runs, batch: int, sigmas: Sequence[float]) -> Tensor:
+        start = self.case("", [sigmas[0]] * batch, seed=7)
+        inputs, x, generator = dict(start.inputs), start.inputs["x"], torch.Generator().manual_seed(8)
+        bounds = posterior_log_variances(torch.tensor(sigmas[:-1])).tolist()
+        for sigma, sigma_next, (least, most) in zip(sigmas[:-1], sigmas[1:], bounds, strict=True):
+            numbers = {"sigma": sigma, "sigma_next": sigma_next, "log_least": least, "log_most": most}
+            found = runs(inputs | {k: torch.full((batch,), v) for k, v in numbers.items() if k in inputs} | {"x": x})
+            t, t_next = (torch.full((batch, 1, 1, 1), level) for level in (sigma, sigma_next))
+            if self.what == "step":
+                x = found["x_next"]
+            elif self.what == "denoiser":
+                x = ddim_step(x, found["denoised"], t, t_next, None, 0.0)
+            else:
+                noise = torch.randn(x.shape, generator=generator)
+                x = ancestral_step(x, found["denoised"], found["shift"], found["variance"], t, t_next, noise)
+        return x
+
+
+@dataclass(frozen=True)
+class GeneratorSubject:
+    """A one-step generator; see `Subject`.
+
+    Attributes:
+        latent_dim, label_dim: sizes of its inputs. image: shape of one.
+    """
+
+    function: Function
+    inputs: tuple[str, ...]
+    latent_dim: int
+    label_dim: int
+    image: tuple[int, ...]
+    what: str = "generator"
+    outputs: tuple[str, ...] = ("images",)
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, inputs: Tensors) -> dict[str, Tensor]:
+        return _run(self.function, [inputs[n] for n in self.inputs], self.outputs)
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        return {"latents": (self.latent_dim,), "class_labels": (self.label_dim,), "images": self.image}
+
+    def example(self, batch: int, seed: int) -> Tensors:
+        generator = torch.Generator().manual_seed(seed)
+        classes = torch.randint(max(self.label_dim, 1), (batch,), generator=generator)
+        labels = F.one_hot(classes, max(self.label_dim, 1)).float()
+        values = {"latents": torch.randn(batch, self.latent_dim, generator=generator), "class_labels": labels}
+        return {name: values[name] for name in self.inputs}
+
+    def cases(self, batch: int) -> list[Case]:
+        """Latents as they are drawn, and far from any that is; with classes, none too."""
+        given = self.example(batch, seed=100)
+        cases = [Case(f"batch {batch}", given)]
+        cases.append(Case(f"batch {batch}, 4 x the latents", {**given, "latents": 4 * given["latents"]}))
+        if self.label_dim:
+            none = torch.zeros_like(given["class_labels"])
+            cases.append(Case(f"batch {batch}, no class", {**given, "class_labels": none}))
+        return cases
+
+    def whole_run(self, reference: Runs, candidate: Runs, batch: int, tolerance: float) -> list[Row]:
+        return []
+
+
+def _run(function: Function, arguments: Sequence[Any], outputs: Sequence[str]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        results = function(*arguments)
+    return {name: value.float() for name, value in zip(outputs, results, strict=True)}
