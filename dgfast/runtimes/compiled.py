@@ -21,7 +21,8 @@ from torch.fx import GraphModule
 from dgfast.errors import UserError
 from dgfast.runtimes import onednn
 from dgfast.runtimes.fusion import library, regions
-from dgfast.runtimes.graph import Function, lower, trace
+from dgfast.runtimes.graph import Function, without_collecting
+from dgfast.runtimes.graph_cache import lowered
 
 
 def build(function: Function, example: Sequence[Tensor | None]) -> Function:
@@ -35,18 +36,15 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
     first = next(x for x in example if x is not None)
     if first.is_cuda:
         _require_inductor()
-        return torch.compile(_lowered(function, example), fullgraph=True, dynamic=False)
+        return torch.compile(lowered(function, example), fullgraph=True, dynamic=False)
     library.compiler()
     _keep_freed_memory()
-    graph = _lowered(function, example)
-    regions.fuse(graph, len(first))
-    if onednn.available():
-        onednn.pack(graph)
+    with without_collecting():
+        graph = lowered(function, example)
+        regions.fuse(graph, len(first))
+        if onednn.available():
+            onednn.pack(graph)
     return _without_grad(graph)
-
-
-def _lowered(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
-    return lower(trace(function, example), example, channels_last=True)
 
 
 def _without_grad(graph: GraphModule) -> Function:
