@@ -1,4 +1,4 @@
-"""The folder in which runtimes keep what took long to make: in the environment's DGFAST_CACHE_DIR, or ~/.cache/dgfast."""
+"""Where runtimes keep what took long to make: below the environment's DGFAST_CACHE_DIR, or ~/.cache/dgfast."""
 
 import os
 from pathlib import Path

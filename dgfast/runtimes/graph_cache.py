@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from dgfast.runtimes.cache_folder import cache_folder
 from dgfast.runtimes.graph import Function, constant, fold_constants, trace, unfolded
-from dgfast.runtimes.graph_key import Key, Unknown, environment
+from dgfast.runtimes.graph_key import Key, NamelessError, environment
 
 _NAMESPACES = ("aten", "prims")
 _NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}  # as torch.<name>
@@ -54,7 +54,7 @@ def _named(function: Function, example: Sequence[Tensor | None]) -> tuple[Path |
         key.add([None if x is None else [_form(x), x.device, x.requires_grad] for x in example])
         key.add(environment(next(x.device for x in example if x is not None)))
         return cache_folder("graphs") / f"{key.digest()}.json", tensors
-    except (Unknown, RecursionError):
+    except (NamelessError, RecursionError):
         return None, []
 
 
@@ -77,7 +77,7 @@ def _keep(path: Path, graph: GraphModule, tensors: list[Tensor]) -> None:
         with NamedTemporaryFile("w", dir=path.parent, suffix=".new", delete=False) as file:
             file.write(f"{_seal(path, text)}\n{text}")
         Path(file.name).replace(path)
-    except (Unknown, OSError):
+    except (NamelessError, OSError):
         return
 
 
@@ -90,7 +90,7 @@ def _encoded(graph: GraphModule, tensors: list[Tensor]) -> dict[str, Any]:
     """What the graph consists of.
 
     Raises:
-        Unknown: it has a part for which there is no form.
+        NamelessError: it has a part for which there is no form.
     """
     place = {_place(x): i for i, x in reversed(list(enumerate(tensors)))}
     constants: list[Tensor] = []
@@ -105,12 +105,12 @@ def _encoded(graph: GraphModule, tensors: list[Tensor]) -> dict[str, Any]:
         elif node.op == "call_function":
             target = _target(node.target)
         elif target is None:
-            raise Unknown(f"a node {node.op}")
+            raise NamelessError(f"a node {node.op}")
         arguments, keywords = _argument(tuple(node.args)), {k: _argument(v) for k, v in node.kwargs.items()}
         value = _value(node.meta["val"]) if "val" in node.meta else "none"
         nodes.append([node.name, node.op, target, arguments, keywords, value])
     if sum(x.nbytes for x in constants) > _MOST_BYTES:
-        raise Unknown("constants as large as weights")
+        raise NamelessError("constants as large as weights")
     return {"nodes": nodes, "constants": list(map(_contents, constants))}
 
 
@@ -122,7 +122,7 @@ def _target(target: Any) -> str:
     if target is operator.getitem:
         return "getitem"
     if not isinstance(target, OpOverload) or target.namespace not in _NAMESPACES:
-        raise Unknown(f"the operation {target}")
+        raise NamelessError(f"the operation {target}")
     return str(target)
 
 
@@ -141,7 +141,7 @@ def _argument(value: Any) -> Any:
     for name, named in _NAMED.items():
         if kind is named:
             return {name: _name(value)}
-    raise Unknown(f"an argument of type {kind.__name__}")
+    raise NamelessError(f"an argument of type {kind.__name__}")
 
 
 def _name(value: Any) -> str:
@@ -155,14 +155,14 @@ def _value(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return {"list" if isinstance(value, list) else "tuple": list(map(_value, value))}
     if not isinstance(value, Tensor):
-        raise Unknown(f"a result of type {type(value).__name__}")
+        raise NamelessError(f"a result of type {type(value).__name__}")
     return _form(value)
 
 
 def _form(x: Tensor) -> dict[str, Any]:
     shape, stride = list(x.shape), list(x.stride())
     if not all(type(n) is int for n in shape + stride):
-        raise Unknown("sizes that are not numbers")
+        raise NamelessError("sizes that are not numbers")
     return {"shape": shape, "stride": stride, "dtype": _name(x.dtype)}
 
 

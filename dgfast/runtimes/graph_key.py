@@ -11,7 +11,7 @@ import platform
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from hashlib import sha256
@@ -27,11 +27,12 @@ _PLAIN = (
     types.NoneType, bool, int, float, complex, str, bytes, types.EllipsisType,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
+_FLOAT32 = ("generic", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv")
 _METHODS = (types.FunctionType, property, staticmethod, classmethod)
 _HEAP_TYPE = 1 << 9  # a class of Python: what its objects hold is in their attributes
 
 
-class Unknown(Exception):
+class NamelessError(Exception):
     """Something that a name cannot vouch for."""
 
 
@@ -58,7 +59,7 @@ class Key:
         """Take in an object and all that it consists of.
 
         Raises:
-            Unknown: it has a part that is not dgfast's, torch's or Python's own, or of an unknown kind.
+            NamelessError: it has a part that is not dgfast's, torch's or Python's own, or of an unknown kind.
         """
         kind = type(value)
         if kind in _PLAIN:
@@ -86,7 +87,7 @@ class Key:
         elif kind in (staticmethod, classmethod):
             self._parts(kind.__name__, value.__func__)
         elif kind is property:
-            self._parts("property", value.fget)
+            self._parts("property", value.fget, value.fset)
         elif kind is ContextVar:
             self._parts("variable", value.name, value.get(None))
         elif isinstance(value, type) and not isinstance(value, types.GenericAlias):
@@ -95,7 +96,7 @@ class Key:
             self._builtin(value)
         elif kind in (torch._ops.OpOverload, torch._ops.OpOverloadPacket):
             self._note("operation", str(value))
-        elif _root(kind.__module__) in ("typing", "types", "collections"):  # hints: Callable[..., Tensor]
+        elif kind.__module__ == "typing" or kind is types.UnionType or isinstance(value, types.GenericAlias):
             self._note("hint", repr(value))
         else:
             self._instance(value, kind)
@@ -124,7 +125,7 @@ class Key:
 
     def _tensor(self, x: Tensor) -> None:
         if x.layout != torch.strided or x.is_meta or x.is_quantized or x.is_conj() or x.is_neg():
-            raise Unknown(f"a tensor of layout {x.layout} on {x.device}")
+            raise NamelessError(f"a tensor of layout {x.layout} on {x.device}")
         form = type(x).__name__, tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad
         self._note("tensor", repr(form))
         self.tensors.append(x)
@@ -149,7 +150,7 @@ class Key:
 
     def _code(self, code: types.CodeType) -> None:
         names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
-        counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
+        counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags, len(code.co_consts)
         self._note("code", repr((code.co_name, code.co_code, code.co_exceptiontable, names, counts)))
         for value in code.co_consts:
             if isinstance(value, types.CodeType):
@@ -159,9 +160,9 @@ class Key:
 
     def _globals(self, namespace: dict[str, Any], names: set[str]) -> None:
         """What code that mentions these names may find under them."""
-        for name in sorted(names & namespace.keys()):
-            value = namespace[name]
-            self._note("global", name)
+        found = sorted(names & namespace.keys())
+        self._note("globals", repr(found))
+        for value in map(namespace.__getitem__, found):
             if not isinstance(value, types.ModuleType):
                 self.add(value)
             elif _root(value.__name__) != _OWN:
@@ -180,14 +181,13 @@ class Key:
         _require_trusted(cls.__module__)
         if _root(cls.__module__) != _OWN:
             if not _importable(cls):
-                raise Unknown(f"a class that {cls.__module__} makes as it goes")
+                raise NamelessError(f"a class that {cls.__module__} makes as it goes")
             _require_untouched(vars(cls).values())
             return
         self._all(tuple, cls.__bases__)
-        for name, value in vars(cls).items():
-            if isinstance(value, _METHODS) or not (name.startswith("__") or name == "_abc_impl"):
-                self._note("member", name)
-                self.add(value)
+        members = vars(cls).items()
+        kept = {k: v for k, v in members if isinstance(v, _METHODS) or not (k.startswith("__") or k == "_abc_impl")}
+        self.add(kept)
 
     def _builtin(self, value: Any) -> None:
         owner = getattr(value, "__objclass__", None) or value.__self__
@@ -202,11 +202,11 @@ class Key:
         bases = [base for base in cls.__mro__ if base is not object]
         plain = all(base.__flags__ & _HEAP_TYPE and not base.__dict__.get("__slots__") for base in bases)
         if not (own_or_module and plain):
-            raise Unknown(f"a {cls.__module__}.{cls.__qualname__}")
+            raise NamelessError(f"a {cls.__module__}.{cls.__qualname__}")
         self._parts("instance", cls)
         attributes = vars(value)
         if any(name.endswith("hooks") and held for name, held in attributes.items()):
-            raise Unknown(f"a {cls.__qualname__} with hooks")
+            raise NamelessError(f"a {cls.__qualname__} with hooks")
         self._all(dict, (part for item in attributes.items() for part in item))
 
 
@@ -214,11 +214,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What a trace on this device depends on besides the function and its arguments.
 
     Raises:
-        Unknown: hooks or modes that see every operation.
+        NamelessError: hooks or modes that see every operation.
     """
     watched = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
     if watched or nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
-        raise Unknown("hooks or modes that see every operation")
+        raise NamelessError("hooks or modes that see every operation")
     attention, cudnn = torch.backends.cuda, torch.backends.cudnn
     return {
         "versions": (sys.version, str(torch.__version__), torch.version.git_version, sys.modules["numpy"].__version__),
@@ -228,16 +228,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
         "inference mode": torch.is_inference_mode_enabled(),
-        "autocast": [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in dict.fromkeys(("cpu", device.type))
-        ],
+        "autocast": [(torch.is_autocast_enabled(at), torch.get_autocast_dtype(at)) for at in ("cpu", device.type)],
         "deterministic": (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
             torch.utils.deterministic.fill_uninitialized_memory,
         ),
-        "matmul": (torch.get_float32_matmul_precision(), attention.matmul.allow_tf32),
-        "cudnn": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
+        "float32": [torch._C._get_fp32_precision_getter(*of) for of in _FLOAT32],  # the older getters may raise
+        "cudnn": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
         "mkldnn": (torch.backends.mkldnn.is_available(), torch.backends.mkldnn.enabled),
         "attention": (
             attention.flash_sdp_enabled(), attention.mem_efficient_sdp_enabled(), attention.math_sdp_enabled(),
@@ -271,7 +269,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 def _plain(value: Any) -> str:
     if type(value) not in _PLAIN:
-        raise Unknown(f"a set of {type(value).__name__}")
+        raise NamelessError(f"a set of {type(value).__name__}")
     return f"{type(value).__name__} {value!r}"
 
 
@@ -285,7 +283,7 @@ def _importable(value: Any) -> bool:
 
 def _require_trusted(module: str) -> None:
     if _root(module) not in {_OWN, *_TRUSTED}:
-        raise Unknown(f"code of {module}")
+        raise NamelessError(f"code of {module}")
 
 
 def _require_untouched(members: Iterable[Any]) -> None:

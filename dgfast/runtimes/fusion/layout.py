@@ -55,9 +55,7 @@ def space(value: Tensor, batch: int) -> Space | None:
         pixels = sizes["n"] // batch
     found = Space(pixels, sizes["c"])
     dense = Strides(pixels * found.channels, found.channels, 1)
-    return (
-        found if found.channels > 1 and _agree(strides(value, named, batch), dense, found, sizes.get("b", 1)) else None
-    )
+    return found if found.channels > 1 and _agree(strides(value, named, batch), dense, found, sizes.get("b", 1)) else None
 
 
 def strides(value: Tensor, of: Roles, batch: int) -> Strides | None:
