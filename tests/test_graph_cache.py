@@ -16,11 +16,24 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from dgfast import one_step, ops
-from dgfast.guidance import DiscriminatorGuidance, WeightSchedule, guided_denoiser
+from dgfast import nets, one_step, ops
+from dgfast.guidance import (
+    Autoguidance,
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    DiscriminatorGuidance,
+    LowDensityGuidance,
+    PredictedCleanGuidance,
+    WeightSchedule,
+    guided_denoiser,
+    guided_posterior,
+)
 from dgfast.guidance import discriminator as discriminator_module
+from dgfast.guidance.reuse import gradient_keeping_denoiser
 from dgfast.nets import blocks
+from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.nets.generator import Generator
+from dgfast.noise_levels import vp_time
 from dgfast.runtimes import compiled, graph_cache, graph_key
 from dgfast.runtimes.graph import Function, trace
 
@@ -73,9 +86,9 @@ def small() -> Function:
     return partial(one_step._forward, generator)
 
 
-def guided(nets: Nets, net: Any = None, **changes: Any) -> Function:
-    net = nets["net"] if net is None else net
-    return guided_denoiser(net, [DiscriminatorGuidance(nets["discriminator"], **GUIDANCE | changes)])
+def guided(chosen: Nets, net: Any = None, **changes: Any) -> Function:
+    net = chosen["net"] if net is None else net
+    return guided_denoiser(net, [DiscriminatorGuidance(chosen["discriminator"], **GUIDANCE | changes)])
 
 
 def key(function: Function, arguments: Example | None = None) -> str | None:
@@ -119,6 +132,43 @@ def test_graph_cache_serves_compiled_functions(
     assert all(map(torch.equal, cold(*LATENTS), warm(*LATENTS)))
 
 
+SCORES: dict[str, tuple[str, dict[str, Any]]] = {
+    kind: (kind, {"model_type": "SongUNet", "model_channels": 16, "channel_mult": [1], "num_blocks": 1})
+    for kind in ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")
+} | {
+    "DhariwalUNet": ("EDMPrecond", {"model_type": "DhariwalUNet", "model_channels": 16, "num_blocks": 1}),
+    "ADM": (
+        "DDPMPrecond",
+        {
+            "model_type": "create_model", "image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1",
+            "class_cond": True, "attention_resolutions": "8",
+        },
+    ),
+    "DiT": ("DDPMPrecond", {"model_type": "DiT", "hidden_size": 32, "depth": 1, "num_heads": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_graph_cache_knows_every_network_and_guidance_by_name(masters: Nets, name: str) -> None:
+    """So that none of them is traced in every run."""
+    kind, keywords = SCORES[name]
+    net: Any = nets.build(kind, img_resolution=8, img_channels=1, label_dim=3, **keywords).eval()
+    classifier = NoisyClassifier(masters["discriminator"].trunk)
+    time = {"time": getattr(net, "time", vp_time)}
+    discriminator = DiscriminatorGuidance(masters["discriminator"], **time)
+    others = [
+        Autoguidance(masters["net"], 2.0), ClassifierFreeGuidance(net, 2.0),
+        ClassifierGuidance(classifier, 2.0, **time), LowDensityGuidance(classifier, 0.1, **time),
+        PredictedCleanGuidance(classifier, 0.1, **time),
+    ]  # fmt: skip
+    functions = [
+        guided_denoiser(net, [*others, discriminator]), guided_posterior(net, [*others, discriminator]),
+        gradient_keeping_denoiser(net, others, discriminator),
+    ]  # fmt: skip
+    keys = {key(function) for function in functions}
+    assert len(keys) == 3 and None not in keys
+
+
 CODE = """
 import torch
 from dgfast import nets
@@ -146,20 +196,20 @@ def test_graph_cache_keys_are_the_same_in_every_process() -> None:
 
 
 # Misses ---------------------------------------------------------------------------------------------------------------
-def _weight(nets: Nets) -> None:
-    next(nets["net"].parameters()).view(-1)[0] += 1e-6
+def _weight(chosen: Nets) -> None:
+    next(chosen["net"].parameters()).view(-1)[0] += 1e-6
 
 
-def _config(nets: Nets) -> None:
-    nets["net"].sigma_data += 0.125
+def _config(chosen: Nets) -> None:
+    chosen["net"].sigma_data += 0.125
 
 
-def _mode(nets: Nets) -> None:
-    nets["net"].train()
+def _mode(chosen: Nets) -> None:
+    chosen["net"].train()
 
 
-def _layout(nets: Nets) -> None:
-    nets["discriminator"].to(memory_format=torch.channels_last)
+def _layout(chosen: Nets) -> None:
+    chosen["discriminator"].to(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("change", [_weight, _config, _mode, _layout])
@@ -246,54 +296,54 @@ class Mine(nn.Module):
         return x / 2
 
 
-def _mine(nets: Nets, patch: pytest.MonkeyPatch) -> Function:
-    return guided(nets, net=Mine())
+def _mine(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
+    return guided(chosen, net=Mine())
 
 
-def _function(nets: Nets, patch: pytest.MonkeyPatch) -> Function:
-    return guided(nets, net=lambda x, sigma, labels: x / 2)
+def _function(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
+    return guided(chosen, net=lambda x, sigma, labels: x / 2)
 
 
-def _inside(nets: Nets, patch: pytest.MonkeyPatch) -> Function:
-    nets["net"].model.enc["8x8_conv"] = Mine()
-    return guided(nets)
+def _inside(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
+    chosen["net"].model.enc["8x8_conv"] = Mine()
+    return guided(chosen)
 
 
-def _hook(nets: Nets, patch: pytest.MonkeyPatch) -> Function:
-    nets["net"].register_forward_hook(lambda *_: None)
-    return guided(nets)
+def _hook(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
+    chosen["net"].register_forward_hook(lambda *_: None)
+    return guided(chosen)
 
 
-def _forward(nets: Nets, patch: pytest.MonkeyPatch) -> Function:
-    nets["net"].forward = lambda x, *_: x / 2
-    return guided(nets)
+def _forward(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
+    chosen["net"].forward = lambda x, *_: x / 2
+    return guided(chosen)
 
 
-def _patched_class(nets: Nets, patch: pytest.MonkeyPatch) -> Function:
+def _patched_class(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
     patch.setattr(blocks.Conv2d, "forward", lambda self, x: x)
-    return guided(nets)
+    return guided(chosen)
 
 
-def _patched_function(nets: Nets, patch: pytest.MonkeyPatch) -> Function:
+def _patched_function(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
     patch.setattr(ops, "group_norm_silu_reference", lambda x, *_: x)
-    return guided(nets)
+    return guided(chosen)
 
 
-def _patched_torch(nets: Nets, patch: pytest.MonkeyPatch) -> Function:
+def _patched_torch(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
     patch.setattr(F, "silu", lambda x: x)
-    return guided(nets)
+    return guided(chosen)
 
 
-def _patched_layer(nets: Nets, patch: pytest.MonkeyPatch) -> Function:
+def _patched_layer(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
     patch.setattr(nn.Conv2d, "forward", lambda self, x: x)
-    return guided(nets)
+    return guided(chosen)
 
 
-def _subclass(nets: Nets, patch: pytest.MonkeyPatch) -> Function:
+def _subclass(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
     class Louder(DiscriminatorGuidance):
         pass
 
-    return guided_denoiser(nets["net"], [Louder(nets["discriminator"])])
+    return guided_denoiser(chosen["net"], [Louder(chosen["discriminator"])])
 
 
 NAMELESS = [
@@ -368,7 +418,8 @@ def test_graph_cache_keeps_constants_and_infinite_numbers(folder: Path) -> None:
     encoded = graph_cache._encoded(graph, [])
     for mine, wanted in zip(graph_cache._decoded(encoded, [])(x), function(x), strict=True):
         assert mine.dtype == wanted.dtype and torch.equal(mine.nan_to_num(), wanted.nan_to_num())
-    large = trace(lambda x: (x + torch.ones(1 << 21),), (torch.zeros(1),))
+    weights = torch.zeros(1 << 21)
+    large = trace(lambda x: (x + weights,), (torch.zeros(1),))
     with pytest.raises(graph_key.NamelessError, match="constants"):
         graph_cache._encoded(large, [])
 
