@@ -235,9 +235,10 @@ def test_graph_cache_misses_another_guidance(tiny: Nets, changes: dict[str, Any]
 def test_graph_cache_misses_other_arguments(tiny: Nets) -> None:
     x, sigma, labels = example()
     transposed = x.transpose(2, 3)
+    twice = torch.ones(2, 1, 8, 8, dtype=torch.float64)
     others = [
         example(), example(3), example(dtype=torch.float32), (x, sigma, None), (x, sigma.float(), labels),
-        (transposed, sigma, labels),
+        (transposed, sigma, labels), (twice, twice, labels), (twice, twice.clone(), labels), (twice, sigma, twice),
     ]  # fmt: skip
     keys = {key(guided(tiny), other) for other in others}
     assert len(keys) == len(others) and None not in keys
@@ -339,6 +340,11 @@ def _patched_layer(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
     return guided(chosen)
 
 
+def _patched_object(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
+    patch.setattr(F, "silu", partial(torch.mul, 2))
+    return guided(chosen)
+
+
 def _subclass(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
     class Louder(DiscriminatorGuidance):
         pass
@@ -348,7 +354,7 @@ def _subclass(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
 
 NAMELESS = [
     _mine, _function, _inside, _hook, _forward, _patched_class, _patched_function, _patched_torch, _patched_layer,
-    _subclass,
+    _patched_object, _subclass,
 ]  # fmt: skip
 
 
@@ -363,6 +369,13 @@ def test_graph_cache_traces_what_has_no_name(traced: list[int], folder: Path) ->
     for _ in range(2):
         graph_cache.lowered(function, example())
     assert len(traced) == 2 and not folder.exists()
+
+
+def test_graph_cache_keeps_nothing_of_a_function_that_holds_its_argument(tiny: Nets) -> None:
+    x, sigma, labels = example()
+    tiny["net"].last = x
+    assert key(guided(tiny), (x, sigma, labels)) is None
+    assert key(guided(tiny), (x.clone(), sigma, labels)) is not None
 
 
 def test_graph_cache_keeps_nothing_under_a_mode() -> None:

@@ -51,11 +51,18 @@ def _named(function: Function, example: Sequence[Tensor | None]) -> tuple[Path |
         key.add(function)
         tensors = list(key.tensors)
         key.add(_MAKERS)
-        key.add([None if x is None else [_form(x), x.device, x.requires_grad] for x in example])
+        key.add([None if x is None else _argument_form(x, example, tensors) for x in example])
         key.add(environment(next(x.device for x in example if x is not None)))
         return cache_folder("graphs") / f"{key.digest()}.json", tensors
     except (NamelessError, RecursionError):
         return None, []
+
+
+def _argument_form(x: Tensor, example: Sequence[Tensor | None], tensors: list[Tensor]) -> list[Any]:
+    """All that a trace sees of an argument: not its values, but whether it is another argument too."""
+    if type(x) is not Tensor or any(x is y for y in tensors):
+        raise NamelessError("an argument of another type, or one that the function holds itself")
+    return [_form(x), x.device, x.requires_grad, [x is y for y in example]]
 
 
 def _read(path: Path, tensors: list[Tensor]) -> GraphModule | None:
@@ -98,10 +105,10 @@ def _encoded(graph: GraphModule, tensors: list[Tensor]) -> dict[str, Any]:
     for node in graph.graph.nodes:
         target: Any = str(node.target) if node.op in ("placeholder", "output") else None
         if node.op == "get_attr":
-            value = constant(graph, node)
-            index = place.get(_place(value)) if value.numel() else None
+            held = constant(graph, node)
+            index = place.get(_place(held)) if held.numel() else None
             target = ["constant", len(constants)] if index is None else ["tensor", index]
-            constants += [value] if index is None else []
+            constants += [held] if index is None else []
         elif node.op == "call_function":
             target = _target(node.target)
         elif target is None:

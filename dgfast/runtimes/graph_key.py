@@ -28,7 +28,10 @@ _PLAIN = (
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 _FLOAT32 = ("generic", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv")
-_METHODS = (types.FunctionType, property, staticmethod, classmethod)
+_BOOKKEEPING = {
+    "__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__match_args__", "__dataclass_fields__",
+    "__dataclass_params__", "__abstractmethods__", "__parameters__", "__orig_bases__", "_abc_impl",
+}  # fmt: skip  # of a class, and nothing that its methods do depends on it
 _HEAP_TYPE = 1 << 9  # a class of Python: what its objects hold is in their attributes
 
 
@@ -185,9 +188,7 @@ class Key:
             _require_untouched(vars(cls).values())
             return
         self._all(tuple, cls.__bases__)
-        members = vars(cls).items()
-        kept = {k: v for k, v in members if isinstance(v, _METHODS) or not (k.startswith("__") or k == "_abc_impl")}
-        self.add(kept)
+        self.add({name: value for name, value in vars(cls).items() if name not in _BOOKKEEPING})
 
     def _builtin(self, value: Any) -> None:
         owner = getattr(value, "__objclass__", None) or value.__self__
@@ -217,23 +218,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         NamelessError: hooks or modes that see every operation.
     """
     watched = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
-    if watched or nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+    if watched or nn.modules.module._has_any_global_hook():
         raise NamelessError("hooks or modes that see every operation")
     attention, cudnn = torch.backends.cuda, torch.backends.cudnn
     return {
         "versions": (sys.version, str(torch.__version__), torch.version.git_version, sys.modules["numpy"].__version__),
         "machine": (platform.machine(), torch.backends.cpu.get_cpu_capability()),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "dgfast": _sources(),
+        "gpu": (torch.cuda.get_device_name(device), cudnn.version()) if device.type == "cuda" else None,
+        "dgfast": (_sources(), os.environ.get("TRITON_INTERPRET")),
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
         "inference mode": torch.is_inference_mode_enabled(),
         "autocast": [(torch.is_autocast_enabled(at), torch.get_autocast_dtype(at)) for at in ("cpu", device.type)],
-        "deterministic": (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-            torch.utils.deterministic.fill_uninitialized_memory,
-        ),
+        "deterministic": torch.get_deterministic_debug_mode(),
         "float32": [torch._C._get_fp32_precision_getter(*of) for of in _FLOAT32],  # the older getters may raise
         "cudnn": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
         "mkldnn": (torch.backends.mkldnn.is_available(), torch.backends.mkldnn.enabled),
@@ -256,7 +253,7 @@ def _sources() -> str:
 
 def _contents(x: Tensor) -> str:
     dense = x.detach().cpu().contiguous()
-    return sha256(dense.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return sha256(dense.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -287,10 +284,14 @@ def _require_trusted(module: str) -> None:
 
 
 def _require_untouched(members: Iterable[Any]) -> None:
-    """Nobody has put a function of their own among these members of a trusted class or module."""
+    """Raise NamelessError if somebody has put a function of their own into a trusted class or module."""
     for value in members:
         if isinstance(value, types.FunctionType):
             _require_trusted(str(value.__globals__.get("__name__")))
+        elif isinstance(value, type):
+            _require_trusted(value.__module__)
+        elif callable(value) and _root(type(value).__module__) not in ("torch", "builtins"):
+            raise NamelessError(f"a {type(value).__qualname__} in the place of a function")
 
 
 def _root(module: str) -> str:
