@@ -7,7 +7,7 @@ compiling the whole graph and several times quicker to compile.
 
 Compiled code is kept across runs in inductor's cache: the folder in the environment's TORCHINDUCTOR_CACHE_DIR, or
 torchinductor_<user> in the system's folder for temporary files. A second run loads it instead of compiling. On the CPU
-helper processes share the compiling (see `precompile`).
+helper processes share the compiling (see `precompile`). Tracing is left out of a second run too (see `graph_cache`).
 """
 
 import ctypes
