@@ -1,6 +1,7 @@
 """One forward an image: a generator in the place of a denoiser, a solver and its steps."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -138,15 +139,16 @@ class OneStep:
 
     def _function(self, latents: Tensor, class_labels: Tensor | None) -> Function:
         """(latents, class_labels) -> (images,), in this sampler's runtimes, built once a shape."""
+        function: Function = self._engine or partial(_forward, self.generator)
         if self._engine is not None or not self._runtimes:
-            return self._engine or self._forward
+            return function
         if latents.shape not in self._functions:
-            function: Function = self._forward
             for make in self._runtimes:
                 function = make(function, (latents, class_labels))
             self._functions[latents.shape] = function
         return self._functions[latents.shape]
 
-    @torch.no_grad()
-    def _forward(self, latents: Tensor, class_labels: Tensor | None) -> tuple[Tensor, ...]:
-        return (self.generator(latents, class_labels),)
+
+def _forward(generator: GeneratorNet, latents: Tensor, class_labels: Tensor | None) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return (generator(latents, class_labels),)

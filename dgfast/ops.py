@@ -58,13 +58,17 @@ def _by_triton(x: Tensor) -> bool:
     return x.device.type in _triton_devices()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile sees into no ContextVar
 def _triton_devices() -> tuple[str, ...]:
     if _CHOICE.get() != "triton":
         return ()
     from dgfast.kernels.launch import devices
 
     return devices()
+
+
+# torch.compile sees into no ContextVar. This is torch.compiler.assume_constant_result without its import of the whole
+# compiler, which takes as long as torch itself.
+_triton_devices._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Group normalisation --------------------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ import sys
 sys.modules.update(dict.fromkeys({sorted(HEAVY)}))  # None: importing it raises ImportError
 import dgfast
 assert "torch" not in sys.modules, "import dgfast takes as long as torch"
-import dgfast.ops, dgfast.nets
+import dgfast.ops, dgfast.nets, dgfast.sampler, dgfast.runtimes.compiled
+assert "torch._dynamo" not in sys.modules, "torch's compiler takes as long to import as torch"
 for name in ("load", "OneStep", "Sampler", "Networks", "SamplingConfig", "GuidanceConfig"):
     assert name in dgfast.__all__ and getattr(dgfast, name).__name__ == name
 """

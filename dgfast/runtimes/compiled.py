@@ -1,13 +1,12 @@
-"""The guided denoiser through torch.compile.
+"""The guided denoiser compiled: traced once with its gradient, and fused.
 
-On CUDA the whole lowered graph goes to inductor, which fuses and generates Triton. On the CPU nothing beats the
-libraries' convolutions, which inductor calls as they are; there they get their weights laid out once, images lie
-channels-last, and inductor generates what stands between them, region by region (see `regions`). That is as fast as
-compiling the whole graph and several times quicker to compile.
+On CUDA the whole lowered graph goes to torch.compile, whose inductor fuses and generates Triton. On the CPU nothing
+beats the libraries' convolutions; they get their weights laid out once, images lie channels-last, and what stands
+between them becomes C++ of our own, region by region (see `fusion`).
 
-Compiled code is kept across runs in inductor's cache: the folder in the environment's TORCHINDUCTOR_CACHE_DIR, or
-torchinductor_<user> in the system's folder for temporary files. A second run loads it instead of compiling. On the CPU
-helper processes share the compiling (see `precompile`).
+Graphs and compiled code are kept across runs in the folder of `cache_folder` (see `graph_cache` and `fusion.library`),
+what inductor compiles on CUDA in the folder in the environment's TORCHINDUCTOR_CACHE_DIR, or torchinductor_<user> in
+the system's folder for temporary files. A second run loads all that.
 """
 
 import ctypes
@@ -21,7 +20,8 @@ from torch.fx import GraphModule
 from dgfast.errors import UserError
 from dgfast.runtimes import onednn
 from dgfast.runtimes.fusion import library, regions
-from dgfast.runtimes.graph import Function, lower, trace
+from dgfast.runtimes.graph import Function, without_collecting
+from dgfast.runtimes.graph_cache import lowered
 
 
 def build(function: Function, example: Sequence[Tensor | None]) -> Function:
@@ -35,18 +35,15 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
     first = next(x for x in example if x is not None)
     if first.is_cuda:
         _require_inductor()
-        return torch.compile(_lowered(function, example), fullgraph=True, dynamic=False)
+        return torch.compile(lowered(function, example), fullgraph=True, dynamic=False)
     library.compiler()
     _keep_freed_memory()
-    graph = _lowered(function, example)
-    regions.fuse(graph, len(first))
-    if onednn.available():
-        onednn.pack(graph)
+    with without_collecting():
+        graph = lowered(function, example)
+        regions.fuse(graph, len(first))
+        if onednn.available():
+            onednn.pack(graph)
     return _without_grad(graph)
-
-
-def _lowered(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
-    return lower(trace(function, example), example, channels_last=True)
 
 
 def _without_grad(graph: GraphModule) -> Function:

@@ -6,7 +6,9 @@ of forward operations (a convolution's input gradient is a convolution), and wha
 computed here, once. Nothing is left to differentiate, and no runtime needs autograd.
 """
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,7 +41,7 @@ def trace(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
         UserError: the function branches on the value of a tensor, or calls what cannot be traced; names where.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_collecting():
             graph = make_fx(partial(_without_reading, function), tracing_mode="fake", _allow_non_fake_inputs=True)(
                 *example
             )
@@ -61,13 +63,36 @@ def lower(
         channels_last: lay images out as [B, H, W, C] in memory from the first convolution on.
         decompositions: further operations to be expressed by simpler ones.
     """
-    with torch.no_grad():
+    lowered = unfolded(graph, example, channels_last, decompositions)
+    fold_constants(lowered)
+    return lowered
+
+
+def unfolded(
+    graph: GraphModule,
+    example: Sequence[Tensor | None],
+    channels_last: bool = False,
+    decompositions: dict[Any, Callable[..., Any]] | None = None,
+) -> GraphModule:
+    """As `lower`, with what depends on weights alone still to be computed: `fold_constants` does."""
+    with torch.no_grad(), without_collecting():
         functional = functionalize(_Lowering(graph, channels_last).run, remove="mutations")
         record = make_fx(functional, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)
         lowered = record(*example)
     _drop_identities(lowered)
-    fold_constants(lowered)
     return lowered
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """Python's garbage collector off: graphs are objects by the million, next to none of them garbage."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def constant(graph: GraphModule, node: Node) -> Tensor:

@@ -1,7 +1,7 @@
 """Compiles generated code by the system's C++ compiler, once a machine: the results are kept in a folder.
 
-The folder is `kernels` in the environment's DGFAST_CACHE_DIR, or ~/.cache/dgfast; a file is named by all that its
-contents depend on. A function is kept only if it was seen to compute what it should: compilers err too.
+A file is named by all that its contents depend on. A function is kept only if it was seen to compute what it should:
+compilers err too.
 """
 
 import ctypes
@@ -18,17 +18,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dgfast.errors import UserError
+from dgfast.runtimes.cache_folder import cache_folder
 from dgfast.runtimes.fusion.source import PRELUDE
 
 _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w")
-
-
-def cache_folder() -> Path:
-    """Where compiled code is kept."""
-    own = os.environ.get("DGFAST_CACHE_DIR")
-    shared = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dgfast"
-    return (Path(own) if own else shared) / "kernels"
 
 
 def compiler() -> str:
@@ -59,7 +53,7 @@ def load(texts: Sequence[str], proves: Callable[[str, Any], bool]) -> dict[str, 
     Raises:
         UserError: there is no compiler, or it fails.
     """
-    folder, command = cache_folder(), compiler()
+    folder, command = cache_folder("kernels"), compiler()
     paths = {text: folder / f"{_key(text, command)}.so" for text in texts}
     missing = [text for text, path in paths.items() if not path.exists()]
     functions = {text: _open(path) for text, path in paths.items() if text not in missing}
