@@ -97,7 +97,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
             axis.plot([row["gradients"] for row in line], [row[name] for row in line], "o-", label=reuse)
         unguided = next(row for row in rows if row["reuse"] == "unguided")
         axis.plot([0], [unguided[name]], "ks", label="unguided")
-        axis.set(xlabel="discriminator gradients an image", ylabel=name.replace("_", " "), ylim=(0, None))
+        axis.set(xlabel="discriminator gradients an image", ylabel=name.replace("_", " "))
     axes[0].legend()
     figure.savefig(path, dpi=120)
 

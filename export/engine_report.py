@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dgfast.export.engine_builder import Built
-from dgfast.export.joint_graph import Joint
 from dgfast.export.parity import Case, Report, Runs, Tensors
+from dgfast.export.subject import Joint
 from dgfast.runtimes import compiled, cuda_graph
 from dgfast.runtimes.engine_file import NEVER_EXECUTED, EngineFile
 from dgfast.runtimes.tensorrt_library import FLAVORS

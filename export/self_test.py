@@ -25,6 +25,8 @@ def case(onnx: OnnxEngine, batch: int, seed: int = 0) -> Case:
             inputs[name] = sigma if name == "sigma" else 0.8 * sigma
         elif name == "class_labels":
             inputs[name] = torch.eye(shape[1])[torch.arange(shape[0]) % shape[1]]
+        elif name in ("log_least", "log_most"):
+            inputs[name] = torch.full(shape, -2.0 if name == "log_least" else -1.0)
         elif len(shape) < 2:
             inputs[name] = torch.ones(shape)
         else:

@@ -91,7 +91,7 @@ def _guided(bundle: Any, what: str | None, dtype: str, given: dict[str, Any]) ->
     return subject, reference, onnx_file.describe_guided(bundle, sampling, guidance, subject)
 
 
-def _generator(bundle: Any, what: str, dtype: str, given: dict[str, Any]) -> tuple[Any, Any, dict[str, str]]:
+def _generator(bundle: Any, what: str | None, dtype: str, given: dict[str, Any]) -> tuple[Any, Any, dict[str, str]]:
     """As `_guided`, for the bundle's one-step generator."""
     from dgfast.devices import DTYPES
     from dgfast.export import onnx_file
