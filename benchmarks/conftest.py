@@ -16,7 +16,7 @@ from benchmarks.lab import Case, Lab
 from benchmarks.machine import facts
 from benchmarks.measure import PRECISIONS, TORCH_DEFAULT
 from benchmarks.runtimes import RUNTIMES
-from benchmarks.workloads import STAND_INS, WORKLOADS
+from benchmarks.workloads import LONG_ON_A_CPU, STAND_INS, WORKLOADS
 from dgfast.devices import pick_device
 
 _PRECISIONS = {"cpu": ("float32",), "cuda": ("bf16", "float32", TORCH_DEFAULT)}
@@ -25,7 +25,9 @@ _PRECISIONS = {"cpu": ("float32",), "cuda": ("bf16", "float32", TORCH_DEFAULT)}
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dgfast", "dgfast's benchmarks; the first four may be given several times")
     runtimes = [*RUNTIMES, *(name for name in operations.IMPLEMENTATIONS if name not in RUNTIMES)]
-    group.addoption("--workload", action="append", choices=list(WORKLOADS), help="default: all but the stand-ins")
+    group.addoption(
+        "--workload", action="append", choices=list(WORKLOADS), help="default: all, but on a CPU the quicker ones"
+    )
     group.addoption("--runtime", action="append", choices=runtimes, help="default: all")
     group.addoption("--precision", action="append", choices=list(PRECISIONS), help="default: what suits the device")
     group.addoption("--batch", action="append", type=int, help="default: the workload's own for the device")
@@ -75,7 +77,8 @@ def _cases(metafunc: pytest.Metafunc) -> Iterator[tuple[str, Case]]:
     at = pick_device(option("device"))
     kind, present = at.type, [name for name, runtime in RUNTIMES.items() if not runtime.missing(at)]
     in_full = kind == "cuda" or bool(option("precision") or option("batch"))
-    for workload in option("workload") or [name for name in WORKLOADS if name not in STAND_INS]:
+    left_out = {*STAND_INS, *(LONG_ON_A_CPU if kind == "cpu" else ())}
+    for workload in option("workload") or [name for name in WORKLOADS if name not in left_out]:
         batches = WORKLOADS[workload]().batches.get((marker.kwargs["group"], kind), ())
         for precision in option("precision") or _PRECISIONS[kind]:
             for batch in (option("batch") or batches) if batches else ():

@@ -243,3 +243,6 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 }
 STAND_INS = ("tiny",)
 """Workloads that try the benchmarks themselves and say nothing about speed; run only if asked for."""
+
+LONG_ON_A_CPU = ("adm-64", "dit-s2")
+"""Workloads that run there only if asked for: all together would take more than ten minutes."""
