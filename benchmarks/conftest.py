@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--precision", action="append", choices=list(PRECISIONS), help="default: what suits the device")
     group.addoption("--batch", action="append", type=int, help="default: the workload's own for the device")
     group.addoption("--device", help="default: CUDA where there is one")
-    group.addoption("--seconds", type=float, default=5.0, help="most for the rounds of a benchmark; at least 3 are run")
+    group.addoption("--seconds", type=float, default=2.0, help="most for the rounds of a benchmark; at least 3 are run")
     group.addoption("--until", type=float, help="time (seconds since 1970) after which no further benchmark begins")
 
 

@@ -120,7 +120,7 @@ class Lab:
 
         truth = eager("float32")
         rounding = 0.0 if case.precision == "float32" else relative_error(eager(case.precision), truth)
-        allowed = max(subject.tolerance, LOW_PRECISION_SLACK * rounding)
+        allowed = max(RUNTIMES[case.runtime].slack * subject.tolerance, LOW_PRECISION_SLACK * rounding)
         results = self.prepared(subject, case, guided).call()
         error = relative_error([result[picks.to(result.device)] for result in results], truth)
         check(f"{subject.name} {case.name(in_full=True)}", "eager in float32", error, allowed)

@@ -21,6 +21,7 @@ class Runtime:
     Attributes:
         build: (function, example of its arguments) -> a faster callable of the same.
         missing: why it can't run on that device, "" if it can. precisions: those that it can be asked for.
+        slack: how many times the tolerance of a compiled result its own may be off; ONNX Runtime sums otherwise.
         capture: on CUDA, the same once more for what `build` made: for one guided call, or a whole step of a sampler.
     """
 
@@ -28,6 +29,7 @@ class Runtime:
     capture: Build | None = None
     missing: Callable[[torch.device], str] = lambda device: ""
     precisions: Collection[str] = (*PRECISIONS, TORCH_DEFAULT)
+    slack: float = 1.0
 
     def call(self, function: Function, example: Sequence[Tensor | None], device: torch.device) -> Function:
         """One guided call in this runtime."""
@@ -70,6 +72,6 @@ def tensorrt_missing(device: torch.device) -> str:
 RUNTIMES: dict[str, Runtime] = {
     "eager": Runtime(),
     "compiled": Runtime(_of("compiled"), capture=_of("cuda_graph")),
-    "onnx": Runtime(_of("onnx")),
-    "tensorrt": Runtime(_tensorrt, missing=tensorrt_missing, precisions=("float32",)),
+    "onnx": Runtime(_of("onnx"), slack=5),
+    "tensorrt": Runtime(_tensorrt, missing=tensorrt_missing, precisions=("float32",), slack=5),
 }

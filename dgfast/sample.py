@@ -242,12 +242,15 @@ def _prepared(sampler: Any, make: Callable[[str], Any], batch: int, runtime: str
 def _device_and_dtype(device: str | None, dtype: str) -> tuple[Any, Any]:
     import torch
 
-    from dgfast.devices import DTYPES, pick_device
+    from dgfast.devices import DTYPES, keep_freed_memory, pick_device
 
     if dtype == "tf32":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-    return pick_device(device), DTYPES[dtype]
+    at = pick_device(device)
+    if at.type == "cpu":
+        keep_freed_memory()
+    return at, DTYPES[dtype]
 
 
 def _labels_for(sampler: Any, seeds: Sequence[int], labels: list[int] | None) -> list[int] | None:

@@ -25,7 +25,7 @@ ROOMS = {
     "denoiser": ({"noise_levels"}, {"torch"}),
     "nets": ({"denoiser", "errors", "ops"}, {"torch", "numpy"}),
     "guidance": ({"errors", "noise_levels", "ops"}, {"torch"}),
-    "runtimes": ({"errors"}, {"torch", "numpy", "onnx", "onnxruntime"}),
+    "runtimes": ({"devices", "errors"}, {"torch", "numpy", "onnx", "onnxruntime"}),
     "engines": ({"bundle", "config", "errors", "guidance"}, {"torch"}),
     "outputs": ({"errors"}, {"torch", "numpy", "PIL"}),
     "plan": ({"config", "errors", "guidance", "nets", "networks", "noise_levels"}, {"torch"}),

@@ -78,3 +78,22 @@ def test_library_passes_on_what_the_compiler_says(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(UserError, match="broken failed: out of cheese; run without --compile"):
         fused()
+
+
+def test_library_compiles_anew_what_is_damaged(folder: Path) -> None:
+    fused()
+    (file,) = folder.glob("*.so")
+    library._open.cache_clear()
+    file.unlink()  # and not overwritten: this process runs it
+    file.write_bytes(b"not a library")
+    graph, kinds = fused()
+    x = example()
+    torch.testing.assert_close(graph(x), function(x))
+    assert kinds == 1 and file.stat().st_size > 1000
+
+
+def test_library_says_where_it_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DGFAST_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="Not a directory; set DGFAST_CACHE_DIR to a folder that can be written to"):
+        fused()

@@ -9,14 +9,13 @@ what inductor compiles on CUDA in the folder in the environment's TORCHINDUCTOR_
 the system's folder for temporary files. A second run loads all that.
 """
 
-import ctypes
-import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from dgfast.devices import keep_freed_memory
 from dgfast.errors import UserError
 from dgfast.runtimes import onednn
 from dgfast.runtimes.fusion import library, regions
@@ -37,7 +36,7 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
         _require_inductor()
         return torch.compile(lowered(function, example), fullgraph=True, dynamic=False)
     library.compiler()
-    _keep_freed_memory()
+    keep_freed_memory()
     with without_collecting():
         graph = lowered(function, example)
         regions.fuse(graph, len(first))
@@ -59,19 +58,3 @@ def _require_inductor() -> None:
     library.compiler()
     if not torch.utils._triton.has_triton():
         raise UserError("--compile on CUDA needs Triton: pip install triton (Linux), or run without --compile")
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc's malloc to keep what is freed: pages returned after every call are faulted in again by the next.
-
-    A U-Net call at batch 64 frees some hundred megabytes, in pieces above malloc's thresholds, and getting them back
-    costs thousands of page faults.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-                mallopt(parameter, 2**31 - 1)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h

@@ -51,21 +51,26 @@ def load(texts: Sequence[str], proves: Callable[[str, Any], bool]) -> dict[str, 
         the functions by their code. One that is not proved is missing.
 
     Raises:
-        UserError: there is no compiler, or it fails.
+        UserError: there is no compiler, it fails, or the folder cannot be written to.
     """
     folder, command = cache_folder("kernels"), compiler()
     paths = {text: folder / f"{_key(text, command)}.so" for text in texts}
-    missing = [text for text, path in paths.items() if not path.exists()]
-    functions = {text: _open(path) for text, path in paths.items() if text not in missing}
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder) as at, ThreadPoolExecutor(os.cpu_count()) as pool:
-            built = list(pool.map(partial(_compile, command, Path(at)), range(len(missing)), missing))
-            for text, path in zip(missing, built, strict=True):
-                function = _open(path)
-                if proves(text, function):
-                    functions[text] = function
-                    path.replace(paths[text])
+    functions = {text: found for text, path in paths.items() if (found := _kept(path)) is not None}
+    missing = [text for text in texts if text not in functions]
+    try:
+        if missing:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=folder) as at, ThreadPoolExecutor(os.cpu_count()) as pool:
+                built = list(pool.map(partial(_compile, command, Path(at)), range(len(missing)), missing))
+                for text, path in zip(missing, built, strict=True):
+                    function = _open(path)
+                    if proves(text, function):
+                        functions[text] = function
+                        path.replace(paths[text])
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {error.strerror}; set DGFAST_CACHE_DIR to a folder that can be written to"
+        ) from error
     return functions
 
 
@@ -77,6 +82,14 @@ def _compile(command: str, folder: Path, number: int, text: str) -> Path:
         reason = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
         raise UserError(f"{command} failed: {reason}; run without --compile, or with --compile=try")
     return built
+
+
+def _kept(path: Path) -> Any:
+    """The function in that file; None if it is not there, or damaged."""
+    try:
+        return _open(path)
+    except OSError:
+        return None
 
 
 @cache
