@@ -22,6 +22,10 @@ Entry = Callable[..., Any]
 TABLE: dict[Any, Entry] = {}
 
 
+class NoFormError(Exception):
+    """An operation, or these options of one, that the table cannot write: users hear of it from `onnx_writer`."""
+
+
 class Out(tuple[Any, Any]):
     """Shape and type of an operation's (first) result."""
 
@@ -226,7 +230,7 @@ def _norm(g: OnnxGraph, out: Out, x: Value, order: float, axes: Any = None, keep
     if order == math.inf:
         return g.reduce("ReduceMax", g.unary("Abs", x), list(axes), keepdim)
     if order != 2:
-        raise NotImplementedError(f"a norm of order {order}")
+        raise NoFormError(f"a norm of order {order}")
     return g.reduce("ReduceL2", x, list(axes), keepdim)
 
 
@@ -308,7 +312,7 @@ def _embedding(g: OnnxGraph, out: Out, table: Value, indices: Value, *_: Any) ->
 @entry(aten.index.Tensor)
 def _index(g: OnnxGraph, out: Out, x: Value, indices: Sequence[Value | None]) -> Value:
     if len(indices) != 1 or indices[0] is None:
-        raise NotImplementedError("indexing by tensors in more than the first dimension")
+        raise NoFormError("indexing by tensors in more than the first dimension")
     return g.emit("Gather", [x, indices[0]], [out.shape], out.dtype, axis=0)[0]
 
 
@@ -326,7 +330,7 @@ def _group_norm_backward(
     hw: int, groups: int, mask: list[bool],
 ) -> tuple[Value, None, None]:  # fmt: skip
     if mask != [True, False, False]:
-        raise NotImplementedError("a gradient with respect to weights: freeze the networks")
+        raise NoFormError("a gradient with respect to weights: freeze the networks")
     return onnx_norm.group_norm_backward(g, grad, x, rstd, weight, groups), None, None
 
 
@@ -340,7 +344,7 @@ def _layer_norm(
 # Resampling -----------------------------------------------------------------------------------------------------------
 def _halving(kernel: list[int], stride: list[int], padding: list[int]) -> None:
     if list(stride or kernel) != list(kernel) or any(padding):
-        raise NotImplementedError(f"mean pooling with kernel {kernel}, stride {stride}, padding {padding}")
+        raise NoFormError(f"mean pooling with kernel {kernel}, stride {stride}, padding {padding}")
 
 
 @entry(aten.avg_pool2d.default)
@@ -363,7 +367,7 @@ def _avg_pool_backward(
 def _upsample(g: OnnxGraph, out: Out, x: Value, *_: Any) -> Value:
     factors = [a // b for a, b in zip(out.shape[2:], x.shape[2:], strict=True)]
     if [f * d for f, d in zip(factors, x.shape[2:], strict=True)] != list(out.shape[2:]):
-        raise NotImplementedError("nearest-neighbour resampling by other than whole factors")
+        raise NoFormError("nearest-neighbour resampling by other than whole factors")
     return _repeat(g, x, out.shape, factors)
 
 
@@ -464,7 +468,7 @@ def _slice_backward(
     g: OnnxGraph, out: Out, grad: Value, sizes: Any, dim: int, start: int, end: int, step: int
 ) -> Value:
     if step != 1:
-        raise NotImplementedError("the gradient of a slice with a step")
+        raise NoFormError("the gradient of a slice with a step")
     return _pad(g, grad, out.shape, dim, start)
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dgfast.errors import UserError
 from dgfast.runtimes.graph import Function, constant, lower, trace
 from dgfast.runtimes.onnx_graph import NUMPY, Batch, Dim, OnnxGraph, Value
-from dgfast.runtimes.onnx_ops import TABLE, Out
+from dgfast.runtimes.onnx_ops import TABLE, NoFormError, Out
 
 OLDEST_OPSET = 18  # the first in which sums take their axes as an input
 _BATCHES = 2, 3  # for an open batch; 1 would be taken for a size that broadcasts
@@ -122,9 +122,9 @@ class _Writer:
             return arguments[0][arguments[1]]
         try:
             if node.target not in TABLE:
-                raise NotImplementedError("no ONNX for it yet")
+                raise NoFormError("the table of operations does not have it")
             return TABLE[node.target](self.graph, _out(node, twin), *arguments, **_meant(keywords))
-        except NotImplementedError as error:
+        except NoFormError as error:
             where = _module_of(node.target, self.function, tuple(self.example.values()))
             raise UserError(f"cannot export {node.target}, called by {where}: {error}") from error
 
