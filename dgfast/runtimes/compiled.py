@@ -4,7 +4,7 @@ On CUDA the whole lowered graph goes to torch.compile, whose inductor fuses and 
 beats the libraries' convolutions; they get their weights laid out once, images lie channels-last, and what stands
 between them becomes C++ of our own, region by region (see `fusion`).
 
-Graphs and compiled code are kept across runs in the folder of `cache_folder` (see `graph_cache` and `fusion.library`),
+Graphs and compiled code are kept across runs in the folder of `cache_folder` (see `graph_cache` and `native.library`),
 what inductor compiles on CUDA in the folder in the environment's TORCHINDUCTOR_CACHE_DIR, or torchinductor_<user> in
 the system's folder for temporary files. A second run loads all that.
 """
@@ -18,9 +18,10 @@ from torch.fx import GraphModule
 from dgfast.devices import keep_freed_memory
 from dgfast.errors import UserError
 from dgfast.runtimes import onednn
-from dgfast.runtimes.fusion import library, regions
+from dgfast.runtimes.fusion import regions
 from dgfast.runtimes.graph import Function, without_collecting
 from dgfast.runtimes.graph_cache import lowered
+from dgfast.runtimes.native import attention, library, winograd
 
 
 def build(function: Function, example: Sequence[Tensor | None]) -> Function:
@@ -40,6 +41,8 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
     with without_collecting():
         graph = lowered(function, example)
         regions.fuse(graph, len(first))
+        winograd.replace(graph)
+        attention.replace(graph)
         if onednn.available():
             onednn.pack(graph)
     return _without_grad(graph)

@@ -134,6 +134,17 @@ def attach(graph: GraphModule, node: Node, value: Tensor) -> Node:
     return new
 
 
+def substitute(graph: GraphModule, node: Node, module: nn.Module, arguments: Sequence[Any]) -> None:
+    """Call a module on `arguments` instead of what the node does."""
+    name = f"{type(module).__name__.lower()}_{node.name}"
+    graph.add_submodule(name, module)
+    with graph.graph.inserting_before(node):
+        call = graph.graph.call_module(name, tuple(arguments))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    graph.graph.erase_node(node)
+
+
 def _without_reading(function: Function, *arguments: Tensor | None) -> tuple[Tensor, ...]:
     with _NoReading():  # type: ignore[no-untyped-call]  # torch leaves its constructor untyped
         return function(*arguments)

@@ -16,9 +16,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.passes.tools_common import legalize_graph
 
-from dgfast.runtimes.fusion import library
 from dgfast.runtimes.fusion.operations import expressible, is_view, result
 from dgfast.runtimes.fusion.source import Code, memory, write
+from dgfast.runtimes.native import library
 
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Of the largest value: on random numbers, where the operations one by one round otherwise."""

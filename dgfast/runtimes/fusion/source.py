@@ -9,7 +9,6 @@ mean, which takes a pass of its own.
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,16 +17,15 @@ from torch.fx import Node
 from dgfast.runtimes.fusion.layout import DTYPES, Space, strides
 from dgfast.runtimes.fusion.operations import NORMS, POINTWISE, RESAMPLING, aten, images, is_backward, packet, result
 from dgfast.runtimes.fusion.schedule import Schedule, Stage
+from dgfast.runtimes.native.sources import ELEMENTARY
 
 Memory = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """Shape, strides and type of a tensor."""
 
-PRELUDE = Path(__file__).with_name("prelude.h").read_text()
-
 
 @dataclass(frozen=True)
 class Code:
-    """A region as `void region(long samples, long threads, float *workspace, void *const *tensors)`.
+    """A region as `void run(long samples, long threads, float *workspace, void *const *tensors)`.
 
     Attributes:
         text: the function's code; it depends on everything but the number of samples.
@@ -52,7 +50,7 @@ def write(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]
     position = {node: i for i, node in enumerate([*inputs, *schedule.written])}
     text, workspace = _Text(schedule, list(inputs), batch).function()
     return Code(
-        text,
+        ELEMENTARY + text,
         tuple(memory(result(node)) for node in schedule.written),
         tuple((position[schedule.of(node)], memory(result(node))) for node in outputs),
         workspace,
@@ -318,7 +316,7 @@ _HEAD = """
 #define SUMS {sums}L
 #define SCRATCH {scratch}L
 #define SYNC if (together > 1) {{ _Pragma("omp barrier") }}
-extern "C" void region(long samples, long threads, float *workspace, void *const *tensors) {{"""
+extern "C" void run(long samples, long threads, float *workspace, void *const *tensors) {{"""
 
 _SAMPLES = """  #pragma omp parallel num_threads(threads)
   {

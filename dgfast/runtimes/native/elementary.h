@@ -1,4 +1,4 @@
-// What generated regions call (see source.py); it stands in front of each.
+// Functions of one number, for generated and handwritten code; stands in front of it.
 #include <stdint.h>
 extern "C" int omp_get_thread_num(void), omp_get_num_threads(void);
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgfast.errors import UserError
-from dgfast.runtimes.fusion import library, regions
+from dgfast.runtimes.fusion import regions
 from dgfast.runtimes.graph import lower, trace
+from dgfast.runtimes.native import library
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Compiles generated code by the system's C++ compiler, once a machine: the results are kept in a folder.
+"""Compiles C++ by the system's C++ compiler, once a machine: the results are kept in a folder.
 
 A file is named by all that its contents depend on. A function is kept only if it was seen to compute what it should:
 compilers err too.
@@ -19,7 +19,6 @@ from typing import Any
 
 from dgfast.errors import UserError
 from dgfast.runtimes.cache_folder import cache_folder
-from dgfast.runtimes.fusion.source import PRELUDE
 
 _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w")
@@ -76,7 +75,7 @@ def load(texts: Sequence[str], proves: Callable[[str, Any], bool]) -> dict[str, 
 
 def _compile(command: str, folder: Path, number: int, text: str) -> Path:
     source, built = folder / f"{number}.cpp", folder / f"{number}.so"
-    source.write_text(PRELUDE + text)
+    source.write_text(text)
     done = subprocess.run([command, *_FLAGS, str(source), "-o", str(built)], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
@@ -94,14 +93,14 @@ def _kept(path: Path) -> Any:
 
 @cache
 def _open(path: Path) -> Any:
-    function = ctypes.CDLL(str(path)).region
+    function = ctypes.CDLL(str(path)).run
     function.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
     function.restype = None
     return function
 
 
 def _key(text: str, command: str) -> str:
-    return sha256("\n".join((text, PRELUDE, *_FLAGS, _version(command), _processor())).encode()).hexdigest()
+    return sha256("\n".join((text, *_FLAGS, _version(command), _processor())).encode()).hexdigest()
 
 
 @cache
