@@ -72,6 +72,7 @@ def parts(device: str, small: bool) -> list[Part]:
 
     sizes = (*_repeated("--batch", "2" if small else "1 64 512"), *_repeated("--precision", "float32 fp16"))
     engines = ("-m", "benchmarks.engines", "--device", device, "--out", "{json}", "--workload", workload, *sizes)
+    beside = (*_repeated("--batch", "1 8 32 64"), "--precision", "bf16")
     profiled = ("--workload", workload, "--batch", most, "--precision", "bf16", "--trace", "{out}/trace.json.gz")
     return [
         own("environment", "environment", *rounds),
@@ -80,6 +81,7 @@ def parts(device: str, small: bool) -> list[Part]:
         *([] if small else [run("latency", "float32 bf16", "1", *runtime)]),  # as above, with other numbers
         *(parity(name) for name in (*others, workload)),
         Part("engines", "part", engines),
+        *([] if small else [own("streams", "streams", "--workload", workload, *beside)]),
         bench("kernels", "kernels", *tiny),
         own("profile", "profile", *profiled, *runtime),
         run("the rest", "tf32" if small else "float32 tf32 bf16", f"{most} {middle}", *runtime, but=f"{most}-bf16"),

@@ -4,7 +4,9 @@ Each part prints a table in markdown and writes the same as JSON to --out.
 """
 
 import json
+import statistics
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import facts
-from benchmarks.measure import PRECISIONS, matmul_ceiling, precision, relative_error
+from benchmarks.measure import PRECISIONS, Call, matmul_ceiling, precision, relative_error, seconds, synchronised
 from benchmarks.runtimes import RUNTIMES, Runtime
 from benchmarks.subjects import guided_function, guided_levels, noise_at
 from benchmarks.workloads import WORKLOADS, Workload
 from dgfast import Networks, Sampler
 from dgfast.devices import pick_device
+from dgfast.runtimes import cuda_graph
+from dgfast.runtimes.graph_cache import lowered
+from dgfast.runtimes.streams import concurrent
 
 _PROFILE_ROWS = 25
 
@@ -111,6 +116,40 @@ def profile_one_call(device: str, out: Path, workload: str, runtime: str, batch:
     write(out, {"workload": workload, "batch": batch, "precision": name, "total_microseconds": total, "top": top})
     rows = [[e["name"], f"{e['microseconds']:.0f}", f"{e['microseconds'] / total:.1%}", str(e["calls"])] for e in top]
     table([f"{workload}, {runtime}, batch {batch}, {name}", "us", "share", "calls"], rows)
+
+
+@main.command()
+@_device
+@_out
+@_workload
+@click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, required=True)
+@click.option("--precision", "name", type=click.Choice(list(PRECISIONS)), required=True)
+def streams(device: str, out: Path, workload: str, batches: tuple[int, ...], name: str) -> None:
+    """One guided call in a CUDA graph: compiled whole, and its networks on a stream each."""
+    at, chosen = pick_device(device), WORKLOADS[workload]()
+    found: dict[int, dict[str, float]] = {}
+    with precision(name), torch.no_grad():
+        networks = chosen.load(at, PRECISIONS[name])
+        levels = guided_levels(chosen, networks, at)
+        for batch in batches:
+            arguments = noise_at([levels[len(levels) // 2]] * batch, networks, range(batch), at)
+            graph = lowered(guided_function(chosen, networks, True, at), arguments)
+            one = cuda_graph.build(_compile(graph), arguments)
+            several = cuda_graph.build(concurrent(graph, _compile), arguments)
+            error = relative_error(several(*arguments), one(*arguments))
+            times = [_median(synchronised(partial(call, *arguments), at)) for call in (one, several)]
+            found[batch] = {"whole": times[0], "streams": times[1], "difference": error}
+    write(out, {"workload": workload, "precision": name, "seconds": found})
+    rows = [[str(b), f"{f['whole']:.3g}", f"{f['streams']:.3g}", f"{f['difference']:.1e}"] for b, f in found.items()]
+    table([f"batch ({workload}, {name})", "whole, s", "a stream each, s", "difference"], rows)
+
+
+_compile = partial(torch.compile, fullgraph=True, dynamic=False)
+
+
+def _median(call: Call, rounds: int = 30) -> float:
+    call()
+    return statistics.median(seconds(call) for _ in range(rounds))
 
 
 def _guided_calls(

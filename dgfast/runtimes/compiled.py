@@ -10,6 +10,7 @@ the system's folder for temporary files. A second run loads all that.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from dgfast.runtimes.fusion import regions
 from dgfast.runtimes.graph import Function, without_collecting
 from dgfast.runtimes.graph_cache import lowered
 from dgfast.runtimes.native import attention, library, winograd
+from dgfast.runtimes.streams import MOST_SAMPLES, concurrent
 
 
 def build(function: Function, example: Sequence[Tensor | None]) -> Function:
@@ -35,7 +37,9 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
     first = next(x for x in example if x is not None)
     if first.is_cuda:
         _require_inductor()
-        return torch.compile(lowered(function, example), fullgraph=True, dynamic=False)
+        whole = partial(torch.compile, fullgraph=True, dynamic=False)
+        graph = lowered(function, example)
+        return concurrent(graph, whole) if len(first) <= MOST_SAMPLES else whole(graph)
     library.compiler()
     keep_freed_memory()
     with without_collecting():
