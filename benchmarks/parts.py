@@ -23,7 +23,7 @@ from benchmarks.subjects import guided_function, guided_levels, noise_at
 from benchmarks.workloads import WORKLOADS, Workload
 from dgfast import Networks, Sampler
 from dgfast.devices import pick_device
-from dgfast.runtimes import cuda_graph
+from dgfast.runtimes import compiled, cuda_graph
 from dgfast.runtimes.graph_cache import lowered
 from dgfast.runtimes.streams import concurrent
 
@@ -134,17 +134,14 @@ def streams(device: str, out: Path, workload: str, batches: tuple[int, ...], nam
         for batch in batches:
             arguments = noise_at([levels[len(levels) // 2]] * batch, networks, range(batch), at)
             graph = lowered(guided_function(chosen, networks, True, at), arguments)
-            one = cuda_graph.build(_compile(graph), arguments)
-            several = cuda_graph.build(concurrent(graph, _compile), arguments)
+            one = cuda_graph.build(compiled.by_inductor(graph), arguments)
+            several = cuda_graph.build(concurrent(graph, compiled.by_inductor), arguments)
             error = relative_error(several(*arguments), one(*arguments))
             times = [_median(synchronised(partial(call, *arguments), at)) for call in (one, several)]
             found[batch] = {"whole": times[0], "streams": times[1], "difference": error}
     write(out, {"workload": workload, "precision": name, "seconds": found})
     rows = [[str(b), f"{f['whole']:.3g}", f"{f['streams']:.3g}", f"{f['difference']:.1e}"] for b, f in found.items()]
     table([f"batch ({workload}, {name})", "whole, s", "a stream each, s", "difference"], rows)
-
-
-_compile = partial(torch.compile, fullgraph=True, dynamic=False)
 
 
 def _median(call: Call, rounds: int = 30) -> float:

@@ -10,7 +10,7 @@ from dgfast.errors import UserError
 from dgfast.guidance import DiscriminatorGuidance, guided_denoiser
 from dgfast.nets.discriminator import Discriminator
 from dgfast.runtimes import compiled, onednn
-from dgfast.runtimes.graph import Function
+from dgfast.runtimes.graph import Function, lower, trace
 from dgfast.runtimes.native import library
 from tests.support.runtimes import FLOAT32_TOL, LEVELS, WINDOW, NetFactory, at_levels, largest_error
 
@@ -97,3 +97,16 @@ def test_runtimes_compiling_without_a_compiler_says_what_to_install(
     message = str(error.value.message)
     assert "needs a C++ compiler" in message and "apt install g++" in message and "--compile=try" in message
     assert "\n" not in message
+
+
+def test_runtimes_inductor_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA a broken compiler shows in the first call, and `--compile=try` waits for a user's error."""
+
+    def broken(graph: object, example: object) -> None:
+        raise RuntimeError("ptxas died")
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda graph, **keywords: compile_(graph, backend=broken, **keywords))
+    graph = lower(trace(lambda x: (x * 2,), [torch.ones(2)]), [torch.ones(2)])
+    with pytest.raises(UserError, match=r"torch.compile failed: .*; run without --compile, or with --compile=try"):
+        compiled.by_inductor(graph)(torch.ones(2))

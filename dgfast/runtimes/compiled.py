@@ -10,10 +10,9 @@ the system's folder for temporary files. A second run loads all that.
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dgfast.devices import keep_freed_memory
@@ -37,9 +36,8 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
     first = next(x for x in example if x is not None)
     if first.is_cuda:
         _require_inductor()
-        whole = partial(torch.compile, fullgraph=True, dynamic=False)
         graph = lowered(function, example)
-        return concurrent(graph, whole) if len(first) <= MOST_SAMPLES else whole(graph)
+        return concurrent(graph, by_inductor) if len(first) <= MOST_SAMPLES else by_inductor(graph)
     library.compiler()
     keep_freed_memory()
     with without_collecting():
@@ -50,6 +48,26 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
         if onednn.available():
             onednn.pack(graph)
     return _without_grad(graph)
+
+
+def by_inductor(graph: nn.Module) -> Function:
+    """A graph as inductor's kernels; they are compiled in the first call.
+
+    Raises:
+        UserError: in the first call, where inductor or one of the compilers that it calls fails.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # imports the compiler, which takes a second
+
+    compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+
+    def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+        try:
+            return compiled(*arguments)
+        except TorchDynamoException as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(f"torch.compile failed: {reason}; run without --compile, or with --compile=try") from error
+
+    return run
 
 
 def _without_grad(graph: GraphModule) -> Function:
