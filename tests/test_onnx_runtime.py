@@ -225,6 +225,29 @@ def test_onnx_runtime_agrees_inside_and_outside_of_the_window(guided: Callable[.
             assert float(((mine - wanted).abs().reshape(3, -1).amax(1) / largest).max()) < 1e-4
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_onnx_runtime_divides_a_batch_unless_one_sample_depends_on_another(
+    networks: Networks, monkeypatch: pytest.MonkeyPatch, published: bool
+) -> None:
+    sizes: list[int] = []
+
+    class Engine(runtime.OnnxEngine):
+        def __call__(self, arguments: Any) -> dict[str, Tensor]:
+            sizes.append(len(arguments["input_0"]))
+            return super().__call__(arguments)
+
+    assert networks.discriminator is not None
+    guidance = DiscriminatorGuidance(networks.discriminator, 30.0, WINDOW, published_window=published)
+    function, given = guided_denoiser(networks.denoiser, (guidance,)), arguments(4, 3, 0)
+    monkeypatch.setattr(runtime, "OnnxEngine", Engine)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    built = runtime.build(function, given)
+    for mine, wanted in zip(built(*given), function(*given), strict=True):
+        largest = wanted.abs().reshape(4, -1).amax(1)
+        assert float(((mine - wanted).abs().reshape(4, -1).amax(1) / largest).max()) < 1e-4
+    assert sizes == ([4] if published else [2, 2])
+
+
 def relative(mine: Tensor, wanted: Tensor) -> float:
     return float((mine - wanted).abs().max() / wanted.abs().max())
 
