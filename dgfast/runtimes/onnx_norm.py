@@ -20,16 +20,9 @@ _LEAST_OF_A_MATRIX_PRODUCT = 1024  # numbers of a row from which on a product of
 def group_norm(
     g: OnnxGraph, x: Value, weight: Value | None, bias: Value | None, groups: int, eps: float
 ) -> tuple[Value, Value, Value]:
-    """y, and mean and r of the groups [B, groups, 1]."""
-    wide = g.cast(x, np.float32)
-    if not g.rank_4:
-        mean, rstd = _moments(g, wide, groups, eps)
-        g.normalised[rstd.name] = mean
-        return g.cast(_normalised(g, wide, mean, rstd, weight, bias), x.dtype), mean, rstd
-    normal, mean, rstd = _by_channels(g, wide, groups, eps)
-    g.normalised[rstd.name] = normal
-    scale, shift = (None if p is None else _per_channel(g, p, len(x.shape)) for p in (weight, bias))
-    y = normal if scale is None else g.affine(normal, scale, shift)
+    """y, and mean and r of the groups."""
+    write = _by_channels if g.rank_4 else _by_rows
+    y, mean, rstd = write(g, g.cast(x, np.float32), weight, bias, groups, eps)
     return g.cast(y, x.dtype), mean, rstd
 
 
@@ -48,47 +41,46 @@ def layer_norm(
     return g.cast(y, x.dtype), mean, rstd
 
 
-def _moments(g: OnnxGraph, x: Value, groups: int, eps: float) -> tuple[Value, Value]:
-    """Mean and r of the groups, [B, groups, 1]."""
-    rows = _rows(g, x, groups)
-    mean = g.reduce("ReduceMean", rows, [2], True)
+def _by_rows(
+    g: OnnxGraph, x: Value, weight: Value | None, bias: Value | None, groups: int, eps: float
+) -> tuple[Value, Value, Value]:
+    """y, and mean and r [B, groups, 1, 1], by moments of one row a group."""
+    rows, grouped = _rows(g, x, groups), (1, groups, elements(x.shape[1:2]) // groups, 1)
+    mean = g.reduce("ReduceMean", rows, [3], True)
     # Rounding may leave less than nothing of a group that is all but constant.
     variance = g.unary("Relu", g.binary("Sub", _mean_product(g, rows, rows), g.binary("Mul", mean, mean)))
-    deviation = g.unary("Sqrt", g.binary("Add", variance, g.constant(eps, np.float32)))
-    return mean, g.unary("Reciprocal", deviation)
-
-
-def _normalised(g: OnnxGraph, x: Value, mean: Value, rstd: Value, weight: Value | None, bias: Value | None) -> Value:
-    """y as x times one number a channel plus another, so that what follows it can still go into the two."""
-    groups, channels = elements(mean.shape[1:]), elements(x.shape[1:2])
-    grouped, wide = (1, groups, channels // groups), _wide(x)
+    rstd = g.unary("Reciprocal", g.unary("Sqrt", g.binary("Add", variance, g.constant(eps, np.float32))))
     slope, start = (
         g.constant(np.full(grouped, default), np.float32) if p is None else g.cast(g.reshape(p, grouped), np.float32)
         for default, p in ((1, weight), (0, bias))
     )
     scale = g.binary("Mul", rstd, slope)
     shift = g.binary("Sub", start, g.binary("Mul", mean, scale))
-    return g.affine(x, g.reshape(scale, wide), g.reshape(shift, wide))
+    wide = g.reshape(scale, _wide(x))
+    g.normalised[rstd.name] = mean, wide
+    return g.affine(x, wide, g.reshape(shift, _wide(x))), mean, rstd
 
 
 def _rows(g: OnnxGraph, x: Value, groups: int) -> Value:
-    return g.reshape(x, (x.shape[0], groups, elements(x.shape[1:]) // groups))
+    return g.reshape(x, (x.shape[0], groups, 1, elements(x.shape[1:]) // groups))
 
 
 def _mean_product(g: OnnxGraph, a: Value, b: Value) -> Value:
-    """Means of the products of two tensors of rows [B, groups, size] -> [B, groups, 1]."""
-    batch, groups, size = a.shape[0], elements(a.shape[1:2]), elements(a.shape[2:])
+    """Means of the products of two tensors of rows [B, groups, 1, size] -> [B, groups, 1, 1]."""
+    size = elements(a.shape[3:])
     if size < _LEAST_OF_A_MATRIX_PRODUCT:
-        return g.reduce("ReduceMean", g.binary("Mul", a, b), [2], True)
-    left, right = (g.reshape(x, (batch, groups, 1, size)) for x in (a, b))
-    # Not `g.transpose`, which would make a reshape of it: ONNX Runtime takes a transpose into the product.
-    (column,) = g.emit("Transpose", [right], [(batch, groups, size, 1)], np.float32, perm=[0, 1, 3, 2])
-    (total,) = g.emit("MatMul", [left, column], [(batch, groups, 1, 1)], np.float32)
-    return g.binary("Mul", g.reshape(total, (batch, groups, 1)), g.constant(1 / size, np.float32))
+        return g.reduce("ReduceMean", g.binary("Mul", a, b), [3], True)
+    # Not `g.transpose`, which would make a reshape of it: ONNX Runtime takes a transpose into the product. A single
+    # factor it would take in too, and then leave its fast product of a row and a column.
+    (column,) = g.emit("Transpose", [b], [(*b.shape[:2], size, 1)], np.float32, perm=[0, 1, 3, 2])
+    (total,) = g.emit("MatMul", [a, column], [(*a.shape[:2], 1, 1)], np.float32)
+    return g.binary("Mul", total, g.constant(np.full((1, *a.shape[1:2], 1, 1), 1 / size), np.float32))
 
 
-def _by_channels(g: OnnxGraph, x: Value, groups: int, eps: float) -> tuple[Value, Value, Value]:
-    """x', mean and r, by means of each channel."""
+def _by_channels(
+    g: OnnxGraph, x: Value, weight: Value | None, bias: Value | None, groups: int, eps: float
+) -> tuple[Value, Value, Value]:
+    """y, and mean and r [B, groups, 1], by means of each channel."""
     axes, channels = list(range(2, len(x.shape))), elements(x.shape[1:2])
     grouped: Shape = (x.shape[0], groups, channels // groups)
 
@@ -104,7 +96,10 @@ def _by_channels(g: OnnxGraph, x: Value, groups: int, eps: float) -> tuple[Value
     variance = group_mean(g.binary("Mul", centred, centred))
     deviation = g.unary("Sqrt", g.binary("Add", variance, g.constant(eps, np.float32)))
     rstd = g.unary("Reciprocal", deviation)
-    return g.affine(centred, spread(rstd)), mean, rstd
+    normal = g.affine(centred, spread(rstd))
+    g.normalised[rstd.name] = normal
+    scale, shift = (None if p is None else _per_channel(g, p, len(x.shape)) for p in (weight, bias))
+    return normal if scale is None else g.affine(normal, scale, shift), mean, rstd
 
 
 def group_norm_backward(g: OnnxGraph, grad: Value, x: Value, rstd: Value, weight: Value | None, groups: int) -> Value:
@@ -113,39 +108,44 @@ def group_norm_backward(g: OnnxGraph, grad: Value, x: Value, rstd: Value, weight
     h, scale, shift = g.affine_parts(grad) or (grad, None, None)
     if shift is not None:
         h, scale = grad, None
-    h = g.cast(h, np.float32)
-    grouped = groups, elements(x.shape[1:2]) // groups
-    slope = g.constant(np.ones((1, *grouped)), np.float32)
-    for factor in (scale, weight):
-        if factor is not None:
-            sizes = (factor.shape[0] if len(factor.shape) > 1 else 1, *grouped)
-            slope = g.binary("Mul", slope, g.reshape(g.cast(factor, np.float32), sizes))
-    backward = _backward_by_channels if g.rank_4 else _backward_by_rows
-    return g.cast(backward(g, h, slope, g.cast(x, np.float32), rstd), x.dtype)
+    h, x = (g.cast(v, np.float32) for v in (h, x))
+    scale = None if scale is None else g.cast(scale, np.float32)
+    if g.rank_4:
+        return g.cast(_backward_by_channels(g, h, scale, x, rstd, weight, groups), grad.dtype)
+    return g.cast(_backward_by_rows(g, h, scale, x, rstd, groups), grad.dtype)
 
 
-def _backward_by_rows(g: OnnxGraph, h: Value, slope: Value, x: Value, rstd: Value) -> Value:
+def _backward_by_rows(g: OnnxGraph, h: Value, scale: Value | None, x: Value, rstd: Value, groups: int) -> Value:
     """own - mean(own) - x' mean(own x') with own = r g and x' = (x - m) r, which is never written down."""
-    mean, groups = g.normalised[rstd.name], elements(slope.shape[1:2])
-    own = g.binary("Mul", h, g.reshape(g.binary("Mul", slope, rstd), _wide(x)))
+    mean, slope = g.normalised[rstd.name]
+    own = g.binary("Mul", h, slope if scale is None else g.binary("Mul", slope, scale))
     rows, grads = (_rows(g, image, groups) for image in (x, own))
-    total = g.reduce("ReduceMean", grads, [2], True)
-    product = g.binary("Sub", _mean_product(g, grads, rows), g.binary("Mul", mean, total))
-    scale = g.binary("Mul", product, g.unary("Neg", g.binary("Mul", rstd, rstd)))
-    shift = g.binary("Sub", g.unary("Neg", g.binary("Mul", mean, scale)), total)
-    return g.binary("Add", own, g.reshape(g.affine(rows, scale, shift), x.shape))
+    total = g.reduce("ReduceMean", grads, [3], True)
+    product = g.binary("Sub", g.binary("Mul", mean, total), _mean_product(g, grads, rows))
+    factor = g.binary("Mul", product, g.binary("Mul", rstd, rstd))
+    shift = g.binary("Add", g.binary("Mul", mean, factor), total)
+    rest = g.binary("Sub", g.binary("Mul", rows, factor), shift)
+    return g.binary("Add", own, g.reshape(rest, x.shape))
 
 
-def _backward_by_channels(g: OnnxGraph, h: Value, slope: Value, x: Value, rstd: Value) -> Value:
+def _backward_by_channels(
+    g: OnnxGraph, h: Value, scale: Value | None, x: Value, rstd: Value, weight: Value | None, groups: int
+) -> Value:
     """The same with sums of each channel first."""
     normal, axes = g.normalised[rstd.name], list(range(2, len(x.shape)))
-    grouped: Shape = (x.shape[0], *slope.shape[1:])
+    per_group = groups, elements(x.shape[1:2]) // groups
+    slope = g.constant(np.ones((1, *per_group)), np.float32)
+    for factor in (scale, weight):
+        if factor is not None:
+            sizes = (factor.shape[0] if len(factor.shape) > 1 else 1, *per_group)
+            slope = g.binary("Mul", slope, g.reshape(g.cast(factor, np.float32), sizes))
 
     def mean(total: Value) -> Value:
         """-r times the group's mean of slope times that of which `total` has each channel's sum, for each channel."""
-        summed = g.reduce("ReduceSum", g.binary("Mul", g.reshape(total, grouped), slope), [2], True)
-        share = g.constant(-elements(slope.shape[1:2]) / elements(x.shape[1:]), np.float32)
-        ones = g.constant(np.ones((1, 1, *slope.shape[2:])), np.float32)
+        sums = g.reshape(total, (x.shape[0], *per_group))
+        summed = g.reduce("ReduceSum", g.binary("Mul", sums, slope), [2], True)
+        share = g.constant(-groups / elements(x.shape[1:]), np.float32)
+        ones = g.constant(np.ones((1, 1, per_group[1])), np.float32)
         return g.reshape(g.binary("Mul", g.binary("Mul", g.binary("Mul", summed, share), rstd), ones), _wide(x))
 
     of_h = mean(g.reduce("ReduceSum", h, axes, True))
