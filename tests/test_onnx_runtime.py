@@ -120,6 +120,15 @@ def test_onnx_images_stay_in_four_dimensions_for_tensorrt() -> None:
     assert "LayerNormalization" not in counted and counted["ReduceMean"] and counted["ReduceSum"]
 
 
+def test_onnx_gradient_of_attention_sums_over_channels_not_keys() -> None:
+    import onnx
+
+    model = onnx.shape_inference.infer_shapes(convert(gradient_of(attention), {"x": image(2, 6, 8, 8)}, ["dx"]))
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
+    (summed,) = (shapes[node.input[0]] for node in model.graph.node if node.op_type == "ReduceSum")
+    assert summed == [4, 64, 1]  # two heads of one channel each, for two samples of 64 keys
+
+
 def test_onnx_log1p_keeps_its_digits() -> None:
     model = convert(lambda x: (x.log1p(),), {"x": torch.ones(4)}, ["y"])
     x = torch.tensor([0.0, 4e-6, 1e-3, 6e3])
@@ -238,14 +247,14 @@ def test_onnx_runtime_divides_a_batch_unless_one_sample_depends_on_another(
 
     assert networks.discriminator is not None
     guidance = DiscriminatorGuidance(networks.discriminator, 30.0, WINDOW, published_window=published)
-    function, given = guided_denoiser(networks.denoiser, (guidance,)), arguments(4, 3, 0)
+    function, given = guided_denoiser(networks.denoiser, (guidance,)), arguments(16, 3, 0)
     monkeypatch.setattr(runtime, "OnnxEngine", Engine)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     built = runtime.build(function, given)
     for mine, wanted in zip(built(*given), function(*given), strict=True):
-        largest = wanted.abs().reshape(4, -1).amax(1)
-        assert float(((mine - wanted).abs().reshape(4, -1).amax(1) / largest).max()) < 1e-4
-    assert sizes == ([4] if published else [2, 2])
+        largest = wanted.abs().reshape(16, -1).amax(1)
+        assert float(((mine - wanted).abs().reshape(16, -1).amax(1) / largest).max()) < 1e-4
+    assert sizes == ([16] if published else [8, 8])
 
 
 def relative(mine: Tensor, wanted: Tensor) -> float:
