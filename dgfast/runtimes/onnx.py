@@ -22,13 +22,14 @@ from dgfast.runtimes.graph import Function
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 _TORCH = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int64)": torch.int64}
+_LEAST_PART = 8  # samples from which on a thread of its own pays for calling every operation on fewer of them
 _LIMIT = 2**31 - 2**24  # protobuf's, less some room for what is not weights
 
 
 def build(function: Function, example: Sequence[Tensor | None]) -> Function:
     """`function` exported for the shapes of `example` and opened on the device of its tensors.
 
-    Values agree with `function` to float32 rounding. On a CPU every thread computes a part of the batch of its own:
+    Values agree with `function` to float32 rounding. On a CPU every thread computes a part of a large batch of its own:
     threads that share each operation would wait for one another after each, some thousand times a call.
 
     Raises:
@@ -71,9 +72,9 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
 
 
 def _parts(batch: int, threads: int) -> int:
-    """Into how many equal parts to divide a batch; 1 where most threads would have none."""
+    """Into how many equal parts to divide a batch; 1 where they were too small, or most threads had none."""
     parts = max(n for n in range(1, threads + 1) if batch % n == 0)
-    return parts if 2 * parts > threads else 1
+    return parts if 2 * parts > threads and batch >= _LEAST_PART * parts else 1
 
 
 def _mixes_samples(model: Any) -> bool:
