@@ -9,6 +9,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from dgfast.runtimes.graph import Function
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 _TORCH = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int64)": torch.int64}
+_LEAST_PART = 8  # samples from which on a thread of its own pays for calling every operation on fewer of them
 _LIMIT = 2**31 - 2**24  # protobuf's, less some room for what is not weights
 
 
 def build(function: Function, example: Sequence[Tensor | None]) -> Function:
     """`function` exported for the shapes of `example` and opened on the device of its tensors.
 
-    Values agree with `function` to float32 rounding.
+    Values agree with `function` to float32 rounding. On a CPU every thread computes a part of a large batch of its own:
+    threads that share each operation would wait for one another after each, some thousand times a call.
 
     Raises:
         UserError: the function cannot be exported, onnx or ONNX Runtime is missing or has no provider for the device.
@@ -43,17 +46,44 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
     with torch.no_grad():
         outputs = [f"output_{i}" for i in range(len(of_given(*(x[:1] for x in given.values()))))]
     require("onnx")
+    first = next(iter(given.values()))
+    threads = torch.get_num_threads()
+    parts = _parts(len(first), threads) if first.device.type == "cpu" else 1
+    model = convert(of_given, {name: x[: len(x) // parts] for name, x in given.items()}, outputs)
+    if parts > 1 and _mixes_samples(model):
+        parts, model = 1, convert(of_given, given, outputs)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "function.onnx"
-        save(convert(of_given, given, outputs), path)
-        engine = OnnxEngine(path, next(iter(given.values())).device)
+        save(model, path)
+        engine = OnnxEngine(path, first.device, threads=1 if parts > 1 else threads)
+
+    pool = ThreadPoolExecutor(parts)
+
+    def compute(*tensors: Tensor) -> list[Tensor]:
+        return list(engine(dict(zip(given, tensors, strict=True))).values())
 
     def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:
-        tensors = [x for x in arguments if x is not None]
-        results = engine(dict(zip(given, tensors, strict=True)))
-        return tuple(x.to(tensors[0].dtype) for x in results.values())
+        tensors = [_single(x) for x in arguments if x is not None]
+        results = list(pool.map(compute, *(x.chunk(parts) for x in tensors))) if parts > 1 else [compute(*tensors)]
+        dtype = next(x.dtype for x in arguments if x is not None)
+        return tuple(torch.cat(pieces).to(dtype) for pieces in zip(*results, strict=True))
 
     return run
+
+
+def _parts(batch: int, threads: int) -> int:
+    """Into how many equal parts to divide a batch; 1 where they were too small, or most threads had none."""
+    parts = max(n for n in range(1, threads + 1) if batch % n == 0)
+    return parts if 2 * parts > threads and batch >= _LEAST_PART * parts else 1
+
+
+def _mixes_samples(model: Any) -> bool:
+    """Whether anything is reduced over the batch."""
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    axes = (constants[node.input[1]] for node in model.graph.node if node.op_type.startswith("Reduce"))
+    return any(0 in numpy_helper.to_array(tensor) for tensor in axes)
 
 
 def save(model: Any, path: Path) -> None:
@@ -76,10 +106,13 @@ class OnnxEngine:
         metadata: what was written into it. device: where its tensors lie.
     """
 
-    def __init__(self, path: Path, device: torch.device | str = "cpu", provider: str | None = None) -> None:
+    def __init__(
+        self, path: Path, device: torch.device | str = "cpu", provider: str | None = None, threads: int | None = None
+    ) -> None:
         """
         Args:
             provider: "cpu", "cuda" or "tensorrt"; None: what suits the device.
+            threads: that share each operation; None: PyTorch's number.
 
         Raises:
             UserError: no such file, not an ONNX file, one that ONNX Runtime refuses, or it has no such provider.
@@ -91,7 +124,7 @@ class OnnxEngine:
         if not path.is_file():
             raise UserError(f"{path}: no such file; export one with python export/to_onnx.py")
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
         # Waiting threads that spin hold the cores that PyTorch's own need between two calls.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3

@@ -60,6 +60,7 @@ class OnnxGraph:
     Attributes:
         records: the operations in order; constants: arrays by name.
         normalised: what a table entry wants to find again, by the name of a value.
+        products: factors and result of every batched matrix product, by the name of the result.
     """
 
     def __init__(self, rank_4: bool = False) -> None:
@@ -72,6 +73,7 @@ class OnnxGraph:
         self.constants: dict[str, Array] = {}
         self.inputs: list[Value] = []
         self.normalised: dict[str, Any] = {}
+        self.products: dict[str, tuple[Value, Value, Value]] = {}
         self._known: dict[Any, tuple[Value, ...]] = {}
         self._source: dict[str, tuple[str, Value]] = {}  # result of a reshape, transpose or expand -> kind, its input
         self._affine: dict[str, tuple[Value, Value, Value | None]] = {}  # y = scale x + shift -> x, scale, shift

@@ -4,25 +4,26 @@
     dx = r (g - mean(g) - x' mean(g x')),   g = dy w,   means over the group
 
 What the networks put behind it, a scale and a shift a sample and channel, goes into w and b (see `OnnxGraph.affine`).
-ONNX Runtime has a fast layer normalisation and runs it on rows of a group each. TensorRT cannot build images that are
-reshaped to rows and back, so for it every sum is first taken per channel, in four dimensions.
+ONNX Runtime runs one operation after the other over all of an image, so what counts is how often the image is read and
+written. There y is A x + B with A = r w and B = b - m A, one number a channel each, after a mean and a mean of squares
+of rows of a group each; its own layer normalisation sums one number at a time and leaves w and b to be done. TensorRT
+cannot build images that are reshaped to rows and back: there every sum is first taken per channel, in four dimensions.
 """
 
 import numpy as np
 
-from dgfast.runtimes.onnx_graph import Dim, OnnxGraph, Shape, Value, elements
+from dgfast.runtimes.onnx_graph import OnnxGraph, Shape, Value, elements
+
+_LEAST_OF_A_MATRIX_PRODUCT = 1024  # numbers of a row from which on a product of row and column beats a sum
 
 
 def group_norm(
     g: OnnxGraph, x: Value, weight: Value | None, bias: Value | None, groups: int, eps: float
 ) -> tuple[Value, Value, Value]:
-    """y, and mean and r of the groups [B, groups, 1]."""
-    dtype = x.dtype
-    normal, mean, rstd = (_by_channels if g.rank_4 else _by_rows)(g, g.cast(x, np.float32), groups, eps)
-    g.normalised[rstd.name] = normal
-    scale, shift = (None if p is None else _per_channel(g, p, len(x.shape)) for p in (weight, bias))
-    y = normal if scale is None else g.affine(normal, scale, shift)
-    return g.cast(y, dtype), mean, rstd
+    """y, and mean and r of the groups."""
+    write = _by_channels if g.rank_4 else _by_rows
+    y, mean, rstd = write(g, g.cast(x, np.float32), weight, bias, groups, eps)
+    return g.cast(y, x.dtype), mean, rstd
 
 
 def layer_norm(
@@ -40,19 +41,46 @@ def layer_norm(
     return g.cast(y, x.dtype), mean, rstd
 
 
-def _by_rows(g: OnnxGraph, x: Value, groups: int, eps: float) -> tuple[Value, Value, Value]:
-    """x', mean and r, by layer normalisation of one row a group."""
-    size = elements(x.shape[1:]) // groups
-    rows, statistic = (x.shape[0], groups, size), (x.shape[0], groups, 1)
-    normal, mean, rstd = g.emit(
-        "LayerNormalization", [g.reshape(x, rows), g.constant(np.ones(size), np.float32)],
-        [rows, statistic, statistic], np.float32, axis=-1, epsilon=float(eps),
-    )  # fmt: skip
-    return g.reshape(normal, x.shape), mean, rstd
+def _by_rows(
+    g: OnnxGraph, x: Value, weight: Value | None, bias: Value | None, groups: int, eps: float
+) -> tuple[Value, Value, Value]:
+    """y, and mean and r [B, groups, 1, 1], by moments of one row a group."""
+    rows, grouped = _rows(g, x, groups), (1, groups, elements(x.shape[1:2]) // groups, 1)
+    mean = g.reduce("ReduceMean", rows, [3], True)
+    # Rounding may leave less than nothing of a group that is all but constant.
+    variance = g.unary("Relu", g.binary("Sub", _mean_product(g, rows, rows), g.binary("Mul", mean, mean)))
+    rstd = g.unary("Reciprocal", g.unary("Sqrt", g.binary("Add", variance, g.constant(eps, np.float32))))
+    slope, start = (
+        g.constant(np.full(grouped, default), np.float32) if p is None else g.cast(g.reshape(p, grouped), np.float32)
+        for default, p in ((1, weight), (0, bias))
+    )
+    scale = g.binary("Mul", rstd, slope)
+    shift = g.binary("Sub", start, g.binary("Mul", mean, scale))
+    wide = g.reshape(scale, _wide(x))
+    g.normalised[rstd.name] = mean, wide
+    return g.affine(x, wide, g.reshape(shift, _wide(x))), mean, rstd
 
 
-def _by_channels(g: OnnxGraph, x: Value, groups: int, eps: float) -> tuple[Value, Value, Value]:
-    """x', mean and r, by means of each channel."""
+def _rows(g: OnnxGraph, x: Value, groups: int) -> Value:
+    return g.reshape(x, (x.shape[0], groups, 1, elements(x.shape[1:]) // groups))
+
+
+def _mean_product(g: OnnxGraph, a: Value, b: Value) -> Value:
+    """Means of the products of two tensors of rows [B, groups, 1, size] -> [B, groups, 1, 1]."""
+    size = elements(a.shape[3:])
+    if size < _LEAST_OF_A_MATRIX_PRODUCT:
+        return g.reduce("ReduceMean", g.binary("Mul", a, b), [3], True)
+    # Not `g.transpose`, which would make a reshape of it: ONNX Runtime takes a transpose into the product. A single
+    # factor it would take in too, and then leave its fast product of a row and a column.
+    (column,) = g.emit("Transpose", [b], [(*b.shape[:2], size, 1)], np.float32, perm=[0, 1, 3, 2])
+    (total,) = g.emit("MatMul", [a, column], [(*a.shape[:2], 1, 1)], np.float32)
+    return g.binary("Mul", total, g.constant(np.full((1, *a.shape[1:2], 1, 1), 1 / size), np.float32))
+
+
+def _by_channels(
+    g: OnnxGraph, x: Value, weight: Value | None, bias: Value | None, groups: int, eps: float
+) -> tuple[Value, Value, Value]:
+    """y, and mean and r [B, groups, 1], by means of each channel."""
     axes, channels = list(range(2, len(x.shape))), elements(x.shape[1:2])
     grouped: Shape = (x.shape[0], groups, channels // groups)
 
@@ -68,43 +96,67 @@ def _by_channels(g: OnnxGraph, x: Value, groups: int, eps: float) -> tuple[Value
     variance = group_mean(g.binary("Mul", centred, centred))
     deviation = g.unary("Sqrt", g.binary("Add", variance, g.constant(eps, np.float32)))
     rstd = g.unary("Reciprocal", deviation)
-    return g.affine(centred, spread(rstd)), mean, rstd
+    normal = g.affine(centred, spread(rstd))
+    g.normalised[rstd.name] = normal
+    scale, shift = (None if p is None else _per_channel(g, p, len(x.shape)) for p in (weight, bias))
+    return normal if scale is None else g.affine(normal, scale, shift), mean, rstd
 
 
 def group_norm_backward(g: OnnxGraph, grad: Value, x: Value, rstd: Value, weight: Value | None, groups: int) -> Value:
     """dx."""
-    normal, rank, channels = g.normalised[rstd.name], len(x.shape), elements(x.shape[1:2])
-    axes, batch = list(range(2, rank)), x.shape[0]
-    grouped: tuple[Dim, ...] = (batch, groups, channels // groups)
-    wide: Shape = (batch, channels, *(1 for _ in axes))
     # grad = scale h: what is constant over the pixels stays outside of the sums over them.
     h, scale, shift = g.affine_parts(grad) or (grad, None, None)
     if shift is not None:
         h, scale = grad, None
-    h = g.cast(h, np.float32)
-    slope = g.constant(np.ones((1, groups, channels // groups)), np.float32)
+    h, x = (g.cast(v, np.float32) for v in (h, x))
+    scale = None if scale is None else g.cast(scale, np.float32)
+    if g.rank_4:
+        return g.cast(_backward_by_channels(g, h, scale, x, rstd, weight, groups), grad.dtype)
+    return g.cast(_backward_by_rows(g, h, scale, x, rstd, groups), grad.dtype)
+
+
+def _backward_by_rows(g: OnnxGraph, h: Value, scale: Value | None, x: Value, rstd: Value, groups: int) -> Value:
+    """own - mean(own) - x' mean(own x') with own = r g and x' = (x - m) r, which is never written down."""
+    mean, slope = g.normalised[rstd.name]
+    own = g.binary("Mul", h, slope if scale is None else g.binary("Mul", slope, scale))
+    rows, grads = (_rows(g, image, groups) for image in (x, own))
+    total = g.reduce("ReduceMean", grads, [3], True)
+    product = g.binary("Sub", g.binary("Mul", mean, total), _mean_product(g, grads, rows))
+    factor = g.binary("Mul", product, g.binary("Mul", rstd, rstd))
+    shift = g.binary("Add", g.binary("Mul", mean, factor), total)
+    rest = g.binary("Sub", g.binary("Mul", rows, factor), shift)
+    return g.binary("Add", own, g.reshape(rest, x.shape))
+
+
+def _backward_by_channels(
+    g: OnnxGraph, h: Value, scale: Value | None, x: Value, rstd: Value, weight: Value | None, groups: int
+) -> Value:
+    """The same with sums of each channel first."""
+    normal, axes = g.normalised[rstd.name], list(range(2, len(x.shape)))
+    per_group = groups, elements(x.shape[1:2]) // groups
+    slope = g.constant(np.ones((1, *per_group)), np.float32)
     for factor in (scale, weight):
         if factor is not None:
-            sizes = (factor.shape[0] if len(factor.shape) > 1 else 1, *grouped[1:])
+            sizes = (factor.shape[0] if len(factor.shape) > 1 else 1, *per_group)
             slope = g.binary("Mul", slope, g.reshape(g.cast(factor, np.float32), sizes))
 
     def mean(total: Value) -> Value:
-        """-r times the group's mean of slope times that of which `total` has each channel's sum, [B, groups, 1]."""
-        summed = g.reduce("ReduceSum", g.binary("Mul", g.reshape(total, grouped), slope), [2], True)
+        """-r times the group's mean of slope times that of which `total` has each channel's sum, for each channel."""
+        sums = g.reshape(total, (x.shape[0], *per_group))
+        summed = g.reduce("ReduceSum", g.binary("Mul", sums, slope), [2], True)
         share = g.constant(-groups / elements(x.shape[1:]), np.float32)
-        return g.binary("Mul", g.binary("Mul", summed, share), rstd)
+        ones = g.constant(np.ones((1, 1, per_group[1])), np.float32)
+        return g.reshape(g.binary("Mul", g.binary("Mul", g.binary("Mul", summed, share), rstd), ones), _wide(x))
 
     of_h = mean(g.reduce("ReduceSum", h, axes, True))
     of_product = mean(g.reduce("ReduceSum", g.binary("Mul", h, normal), axes, True))
-    own = g.binary("Mul", h, g.reshape(g.binary("Mul", slope, rstd), wide))
-    if g.rank_4:
-        ones = g.constant(np.ones((1, 1, channels // groups)), np.float32)
-        of_h, of_product = (g.reshape(g.binary("Mul", m, ones), wide) for m in (of_h, of_product))
-        rest = g.binary("Add", g.binary("Mul", normal, of_product), of_h)
-    else:
-        rows = g.reshape(normal, (batch, groups, elements(x.shape[1:]) // groups))
-        rest = g.reshape(g.binary("Add", g.binary("Mul", rows, of_product), of_h), x.shape)
-    return g.cast(g.binary("Add", own, rest), x.dtype)
+    own = g.binary("Mul", h, g.reshape(g.binary("Mul", slope, rstd), _wide(x)))
+    return g.binary("Add", own, g.binary("Add", g.binary("Mul", normal, of_product), of_h))
+
+
+def _wide(x: Value) -> Shape:
+    """The shape of one number a sample and channel of an image."""
+    return (*x.shape[:2], *(1 for _ in x.shape[2:]))
 
 
 def _per_channel(g: OnnxGraph, parameter: Value, rank: int) -> Value:

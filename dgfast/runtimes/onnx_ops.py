@@ -251,8 +251,27 @@ def _softmax(g: OnnxGraph, out: Out, x: Value, dim: int, _: bool) -> Value:
 
 @entry(aten._softmax_backward_data.default)
 def _softmax_backward(g: OnnxGraph, out: Out, grad: Value, y: Value, dim: int, _: Any) -> Value:
-    product = g.binary("Mul", grad, y)
-    return g.binary("Sub", product, g.binary("Mul", y, g.reduce("ReduceSum", product, [dim], True)))
+    """y (grad - the sum of grad y)."""
+    total = _sum_of_attention(g, grad, y) if dim % len(y.shape) == len(y.shape) - 1 else None
+    if total is None:
+        total = g.reduce("ReduceSum", g.binary("Mul", grad, y), [dim], True)
+    return g.binary("Mul", y, g.binary("Sub", grad, total))
+
+
+def _sum_of_attention(g: OnnxGraph, grad: Value, y: Value) -> Value | None:
+    """The sum of grad y over the keys in attention, where o = y v and grad = do v': that of do o, over the channels.
+
+    There are fewer channels than keys (arXiv 2205.14135, appendix B.2).
+    """
+    do, transposed, _ = g.products.get((g.source(grad, "Reshape") or grad).name, (None, None, None))
+    if do is None or transposed is None:
+        return None
+    values = g.transpose(transposed, [0, 2, 1])
+    for a, b, o in g.products.values():
+        if b == values and y in (a, g.source(a, "Reshape")):
+            total = g.reduce("ReduceSum", g.binary("Mul", do, o), [2], True)
+            return g.reshape(total, (*y.shape[:-1], 1))
+    return None
 
 
 @entry(aten._log_softmax.default)
@@ -291,6 +310,12 @@ def _mm(g: OnnxGraph, out: Out, a: Value, b: Value) -> Value:
 
 @entry(aten.bmm.default)
 def _bmm(g: OnnxGraph, out: Out, a: Value, b: Value) -> Value:
+    product = _batched_product(g, out, a, b)
+    g.products[product.name] = a, b, product
+    return product
+
+
+def _batched_product(g: OnnxGraph, out: Out, a: Value, b: Value) -> Value:
     """In as many dimensions as both had before they were flattened to three; a weight once, not once a sample."""
     weight = g.array(g.source(b, "Expand") or b)
     if weight is not None and bool((weight == weight[:1]).all()):
