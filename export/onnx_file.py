@@ -1,19 +1,15 @@
 """Writing an ONNX file and not believing it: reopened, run on inputs it has not seen, and removed if it is wrong."""
 
 import json
-import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dgfast import __version__
-from dgfast.bundle import Bundle
-from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.export.half_products import half_products
 from dgfast.export.parity import ParityError, Report, Row, compare, signature
-from dgfast.export.subject import Joint, Subject
+from dgfast.export.subject import Subject
 from dgfast.runtimes.onnx import OnnxEngine, save, stored_tensor
 from dgfast.runtimes.onnx_writer import convert, operations
 
@@ -22,35 +18,11 @@ TOLERANCES = {"float32": 1e-4, "fp16": 2e-2}
 TRAJECTORY_TOLERANCES = {"float32": 2e-3, "fp16": 1e-2}
 """The same for a whole run, as a share of the pixel range, which is 2."""
 OPEN_BATCHES = 1, 5
-
-
-def describe(bundle: Bundle, subject: Subject) -> dict[str, str]:
-    """What a file says of itself, each value as text; numbers and lists as JSON."""
-    return {
-        "dgfast": __version__,
-        "commit": _commit(),
-        "bundle": bundle.name,
-        "weights_sha256": bundle.fingerprint(),
-        "what": subject.what,
-        "class_names": json.dumps(bundle.class_names),
-    }
-
-
-def describe_guided(
-    bundle: Bundle, sampling: SamplingConfig, guidance: GuidanceConfig, subject: Joint
-) -> dict[str, str]:
-    """The same for a function of noise levels and guidance weights, with the settings that are inside of it."""
-    return describe(bundle, subject) | {
-        "sigmas": json.dumps(subject.sigmas),
-        "weights": json.dumps(subject.weights),
-        "sampling": json.dumps(asdict(sampling)),
-        "guidance": json.dumps(asdict(guidance)),
-    }
+OPSET = 20
 
 
 def export(
     subject: Subject,
-    reference: Subject,
     path: Path,
     *,
     batch: int | None,
@@ -60,25 +32,24 @@ def export(
     rank_4: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Write `subject` to `path`, reopen it, compare it with `reference`, and leave it there only if it is right.
+    """Write `subject` to `path`, reopen it, compare the two, and leave the file there only if it is right.
 
     Args:
-        reference: the same function with float32 weights.
-        batch: None leaves it open.
+        batch: None leaves it open. dtype: of the matrix products, "float32" or "fp16".
 
     Raises:
         ParityError: what is wrong with the file, which is then gone; its report stays.
         UserError: the function cannot be exported.
     """
     example = dict(subject.example(batch or 2, seed=1))
-    model = convert(
-        subject.function, example, subject.outputs, dynamic=batch is None, opset=opset, rank_4=rank_4
-    )  # fmt: skip
+    model = convert(subject.function, example, subject.outputs, dynamic=batch is None, opset=opset, rank_4=rank_4)
+    if dtype != "float32":
+        half_products(model, dtype)
     counted = operations(model)
     say(f"{sum(counted.values())} nodes: {', '.join(f'{op} {n}' for op, n in counted.most_common())}")
     _stamp(model, metadata | {"opset": str(opset), "dtype": dtype, "nodes": str(sum(counted.values()))})
     try:
-        report = _proved(model, subject, reference, path, batch, dtype)
+        report = _proved(model, subject, path, batch, dtype)
         report.about.update({k: metadata[k] for k in ("bundle", "what", "weights_sha256", "commit")} | {"dtype": dtype})
         report.about["nodes"] = dict(counted.most_common())
         path.with_suffix(".parity.json").write_text(report.json() + "\n")
@@ -96,7 +67,7 @@ def remove(path: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _proved(model: Any, subject: Subject, reference: Subject, path: Path, batch: int | None, dtype: str) -> Report:
+def _proved(model: Any, subject: Subject, path: Path, batch: int | None, dtype: str) -> Report:
     """The file with a self-test and its parity figures in it, and the report."""
     import onnx
 
@@ -107,9 +78,9 @@ def _proved(model: Any, subject: Subject, reference: Subject, path: Path, batch:
     rows = list(_signature_rows(engine, subject, batch))
     if not rows:
         sizes = [batch] if batch else list(OPEN_BATCHES)
-        cases = [case for size in sizes for case in reference.cases(size)]
-        rows = compare(reference, engine, cases, TOLERANCES[dtype], dict.fromkeys(subject.outputs, torch.float32)).rows
-        rows += reference.whole_run(reference, engine, batch or 1, TRAJECTORY_TOLERANCES[dtype])
+        cases = [case for size in sizes for case in subject.cases(size)]
+        rows = compare(subject, engine, cases, TOLERANCES[dtype], dict.fromkeys(subject.outputs, torch.float32)).rows
+        rows += subject.whole_run(subject, engine, batch or 1, TRAJECTORY_TOLERANCES[dtype])
     report = Report(rows)
     if report.passed:
         _stamp(model, {"parity": json.dumps(report.worst), "self_test": _self_test(engine, subject, batch, dtype)})
@@ -144,12 +115,3 @@ def _require_default_domain(model: Any) -> None:
     foreign = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
     if foreign or model.functions:
         raise ParityError(f"the file has operations outside of ONNX's own: {', '.join(foreign) or 'local functions'}")
-
-
-def _commit() -> str:
-    """The commit of the checkout that dgfast runs from, or "unknown"."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
