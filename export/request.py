@@ -19,6 +19,7 @@ from dgfast.export.joint_graph import generator, joint
 from dgfast.export.onnx_file import OPSET, export
 from dgfast.export.subject import Joint, Subject
 from dgfast.networks import load
+from dgfast.runtimes.agreement import PREDICTS_NOISE
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Request:
             "weights": json.dumps(subject.weights),
             "sampling": json.dumps(asdict(self.sampling)),
             "guidance": json.dumps(asdict(self.guidance)),
+            PREDICTS_NOISE: json.dumps(subject.predicts_noise),
         }
 
     def write(self, out: Path, *, batch: int | None, dtype: str = "float32", opset: int = OPSET, target: str) -> Path:

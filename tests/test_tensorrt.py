@@ -23,9 +23,10 @@ from dgfast import bundle, sample
 from dgfast.errors import UserError
 from dgfast.export import engine_builder, self_test, to_trt
 from dgfast.export.engine_builder import Options, build, parse
-from dgfast.export.half_products import half_products, product_type
+from dgfast.export.half_products import PRODUCTS, half_products, product_type
 from dgfast.export.joint_graph import joint
 from dgfast.runtimes import engine_file, tensorrt, tensorrt_library
+from dgfast.runtimes.agreement import relative_error
 from dgfast.runtimes.engine_file import NEVER_EXECUTED, EngineFile
 from dgfast.runtimes.onnx import OnnxEngine
 from dgfast.runtimes.onnx_writer import convert
@@ -129,6 +130,19 @@ def test_trt_keeps_what_is_named_in_float32(file: Path) -> None:
     }
 
 
+def test_trt_products_without_the_image_stay_float32() -> None:
+    """Of the noise level alone, whose rounding would shift all pixels alike; an open batch is no use of the image."""
+
+    def function(x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor]:
+        shift = torch.stack([sigma, sigma], 1) @ torch.ones(2, 3) + torch.zeros(len(x), 3)
+        return (x @ torch.ones(3, 3) + shift,)
+
+    model = convert(function, {"x": torch.ones(2, 3), "sigma": torch.ones(2)}, ["y"], dynamic=True)
+    assert sum(node.op_type in PRODUCTS for node in model.graph.node) == 2 and half_products(model, "fp16") == 1
+    (product,) = (node for node in model.graph.node if any(name == "x_fp16" for name in node.input))
+    assert product.op_type == "MatMul"
+
+
 def test_trt_half_products_are_off_by_rounding_alone(file: Path, tmp_path: Path) -> None:
     model, path = onnx.load(file), tmp_path / "half.onnx"
     half_products(model, "fp16")
@@ -137,7 +151,7 @@ def test_trt_half_products_are_off_by_rounding_alone(file: Path, tmp_path: Path)
     exact, rounded = OnnxEngine(file), OnnxEngine(path)
     inputs = self_test.case(exact, 3).inputs
     for name, value in exact(inputs).items():
-        assert 0 < tensorrt.error(rounded(inputs)[name], value) < 2e-3
+        assert 0 < relative_error(rounded(inputs)[name], value) < 2e-3
 
 
 def test_trt_bfloat16_weights_are_rounded_as_pytorch_rounds(file: Path) -> None:
@@ -250,6 +264,14 @@ def test_trt_script_rounds_a_float32_file_but_no_other(file: Path, tmp_path: Pat
         ([], "give either --bundle or --onnx"),
         (["--bundle", "mnist32", "--onnx", "x"], "give either --bundle or --onnx"),
         (["--onnx", "x", "--batch", "1,2"], "expected one batch size or three"),
+        (
+            ["--onnx", "x", "--cfg-scale", "2", "--what", "step"],
+            "x has its function inside: leave out --what, --cfg-scale",
+        ),
+        (
+            ["--bundle", "mnist32", "--what", "generator", "--dg-weight", "1"],
+            "a generator has no guidance: leave out --dg",
+        ),
         (["--bundle", "nowhere"], "unknown bundle 'nowhere'"),
     ],
 )
@@ -358,14 +380,27 @@ def test_trt_type_stubs_are_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_trt_self_test_names_the_first_output_that_differs(engine: EngineFile, tmp_path: Path) -> None:
     expected = {"denoised": torch.ones(2, 1, 4, 4), "log_ratio": torch.tensor([0.5, -3.0])}
-    tensorrt.check_values(engine, expected, expected)
+    tensorrt.check_values(engine, {}, expected, expected)
     off = expected | {"log_ratio": torch.tensor([0.5, -3.01])}
-    assert "output log_ratio is off by 3.3e-03" in refused(lambda: tensorrt.check_values(engine, off, expected))
+    assert "output log_ratio is off by 3.3e-03" in refused(lambda: tensorrt.check_values(engine, {}, off, expected))
     not_a_number = expected | {"denoised": torch.full((2, 1, 4, 4), torch.nan)}
-    assert "output denoised is off by inf" in refused(lambda: tensorrt.check_values(engine, not_a_number, expected))
-    assert "output denoised" in refused(lambda: tensorrt.check_values(engine, {}, expected))
+    assert "output denoised is off by inf" in refused(lambda: tensorrt.check_values(engine, {}, not_a_number, expected))
+    assert "output denoised" in refused(lambda: tensorrt.check_values(engine, {}, {}, expected))
     (tmp_path / "self_test.npz").write_bytes(b"PK no archive")
     assert "not a self-test" in refused(lambda: tensorrt.read_self_test(tmp_path / "self_test.npz"))
+
+
+def test_trt_self_test_allows_what_float32_leaves_open_of_a_predicted_noise(engine: EngineFile) -> None:
+    """1e-6 of a noisy image of size 80 is 8e-5: more than 1e-4 of the denoised image of size 0.5 behind it."""
+    inputs, expected = {"x": torch.full((1, 1, 2, 2), 80.0)}, {"denoised": torch.full((1, 1, 2, 2), 0.5)}
+    predicts = dataclasses.replace(engine, source=engine.source | {"predicts_noise": "true"})
+    for off, passes in ((7e-5, True), (9e-5, False)):
+        made = {"denoised": expected["denoised"] + off}
+        if passes:
+            tensorrt.check_values(predicts, inputs, made, expected)
+        else:
+            assert "output denoised is off" in refused(lambda: tensorrt.check_values(predicts, inputs, made, expected))  # noqa: B023
+        assert "output denoised is off" in refused(lambda: tensorrt.check_values(engine, inputs, made, expected))  # noqa: B023
 
 
 class MemoryContext:
