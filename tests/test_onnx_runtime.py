@@ -62,7 +62,8 @@ def attention(x: Tensor) -> Tensor:
 
 
 def of_every_kind(x: Tensor) -> Tensor:
-    return torch.stack([x.exp(), x.abs().sqrt(), x.tanh(), x.clamp(-1, 0.5), 1 - x, x**3, 2**x, x / 3, x.sigmoid()], 1)
+    bent = [x.exp(), x.abs().sqrt(), x.tanh(), x.atan(), x.sigmoid(), x**3, 2**x]
+    return torch.stack([*bent, x.clamp(-1, 0.5), 1 - x, x / 3], 1)
 
 
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
