@@ -1,6 +1,7 @@
 """Writing an ONNX file and not believing it: reopened, run on inputs it has not seen, and removed if it is wrong."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,9 @@ from typing import Any
 import torch
 
 from dgfast.export.half_products import half_products
-from dgfast.export.parity import ParityError, Report, Row, compare, signature
+from dgfast.export.parity import ParityError, Report, Row, Runs, compare, signature
 from dgfast.export.subject import Subject
-from dgfast.runtimes.onnx import OnnxEngine, save, stored_tensor
+from dgfast.runtimes.onnx import OnnxEngine, remove, save, stored_tensor
 from dgfast.runtimes.onnx_writer import convert, operations
 
 TOLERANCES = {"float32": 1e-4, "fp16": 2e-2}
@@ -41,17 +42,13 @@ def export(
         ParityError: what is wrong with the file, which is then gone; its report stays.
         UserError: the function cannot be exported.
     """
-    example = dict(subject.example(batch or 2, seed=1))
-    model = convert(subject.function, example, subject.outputs, dynamic=batch is None, opset=opset, rank_4=rank_4)
-    if dtype != "float32":
-        half_products(model, dtype)
-    counted = operations(model)
-    say(f"{sum(counted.values())} nodes: {', '.join(f'{op} {n}' for op, n in counted.most_common())}")
-    _stamp(model, metadata | {"opset": str(opset), "dtype": dtype, "nodes": str(sum(counted.values()))})
     try:
-        report = _proved(model, subject, path, batch, dtype)
-        report.about.update({k: metadata[k] for k in ("bundle", "what", "weights_sha256", "commit")} | {"dtype": dtype})
-        report.about["nodes"] = dict(counted.most_common())
+        counted = _written(subject, path, batch, dtype, opset, rank_4, metadata)
+        say(f"{counted.total()} nodes: {', '.join(f'{op} {n}' for op, n in counted.most_common())}")
+        report = _proved(path, subject, batch, dtype)
+        said = ("bundle", "what", "weights_sha256", "commit")
+        report.about.update({key: metadata[key] for key in said if key in metadata})
+        report.about.update({"dtype": dtype, "nodes": dict(counted.most_common())})
         path.with_suffix(".parity.json").write_text(report.json() + "\n")
         path.with_suffix(".parity.txt").write_text(report.table())
         report.check()
@@ -61,32 +58,44 @@ def export(
     return report
 
 
-def remove(path: Path) -> None:
-    """The file and its external data."""
-    for file in (path, path.with_name(f"{path.name}.data"), path.with_name(f"{path.name}.partial")):
-        file.unlink(missing_ok=True)
+def _written(
+    subject: Subject, path: Path, batch: int | None, dtype: str, opset: int, rank_4: bool, metadata: dict[str, str]
+) -> Counter[str]:
+    """Write the file; how many nodes of each kind it has. The model itself, which may be large, is left behind here."""
+    example = dict(subject.example(batch or 2, seed=1))
+    model = convert(subject.function, example, subject.outputs, dynamic=batch is None, opset=opset, rank_4=rank_4)
+    if dtype != "float32":
+        half_products(model, dtype)
+    counted = operations(model)
+    _stamp(model, metadata | {"opset": str(opset), "dtype": dtype, "nodes": str(counted.total())})
+    save(model, path)
+    return counted
 
 
-def _proved(model: Any, subject: Subject, path: Path, batch: int | None, dtype: str) -> Report:
-    """The file with a self-test and its parity figures in it, and the report."""
+def _proved(path: Path, subject: Subject, batch: int | None, dtype: str) -> Report:
+    """The report; if it is a good one, the file has a self-test and its parity figures in it."""
     import onnx
 
-    save(model, path)
     onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(path, load_external_data=False)
     _require_default_domain(model)
     engine = OnnxEngine(path)
-    rows = list(_signature_rows(engine, subject, batch))
-    if not rows:
-        sizes = [batch] if batch else list(OPEN_BATCHES)
-        cases = [case for size in sizes for case in subject.cases(size)]
-        rows = compare(subject, engine, cases, TOLERANCES[dtype], dict.fromkeys(subject.outputs, torch.float32)).rows
-        rows += subject.whole_run(subject, engine, batch or 1, TRAJECTORY_TOLERANCES[dtype])
+    rows = list(_signature_rows(engine, subject, batch)) or _value_rows(engine, subject, batch, dtype)
     report = Report(rows)
     if report.passed:
         _stamp(model, {"parity": json.dumps(report.worst), "self_test": _self_test(engine, subject, batch, dtype)})
-        save(model, path)
+        partial = path.with_name(f"{path.name}.partial")
+        onnx.save(model, partial, format="protobuf")  # weights in a file of their own stay where they are
+        partial.replace(path)
         OnnxEngine(path).self_test()
     return report
+
+
+def _value_rows(engine: Runs, subject: Subject, batch: int | None, dtype: str) -> list[Row]:
+    sizes = [batch] if batch else list(OPEN_BATCHES)
+    cases = [case for size in sizes for case in subject.cases(size)]
+    rows = compare(subject, engine, cases, TOLERANCES[dtype], dict.fromkeys(subject.outputs, torch.float32)).rows
+    return rows + subject.whole_run(subject, engine, batch or 1, TRAJECTORY_TOLERANCES[dtype])
 
 
 def _signature_rows(engine: OnnxEngine, subject: Subject, batch: int | None) -> Iterator[Row]:

@@ -43,7 +43,7 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in c
 @click.option("--out", type=click.Path(path_type=Path), default="exported", show_default=True, help="A folder.")
 def main(bundle: str, batch: int | None, dtype: str, opset: int, target: str, out: Path, **options: Any) -> None:
     from dgfast.export import request
-    from dgfast.runtimes.onnx import require
+    from dgfast.runtimes.onnx import files_of, require
 
     for package in ("onnx", "onnxruntime"):
         require(package)
@@ -51,8 +51,9 @@ def main(bundle: str, batch: int | None, dtype: str, opset: int, target: str, ou
     request.make_folder(out)
     began = time.perf_counter()
     path = asked.write(out, batch=batch, dtype=dtype, opset=opset, target=target)
-    megabytes = path.stat().st_size / 1e6
-    click.echo(f"{path}: {megabytes:.1f} MB, exported and proved in {time.perf_counter() - began:.0f} s")
+    for file in files_of(path):
+        click.echo(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+    click.echo(f"exported and proved in {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from dgfast.export.engine_builder import HARDWARE, Built, Options, build, parse
 from dgfast.export.request import Request
 from dgfast.options import function_options
 from dgfast.runtimes.engine_file import EXECUTED, EngineFile
-from dgfast.runtimes.onnx import require
+from dgfast.runtimes.onnx import files_of, require
 from dgfast.runtimes.tensorrt_library import FLAVORS, find, layer_table
 
 TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1}
@@ -124,33 +124,42 @@ def _in_type(onnx: Path, dtype: str, keep_float32: tuple[str, ...], out: Path) -
     from dgfast.runtimes.onnx import save
 
     require("onnx")
-    import onnx as onnx_package
-
-    try:
-        model = onnx_package.load(onnx)
-    except Exception as error:  # protobuf's, onnx's and the system's own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{onnx}: not a readable ONNX file ({reason})") from error
-    found = product_type(model)
+    found = product_type(_read(onnx, weights=False))
     if found != "float32":
         raise UserError(f"{onnx}: is in {found}; give the float32 file, of which --dtype makes every other")
     if dtype in ("float32", "tf32"):
         return onnx
+    model, path = _read(onnx), out / f"model-{dtype}.onnx"
     half_products(model, dtype, keep_float32)
-    path = out / f"model-{dtype}.onnx"
     save(model, path)
     return path
 
 
-def _provenance(onnx: Path) -> dict[str, str]:
-    """The hash of the file and whatever its exporter wrote into it."""
+def _read(onnx: Path, *, weights: bool = True) -> Any:
+    """The `onnx.ModelProto`; without weights, those that are in a file of their own are left there.
+
+    Raises:
+        UserError: it, or that file, can't be read.
+    """
     import onnx as onnx_package
 
-    model = onnx_package.load(onnx, load_external_data=False)
-    return {p.key: p.value for p in model.metadata_props} | {
-        "onnx": onnx.name,
-        "onnx_sha256": hashlib.sha256(onnx.read_bytes()).hexdigest(),
-    }
+    try:
+        onnx_package.checker.check_model(str(onnx))
+        return onnx_package.load(onnx, load_external_data=weights)
+    except Exception as error:  # protobuf's, onnx's and the system's own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{onnx}: not a readable ONNX file ({reason})") from error
+
+
+def _provenance(onnx: Path) -> dict[str, str]:
+    """The hash of the file, with that of its weights if there is one, and whatever its exporter wrote into it."""
+    digest = hashlib.sha256()
+    for file in files_of(onnx):
+        with file.open("rb") as opened:
+            while chunk := opened.read(2**24):
+                digest.update(chunk)
+    written = {entry.key: entry.value for entry in _read(onnx, weights=False).metadata_props}
+    return written | {"onnx": onnx.name, "onnx_sha256": digest.hexdigest()}
 
 
 def _gpu() -> dict[str, Any]:

@@ -1,19 +1,17 @@
 """From a bundle to a TensorRT engine: any function, any guidance, weights beside the file."""
 
-from collections.abc import Callable
+import hashlib
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
 from click.testing import CliRunner
-from torch import nn
 
-from dgfast import bundle as bundles
 from dgfast.bundle import Bundle
 from dgfast.errors import UserError
 from dgfast.export import to_trt
 from dgfast.runtimes import engine_file
+from dgfast.runtimes import onnx as runtime
 from dgfast.runtimes.engine_file import EngineFile
 from dgfast.runtimes.tensorrt_library import find
 
@@ -21,25 +19,6 @@ try:
     find("tensorrt-rtx")
 except UserError:  # it has wheels for Linux on x86-64 only
     pytest.skip("TensorRT for RTX is not installed", allow_module_level=True)
-
-_SCORE = {
-    "model_type": "SongUNet", "img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_channels": 16,
-    "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [],
-}  # fmt: skip
-_GENERATOR = {"img_resolution": 8, "img_channels": 1, "label_dim": 3, "latent_dim": 6, "channels": [16, 8]}
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, filled_net: Callable[..., nn.Module]) -> Bundle:
-    """Score network and generator of 8 x 8 pixels and three classes."""
-    found = Bundle(tmp_path_factory.mktemp("bundles") / "small", "small", {})
-    kinds: dict[str, tuple[str, dict[str, Any]]] = {
-        "score": ("EDMPrecond", _SCORE), "generator": ("Generator", _GENERATOR),
-    }  # fmt: skip
-    for role, (kind, keywords) in kinds.items():
-        found = bundles.with_net(found, role, filled_net(kind, keywords, f"trt/{role}/"), kind, keywords)
-    bundles.write(found)
-    return bundles.read(found.folder)
 
 
 def run(bundle: Bundle, out: Path, *options: str) -> str:
@@ -54,8 +33,8 @@ def engine(bundle: Bundle, out: Path, *options: str) -> EngineFile:
     return engine_file.read(out)
 
 
-def test_trt_takes_a_bundle_under_other_guidance_than_its_own(bundle: Bundle, tmp_path: Path) -> None:
-    printed = run(bundle, tmp_path, "--what", "step", "--cfg-scale", "2", "--parse-only")
+def test_trt_takes_a_bundle_under_other_guidance_than_its_own(small_bundle: Bundle, tmp_path: Path) -> None:
+    printed = run(small_bundle, tmp_path, "--what", "step", "--cfg-scale", "2", "--parse-only")
     assert "no error; nothing was built" in printed
     (path,) = tmp_path.glob("*.onnx")
     assert path.name == "small-step-b2-float32.onnx"
@@ -63,7 +42,25 @@ def test_trt_takes_a_bundle_under_other_guidance_than_its_own(bundle: Bundle, tm
     assert names == ["x", "sigma", "sigma_next", "class_labels", "cfg_scale"]
 
 
-def test_trt_builds_the_generator_of_a_bundle(bundle: Bundle, tmp_path: Path) -> None:
-    found = engine(bundle, tmp_path, "--what", "generator")
+def test_trt_builds_the_generator_of_a_bundle(small_bundle: Bundle, tmp_path: Path) -> None:
+    found = engine(small_bundle, tmp_path, "--what", "generator")
     assert found.source["what"] == "generator" and found.source["for"] == "tensorrt"
-    assert found.source["weights_sha256"] == bundle.fingerprint() and found.batch == (2, 2, 2)
+    assert found.source["weights_sha256"] == small_bundle.fingerprint() and found.batch == (2, 2, 2)
+
+
+def test_trt_reads_weights_that_are_beside_the_file(
+    small_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "LIMIT", 1000)
+    run(small_bundle, tmp_path / "first", "--what", "generator", "--parse-only")
+    (path,) = (tmp_path / "first").glob("*.onnx")
+    assert path.with_name(f"{path.name}.data").stat().st_size > 10 * 1000
+    done = CliRunner().invoke(to_trt.main, ["--onnx", str(path), "--dtype", "fp16", "--out", str(tmp_path / "engine")])
+    assert done.exit_code == 0, done.output
+    together = b"".join(file.read_bytes() for file in (path, path.with_name(f"{path.name}.data")))
+    assert engine_file.read(tmp_path / "engine").source["onnx_sha256"] == hashlib.sha256(together).hexdigest()
+    assert (tmp_path / "engine/model-fp16.onnx.data").is_file()
+    path.with_name(f"{path.name}.data").unlink()
+    for options in (["--parse-only"], ["--dtype", "fp16"]):
+        done = CliRunner().invoke(to_trt.main, ["--onnx", str(path), *options, "--out", str(tmp_path / "again")])
+        assert done.exit_code == 2 and f"{path.name}.data" in done.output, done.output

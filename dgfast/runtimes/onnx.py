@@ -22,7 +22,8 @@ from dgfast.runtimes.graph import Function
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 _TORCH = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int64)": torch.int64}
-_LIMIT = 2**31 - 2**24  # protobuf's, less some room for what is not weights
+LIMIT = 2**31 - 2**24
+"""Most bytes of weights in a file: protobuf's 2 GB, less some room for what is not weights."""
 
 
 def build(function: Function, example: Sequence[Tensor | None]) -> Function:
@@ -58,15 +59,38 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
 
 
 def save(model: Any, path: Path) -> None:
-    """Write an `onnx.ModelProto`, in one move; weights beyond 2 GB go to a second file beside it."""
+    """Write an `onnx.ModelProto`; weights beyond 2 GB go to a second file beside it, and are gone from `model`.
+
+    What lay there before stays if this fails, and no file ever stands beside the weights of another.
+    """
     import onnx
 
-    partial = path.with_name(f"{path.name}.partial")
-    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _LIMIT
-    onnx.save(
-        model, str(partial), save_as_external_data=large, all_tensors_to_one_file=True, location=f"{path.name}.data",
-    )  # fmt: skip
-    partial.replace(path)
+    data = data_of(path)
+    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LIMIT
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+        new = Path(folder, path.name)
+        onnx.save(model, str(new), save_as_external_data=large, all_tensors_to_one_file=True, location=data.name)
+        remove(path)
+        if large:
+            data_of(new).chmod(new.stat().st_mode)  # onnx lets the owner alone read it
+            data_of(new).replace(data)
+        new.replace(path)
+
+
+def data_of(path: Path) -> Path:
+    """Where the weights of an ONNX file are that do not fit into it."""
+    return path.with_name(f"{path.name}.data")
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file, and the one of its weights if there is one."""
+    return [file for file in (path, data_of(path)) if file.is_file()]
+
+
+def remove(path: Path) -> None:
+    """The file, then the one of its weights."""
+    for file in (path, data_of(path)):
+        file.unlink(missing_ok=True)
 
 
 class OnnxEngine:
@@ -101,7 +125,7 @@ class OnnxEngine:
                 str(path), options, providers=_providers(provider or self.device.type, self.device)
             )
         except Exception as error:  # onnxruntime's exceptions have no base class of their own
-            raise UserError(f"{path}: ONNX Runtime does not open it ({_line(error)}); export it anew") from error
+            raise UserError(_refusal(path, error)) from error
         self.inputs, self.outputs = (
             {v.name: (tuple(v.shape), v.type) for v in values}
             for values in (self._session.get_inputs(), self._session.get_outputs())
@@ -227,6 +251,15 @@ def _providers(name: str, device: torch.device) -> list[Any]:
             "pip install onnxruntime-gpu, or use --device cpu"
         )
     return [(wanted, {} if name == "cpu" else {"device_id": device.index or 0})]
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    """What to say of a file that ONNX Runtime does not open."""
+    data = data_of(path)
+    if "external" not in str(error).lower():
+        return f"{path}: ONNX Runtime does not open it ({_line(error)}); export it anew"
+    state = "is not the one that was written with it" if data.is_file() else "is missing"
+    return f"{path}: its weights are in {data.name} beside it, which {state}; copy both together, or export it anew"
 
 
 def _single(x: Tensor) -> Tensor:
