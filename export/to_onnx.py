@@ -34,7 +34,7 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in c
 @click.option("--bundle", default="mnist32", show_default=True, help="Folder, or name of a bundle that comes along.")
 @click.option("--batch", type=BatchSize(), default="dynamic", show_default=True, help="Images a call, or dynamic.")
 @click.option("--dtype", type=click.Choice(["float32", "fp16"]), default="float32", show_default=True)
-@click.option("--opset", type=int, default=20, show_default=True)
+@click.option("--opset", type=int, default=18, show_default=True)
 @click.option(
     "--for", "target", type=click.Choice(["onnxruntime", "tensorrt"]), default="onnxruntime", show_default=True,
     help="How normalisations are written: as ONNX Runtime is fastest, or as TensorRT can build them.",

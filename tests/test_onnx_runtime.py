@@ -189,6 +189,22 @@ def test_onnx_says_which_provider_is_missing(tmp_path: Path) -> None:
         runtime.OnnxEngine(path, provider="tensorrt")
 
 
+def test_onnx_runtime_on_a_gpu_is_exact_and_never_the_cpu_in_disguise(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(runtime.PROVIDERS.values()))
+    cuda, tensorrt = runtime.PROVIDERS["cuda"], runtime.PROVIDERS["tensorrt"]
+    found = runtime._providers("tensorrt", torch.device("cuda", 1))
+    assert found == [(tensorrt, {"device_id": 1}), (cuda, {"device_id": 1, "use_tf32": 0})]
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert runtime._providers("cuda", torch.device("cuda", 0)) == [(cuda, {"device_id": 0, "use_tf32": 1})]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    with pytest.raises(UserError, match="CUDAExecutionProvider of ONNX Runtime did not start, only CPUExecution"):
+        runtime._require_started(cuda, ["CPUExecutionProvider"])
+
+
 # The runtime ----------------------------------------------------------------------------------------------------------
 def arguments(batch: int, label_dim: int, first: int) -> tuple[Tensor, Tensor, Tensor | None]:
     sigma = torch.tensor([LEVELS[(first + k) % len(LEVELS)] for k in range(batch)], dtype=torch.float64)

@@ -112,7 +112,7 @@ class OnnxEngine:
         require("onnxruntime")
         import onnxruntime
 
-        self.path, self.device = path, torch.device(device)
+        self.path, self.device = path, _numbered(torch.device(device))
         if not path.is_file():
             raise UserError(f"{path}: no such file; export one with python export/to_onnx.py")
         options = onnxruntime.SessionOptions()
@@ -120,12 +120,12 @@ class OnnxEngine:
         # Waiting threads that spin hold the cores that PyTorch's own need between two calls.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        providers = _providers(provider or self.device.type, self.device)
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=_providers(provider or self.device.type, self.device)
-            )
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime's exceptions have no base class of their own
             raise UserError(_refusal(path, error)) from error
+        _require_started(providers[0][0], self._session.get_providers())
         self.inputs, self.outputs = (
             {v.name: (tuple(v.shape), v.type) for v in values}
             for values in (self._session.get_inputs(), self._session.get_outputs())
@@ -149,25 +149,29 @@ class OnnxEngine:
         """
         if arguments.keys() != self.inputs.keys():
             raise UserError(f"{self.path}: its inputs are {', '.join(self.inputs)}, not {', '.join(arguments)}")
-        binding = self._session.io_binding()
-        batch, held = len(next(iter(arguments.values()))), []
+        batch, bound, results = len(next(iter(arguments.values()))), dict[str, Tensor](), dict[str, Tensor]()
         for name, (shape, kind) in self.inputs.items():
-            tensor = arguments[name].to(self.device, _TORCH[kind]).contiguous()
-            self._check(name, tensor, shape)
-            binding.bind_input(name, *self._place(tensor))
-            held.append(tensor)
-        results = {}
+            bound[name] = arguments[name].to(self.device, _TORCH[kind]).contiguous()
+            self._check(name, bound[name], shape)
         for name, (shape, kind) in self.outputs.items():
             sizes = [batch if isinstance(size, str) else size for size in shape]
             results[name] = torch.empty(sizes, dtype=_TORCH[kind], device=self.device)
-            binding.bind_output(name, *self._place(results[name]))
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
+            # ONNX Runtime has a stream of its own, on which binding may copy already, and waits for it when it has run.
+            torch.cuda.current_stream(self.device).synchronize()
         try:
-            self._session.run_with_iobinding(binding)
+            self._run(bound, results)
         except Exception as error:
             raise UserError(f"{self.path}: ONNX Runtime failed: {_line(error)}") from error
         return results
+
+    def _run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        binding = self._session.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_input(name, *self._place(tensor))
+        for name, tensor in outputs.items():
+            binding.bind_output(name, *self._place(tensor))
+        self._session.run_with_iobinding(binding)
 
     def self_test(self) -> None:
         """Run the case that is stored in the file.
@@ -250,7 +254,26 @@ def _providers(name: str, device: torch.device) -> list[Any]:
             f"this ONNX Runtime has no {name} provider (it has {here}): "
             "pip install onnxruntime-gpu, or use --device cpu"
         )
-    return [(wanted, {} if name == "cpu" else {"device_id": device.index or 0})]
+    if name == "cpu":
+        return [(wanted, {})]
+    place = {"device_id": device.index or 0}
+    # By default it rounds to TensorFloat-32 whatever torch does.
+    cuda = PROVIDERS["cuda"], {**place, "use_tf32": int(torch.get_float32_matmul_precision() != "highest")}
+    return [cuda] if name == "cuda" else [(wanted, place), cuda]  # CUDA takes what TensorRT leaves
+
+
+def _require_started(wanted: str, started: Sequence[str]) -> None:
+    """Raises UserError where ONNX Runtime went on without a provider whose libraries do not load."""
+    if wanted not in started:
+        raise UserError(
+            f"{wanted} of ONNX Runtime did not start, only {', '.join(started)}: its CUDA, cuDNN or TensorRT "
+            "libraries do not load here; install onnxruntime-gpu for the CUDA of this PyTorch"
+        )
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """Which GPU "cuda" is: ONNX Runtime has no current one."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def _refusal(path: Path, error: Exception) -> str:

@@ -31,7 +31,7 @@ def convert(
     outputs: Sequence[str],
     *,
     dynamic: bool = False,
-    opset: int = 20,
+    opset: int = OLDEST_OPSET,
     rank_4: bool = False,
 ) -> Any:
     """The `onnx.ModelProto` of `function`: default domain, no local functions, no training operations.
