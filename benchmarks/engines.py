@@ -27,7 +27,7 @@ from dgfast.devices import pick_device
 from dgfast.errors import UserError
 from dgfast.export.engine_builder import Options, build
 from dgfast.runtimes.engine_file import EngineFile
-from dgfast.runtimes.onnx import OnnxEngine, require, save
+from dgfast.runtimes.onnx import OnnxEngine, files_of, require, save
 from dgfast.runtimes.onnx_writer import convert
 from dgfast.runtimes.tensorrt import load
 from dgfast.runtimes.tensorrt_library import find
@@ -53,10 +53,7 @@ def _onnxruntime(model: Any, folder: Path, batches: tuple[int, ...], dtype: str,
     save(model, path)
     began = time.perf_counter()
     engine = OnnxEngine(path, at)
-    used = engine._session.get_providers()  # it falls back to the CPU if libraries of CUDA do not load
-    if at.type == "cuda" and "CUDAExecutionProvider" not in used:
-        raise UserError(f"the CUDA provider did not start; running on {', '.join(used)}")
-    size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
+    size = sum(file.stat().st_size for file in files_of(path))
     return Opened(engine, time.perf_counter() - began, size / 1e6)
 
 

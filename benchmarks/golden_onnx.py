@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from dgfast import nets
 from dgfast import noise_levels as nl
-from dgfast.export.parity import relative_error
 from dgfast.guidance import DiscriminatorGuidance
 from dgfast.nets.discriminator import Discriminator, NoisyClassifier
 from dgfast.runtimes import onnx
+from dgfast.runtimes.agreement import relative_error
 
 TOLERANCE = 1e-4
 Arguments = tuple[Tensor | None, ...]

@@ -21,11 +21,11 @@ from dgfast import GuidanceConfig, Networks, SamplingConfig, nets
 from dgfast.denoiser import EDMPrecond
 from dgfast.engines import generated_by, guided_by
 from dgfast.export.joint_graph import generator, joint
-from dgfast.export.parity import relative_error
 from dgfast.export.subject import Subject
 from dgfast.guidance import Guidance, guided_denoiser, guided_posterior
 from dgfast.one_step import OneStep
 from dgfast.runtimes import compiled, onnx
+from dgfast.runtimes.agreement import relative_error
 from dgfast.runtimes.onnx_writer import convert
 from dgfast.sampler import Sampler
 

@@ -7,8 +7,6 @@ on its features. The first row is as many training images.
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -23,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dgfast
+from benchmarks.quality import judged
 from dgfast import bundle as bundles
 from dgfast.config import NORMALIZATIONS, SOLVERS, GuidanceConfig
 from dgfast.outputs import Writer, to_uint8
@@ -90,7 +89,7 @@ def _measure(
         Writer(scratch / name, ["npz"]).add(images, range(len(images)), classes)
         a, b, dg = ("", "", "") if name == YARDSTICK else name.split()
         rows.append({"a": a or YARDSTICK, "b": b, "DG": dg, **_confidence(networks, features, images, classes), **cost})
-    quality = _quality([scratch / name for name in sets])
+    quality = judged([scratch / name for name in sets], QUALITY)
     shown = [images[:_SHOWN] for name, (images, _, _) in sets.items() if name != YARDSTICK]
     return [row | found for row, found in zip(rows, quality, strict=True)], shown
 
@@ -112,14 +111,6 @@ def _confidence(networks: Any, features: Any, images: np.ndarray, labels: np.nda
 
 def _log_probability(logits: Tensor, y: Tensor) -> float:
     return -float(F.cross_entropy(logits.float(), y))
-
-
-def _quality(folders: list[Path]) -> list[dict[str, float]]:
-    report = folders[0].parent / "quality.json"
-    command = [sys.executable, "-m", "dgfast.evaluate", *map(str, folders), "--json", str(report)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    found = json.loads(report.read_text())
-    return [{name: found[str(folder)][name] for name in QUALITY} for folder in folders]
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -6,8 +6,6 @@ quality.
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 import dgfast
+from benchmarks.quality import judged
 from dgfast import bundle as bundles
 from dgfast.outputs import Writer, to_uint8
 from dgfast.runtimes import compiled
@@ -72,16 +71,8 @@ def _measure(count: int, batch: int, scratch: Path) -> list[dict[str, Any]]:
                 "relative_error": float((images - wanted).norm() / wanted.norm()),
             }
         )
-    return [row | quality for row, quality in zip(rows, _quality(scratch, rows), strict=True)]
-
-
-def _quality(scratch: Path, rows: list[dict[str, Any]]) -> list[dict[str, float]]:
-    folders = [str(scratch / f"{row['every']}-{row['reuse']}") for row in rows]
-    report = scratch / "quality.json"
-    command = [sys.executable, "-m", "dgfast.evaluate", *folders, "--json", str(report)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    found = json.loads(report.read_text())
-    return [{name: found[folder][name] for name in QUALITY} for folder in folders]
+    folders = [scratch / f"{row['every']}-{row['reuse']}" for row in rows]
+    return [row | quality for row, quality in zip(rows, judged(folders, QUALITY), strict=True)]
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:

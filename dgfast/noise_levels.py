@@ -40,8 +40,10 @@ def vp_sigma(tau: Tensor) -> Tensor:
 
 def cosine_time(sigma: Tensor) -> Tensor:
     """Time of the cosine schedule (arXiv 2102.09672, equation 17) at noise sigma; ADM's 64x64 classifier reads it."""
-    at_zero = math.cos(_COSINE_S / (1 + _COSINE_S) * math.pi / 2)
-    return (1 + _COSINE_S) * (2 / math.pi) * (at_zero * vp_alpha(sigma)).arccos() - _COSINE_S
+    at_zero = _COSINE_S / (1 + _COSINE_S) * math.pi / 2
+    # arccos(cos(at_zero) alpha), without what float32 would lose of it near 1
+    angle = ((sigma**2 + math.sin(at_zero) ** 2).sqrt() / math.cos(at_zero)).atan()
+    return (1 + _COSINE_S) * (2 / math.pi) * angle - _COSINE_S
 
 
 TIME_SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {"linear": vp_time, "cosine": cosine_time}

@@ -112,3 +112,13 @@ def guidance_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_GUIDANCE):
         command = option(command)
     return command
+
+
+def function_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which function of a bundle to export, and under which guidance."""
+    what = click.option(
+        "--what", type=click.Choice(["denoiser", "posterior", "step", "generator"]),
+        help="The guided denoiser; what the ddpm solver calls in its place; a whole step of heun or euler; the "
+        "one-step generator.  [default: what the bundle's solver calls]",
+    )  # fmt: skip
+    return what(guidance_options(command))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dgfast.export.engine_builder import Built
-from dgfast.export.parity import Case, Report, Runs, Tensors
-from dgfast.export.subject import Joint
+from dgfast.export.parity import Report, Runs, Tensors
+from dgfast.export.subject import Subject
 from dgfast.runtimes import compiled, cuda_graph
 from dgfast.runtimes.engine_file import NEVER_EXECUTED, EngineFile
 from dgfast.runtimes.tensorrt_library import FLAVORS
@@ -45,11 +45,11 @@ def summary(file: EngineFile, built: Built, layer_table: str, parity: Report | N
     return "\n".join(lines).rstrip() + "\n"
 
 
-def against_eager(engine: Runs, subject: Joint, cases: Mapping[int, Case], device: torch.device) -> str:
+def against_eager(engine: Runs, subject: Subject, inputs: Mapping[int, Tensors], device: torch.device) -> str:
     """The latency table of the engine beside the eager and the compiled function, in float32 without TF32."""
     tables: list[str] = []
-    for batch, case in cases.items():
-        example = tuple(case.inputs[name].to(device) for name in subject.inputs)
+    for batch, given in inputs.items():
+        example = tuple(given[name].to(device) for name in subject.inputs)
         built = cuda_graph.build(compiled.build(subject.function, example), example)
 
         def run(inputs: Tensors, function: Any = built) -> Any:
@@ -59,19 +59,19 @@ def against_eager(engine: Runs, subject: Joint, cases: Mapping[int, Case], devic
             with torch.no_grad():
                 return subject.function(*(inputs[name] for name in subject.inputs))
 
-        table = latency_table({"eager": eager, "compiled": run, "engine": engine}, {batch: case}, device)
+        table = latency_table({"eager": eager, "compiled": run, "engine": engine}, {batch: given}, device)
         tables += table.splitlines()[2 if tables else 0 :]
     return "\n".join(tables)
 
 
 def latency_table(
-    runs: Mapping[str, Callable[[Tensors], object]], cases: Mapping[int, Case], device: torch.device
+    runs: Mapping[str, Callable[[Tensors], object]], inputs: Mapping[int, Tensors], device: torch.device
 ) -> str:
     """Median milliseconds of a call of each, by batch size, inputs on the GPU already, in markdown."""
     rows = ["| batch | " + " | ".join(f"{name}, ms" for name in runs) + " |", "|" + " --- |" * (1 + len(runs))]
-    for batch, case in cases.items():
-        inputs = {name: x.to(device) for name, x in case.inputs.items()}
-        times = [1e3 * _seconds(partial(run, inputs)) for run in runs.values()]
+    for batch, given in inputs.items():
+        placed = {name: x.to(device) for name, x in given.items()}
+        times = [1e3 * _seconds(partial(run, placed)) for run in runs.values()]
         rows.append(f"| {batch} | " + " | ".join(f"{ms:.2f}" for ms in times) + " |")
     return "\n".join(rows)
 

@@ -1,7 +1,9 @@
 """Half precision where it pays: the convolutions and matrix products of a float32 ONNX file in float16 or bfloat16.
 
 Everything else (statistics of group normalisation, softmax, preconditioning, guidance, inputs, outputs) stays float32.
-The casts around each product are what a builder fuses into the operations beside it.
+So do two kinds of products that cost next to nothing and whose rounding leads a whole run astray: those that the image
+has no part in, of noise level and class, and those that take the image in or give the result. The casts around each
+product are what a builder fuses into the operations beside it.
 """
 
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ def half_products(model: Any, dtype: str, keep_float32: Sequence[str] = ()) -> i
     """Rewrite `model` in place; the number of nodes that now compute in `dtype` ("fp16" or "bf16").
 
     Args:
+        model: an `onnx.ModelProto` whose first input is the image.
         keep_float32: patterns such as "head*" of the names of nodes to leave alone.
     """
     from onnx import helper
@@ -27,9 +30,10 @@ def half_products(model: Any, dtype: str, keep_float32: Sequence[str] = ()) -> i
     to, graph = TYPES[dtype], model.graph
     weights = {w.name: w for w in graph.initializer if w.data_type == _FLOAT32}
     nodes, cast, changed = [], dict[str, str](), 0
+    inner = _inner_products(graph)
     for node in graph.node:
         kept = any(fnmatchcase(node.name, pattern) for pattern in keep_float32)
-        if node.op_type not in PRODUCTS or kept:
+        if kept or node.output[0] not in inner:
             nodes.append(node)
             continue
         for i, name in enumerate(node.input):
@@ -50,6 +54,43 @@ def half_products(model: Any, dtype: str, keep_float32: Sequence[str] = ()) -> i
     graph.node.extend(nodes)
     _drop_unread(model)
     return changed
+
+
+def _inner_products(graph: Any) -> set[str]:
+    """Results of the products on the way of the first input, the image, but for the first and the last on each way."""
+    nodes = [node for node in graph.node if node.op_type != "Shape"]  # the image's shape is nothing of the image
+    of_image = {graph.input[0].name}
+    for node in nodes:
+        if of_image.intersection(node.input):
+            of_image.update(node.output)
+    products = [node for node in nodes if node.op_type in PRODUCTS and node.output[0] in of_image]
+    after, before = ({node.output[0] for node in products}, {name for node in products for name in node.input})
+    for node in nodes:
+        if after.intersection(node.input):
+            after.update(node.output)
+    for node in reversed(nodes):
+        if before.intersection(node.output):
+            before.update(node.input)
+    return {node.output[0] for node in products if after.intersection(node.input) and node.output[0] in before}
+
+
+def round_on_a_cpu(model: Any) -> None:
+    """Make ONNX Runtime's CPU provider round to float16 wherever the file says so, as a GPU does.
+
+    It computes in float32 there and drops pairs of casts, so that weights alone are rounded; a Max of one argument,
+    which it computes in float16, keeps a pair apart.
+    """
+    from onnx import helper
+
+    nodes, to = [], helper.make_attribute("to", TYPES["fp16"])
+    for node in model.graph.node:
+        nodes.append(node)
+        if to in node.attribute or (node.op_type in PRODUCTS and node.input[0].endswith("_fp16")):
+            name = node.output[0]
+            node.output[0] = f"{name}_exact"
+            nodes.append(helper.make_node("Max", [node.output[0]], [name], name=f"{name}_rounded"))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _rounded(weight: Any, name: str, to: int) -> Any:

@@ -1,20 +1,19 @@
 """Writing an ONNX file and not believing it: reopened, run on inputs it has not seen, and removed if it is wrong."""
 
 import json
-import subprocess
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dgfast import __version__
-from dgfast.bundle import Bundle
-from dgfast.config import GuidanceConfig, SamplingConfig
-from dgfast.export.parity import ParityError, Report, Row, compare, signature
-from dgfast.export.subject import Joint, Subject
-from dgfast.runtimes.onnx import OnnxEngine, save, stored_tensor
+from dgfast.export.half_products import half_products, round_on_a_cpu
+from dgfast.export.parity import ParityError, Report, Row, Runs, compare, signature
+from dgfast.export.subject import Subject
+from dgfast.runtimes.onnx import OnnxEngine, remove, save, stored_tensor
 from dgfast.runtimes.onnx_writer import convert, operations
 
 TOLERANCES = {"float32": 1e-4, "fp16": 2e-2}
@@ -22,35 +21,12 @@ TOLERANCES = {"float32": 1e-4, "fp16": 2e-2}
 TRAJECTORY_TOLERANCES = {"float32": 2e-3, "fp16": 1e-2}
 """The same for a whole run, as a share of the pixel range, which is 2."""
 OPEN_BATCHES = 1, 5
-
-
-def describe(bundle: Bundle, subject: Subject) -> dict[str, str]:
-    """What a file says of itself, each value as text; numbers and lists as JSON."""
-    return {
-        "dgfast": __version__,
-        "commit": _commit(),
-        "bundle": bundle.name,
-        "weights_sha256": bundle.fingerprint(),
-        "what": subject.what,
-        "class_names": json.dumps(bundle.class_names),
-    }
-
-
-def describe_guided(
-    bundle: Bundle, sampling: SamplingConfig, guidance: GuidanceConfig, subject: Joint
-) -> dict[str, str]:
-    """The same for a function of noise levels and guidance weights, with the settings that are inside of it."""
-    return describe(bundle, subject) | {
-        "sigmas": json.dumps(subject.sigmas),
-        "weights": json.dumps(subject.weights),
-        "sampling": json.dumps(asdict(sampling)),
-        "guidance": json.dumps(asdict(guidance)),
-    }
+OPSET = 18
+"""What ONNX Runtime's CUDA provider has every operation for; of 19 and newer it computes Resize and Pad on the host."""
 
 
 def export(
     subject: Subject,
-    reference: Subject,
     path: Path,
     *,
     batch: int | None,
@@ -60,27 +36,22 @@ def export(
     rank_4: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Write `subject` to `path`, reopen it, compare it with `reference`, and leave it there only if it is right.
+    """Write `subject` to `path`, reopen it, compare the two, and leave the file there only if it is right.
 
     Args:
-        reference: the same function with float32 weights.
-        batch: None leaves it open.
+        batch: None leaves it open. dtype: of the matrix products, "float32" or "fp16".
 
     Raises:
         ParityError: what is wrong with the file, which is then gone; its report stays.
         UserError: the function cannot be exported.
     """
-    example = dict(subject.example(batch or 2, seed=1))
-    model = convert(
-        subject.function, example, subject.outputs, dynamic=batch is None, opset=opset, rank_4=rank_4
-    )  # fmt: skip
-    counted = operations(model)
-    say(f"{sum(counted.values())} nodes: {', '.join(f'{op} {n}' for op, n in counted.most_common())}")
-    _stamp(model, metadata | {"opset": str(opset), "dtype": dtype, "nodes": str(sum(counted.values()))})
     try:
-        report = _proved(model, subject, reference, path, batch, dtype)
-        report.about.update({k: metadata[k] for k in ("bundle", "what", "weights_sha256", "commit")} | {"dtype": dtype})
-        report.about["nodes"] = dict(counted.most_common())
+        counted = _written(subject, path, batch, dtype, opset, rank_4, metadata)
+        say(f"{counted.total()} nodes: {', '.join(f'{op} {n}' for op, n in counted.most_common())}")
+        report = _proved(path, subject, batch, dtype)
+        said = ("bundle", "what", "weights_sha256", "commit")
+        report.about.update({key: metadata[key] for key in said if key in metadata})
+        report.about.update({"dtype": dtype, "nodes": dict(counted.most_common())})
         path.with_suffix(".parity.json").write_text(report.json() + "\n")
         path.with_suffix(".parity.txt").write_text(report.table())
         report.check()
@@ -90,32 +61,58 @@ def export(
     return report
 
 
-def remove(path: Path) -> None:
-    """The file and its external data."""
-    for file in (path, path.with_name(f"{path.name}.data"), path.with_name(f"{path.name}.partial")):
-        file.unlink(missing_ok=True)
+def _written(
+    subject: Subject, path: Path, batch: int | None, dtype: str, opset: int, rank_4: bool, metadata: dict[str, str]
+) -> Counter[str]:
+    """Write the file; how many nodes of each kind it has. The model itself, which may be large, is left behind here."""
+    example = dict(subject.example(batch or 2, seed=1))
+    model = convert(subject.function, example, subject.outputs, dynamic=batch is None, opset=opset, rank_4=rank_4)
+    if dtype != "float32":
+        half_products(model, dtype)
+    counted = operations(model)
+    _stamp(model, metadata | {"opset": str(opset), "dtype": dtype, "nodes": str(counted.total())})
+    save(model, path)
+    return counted
 
 
-def _proved(model: Any, subject: Subject, reference: Subject, path: Path, batch: int | None, dtype: str) -> Report:
-    """The file with a self-test and its parity figures in it, and the report."""
+def _proved(path: Path, subject: Subject, batch: int | None, dtype: str) -> Report:
+    """The report; if it is a good one, the file has a self-test and its parity figures in it."""
     import onnx
 
-    save(model, path)
     onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(path, load_external_data=False)
     _require_default_domain(model)
     engine = OnnxEngine(path)
-    rows = list(_signature_rows(engine, subject, batch))
-    if not rows:
-        sizes = [batch] if batch else list(OPEN_BATCHES)
-        cases = [case for size in sizes for case in reference.cases(size)]
-        rows = compare(reference, engine, cases, TOLERANCES[dtype], dict.fromkeys(subject.outputs, torch.float32)).rows
-        rows += reference.whole_run(reference, engine, batch or 1, TRAJECTORY_TOLERANCES[dtype])
+    rows = list(_signature_rows(engine, subject, batch)) or _value_rows(engine, subject, batch, dtype)
+    if dtype != "float32" and not any(row.problem for row in rows):
+        rows += _rounded_rows(path, subject, batch, dtype)
     report = Report(rows)
     if report.passed:
         _stamp(model, {"parity": json.dumps(report.worst), "self_test": _self_test(engine, subject, batch, dtype)})
-        save(model, path)
+        partial = path.with_name(f"{path.name}.partial")
+        onnx.save(model, partial, format="protobuf")  # weights in a file of their own stay where they are
+        partial.replace(path)
         OnnxEngine(path).self_test()
     return report
+
+
+def _value_rows(engine: Runs, subject: Subject, batch: int | None, dtype: str) -> list[Row]:
+    sizes = [batch] if batch else list(OPEN_BATCHES)
+    cases = [case for size in sizes for case in subject.cases(size)]
+    rows = compare(subject, engine, cases, TOLERANCES[dtype], dict.fromkeys(subject.outputs, torch.float32)).rows
+    return rows + subject.whole_run(subject, engine, batch or 1, TRAJECTORY_TOLERANCES[dtype])
+
+
+def _rounded_rows(path: Path, subject: Subject, batch: int | None, dtype: str) -> list[Row]:
+    """The same of a copy that rounds where a GPU does, which ONNX Runtime's CPU provider does not."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy, model = Path(folder, path.name), onnx.load(path)
+        round_on_a_cpu(model)
+        save(model, copy)
+        rows = _value_rows(OnnxEngine(copy), subject, batch, dtype)
+    return [replace(row, case=f"{row.case}, rounded as on a GPU") for row in rows]
 
 
 def _signature_rows(engine: OnnxEngine, subject: Subject, batch: int | None) -> Iterator[Row]:
@@ -144,12 +141,3 @@ def _require_default_domain(model: Any) -> None:
     foreign = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
     if foreign or model.functions:
         raise ParityError(f"the file has operations outside of ONNX's own: {', '.join(foreign) or 'local functions'}")
-
-
-def _commit() -> str:
-    """The commit of the checkout that dgfast runs from, or "unknown"."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

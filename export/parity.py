@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dgfast.errors import UserError
+from dgfast.runtimes.agreement import relative_error
 
 Tensors = Mapping[str, Tensor]
 Runs = Callable[[Tensors], Tensors]
@@ -51,7 +52,7 @@ class Case:
     """Inputs by name, none of them those of the tracing example.
 
     Attributes:
-        least: by output, a size [B] that errors are a share of where the reference's largest value is smaller.
+        least: see `agreement.least_sizes`.
     """
 
     name: str
@@ -64,8 +65,7 @@ class Row:
     """One output of one case.
 
     Attributes:
-        error: largest difference, as a share of the reference's largest value in the same sample; of outputs of one
-            number a sample, relative to 1 where they are smaller.
+        error: see `agreement.relative_error`; of a whole run, the largest difference as a share of the pixel range.
         problem: name of the error class, "" if there is none.
     """
 
@@ -167,19 +167,6 @@ def signature(
         elif [s for s in sizes if isinstance(s, int)] != [s for s in have if isinstance(s, int)]:
             detail = f"{list(have)}, not {list(sizes)}"
             yield Row("signature", name, float("inf"), 0.0, ShapeMismatchError.__name__, detail)
-
-
-def relative_error(found: Tensor, reference: Tensor, least: Tensor | None = None) -> float:
-    """See `Row` and `Case`; infinite if anything is not a number."""
-    found, reference = found.double().cpu(), reference.double().cpu()
-    if reference.dim() <= 1:
-        scale = reference.abs().clamp(min=1)
-    else:
-        size = reference.abs().flatten(1).amax(1).clamp(min=1e-12)
-        size = size if least is None else size.maximum(least.double().cpu())
-        scale = size.view(-1, *[1] * (reference.dim() - 1))
-    error = ((found - reference).abs() / scale).max()
-    return float(error) if bool(error.isfinite()) else float("inf")
 
 
 def _row(

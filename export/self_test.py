@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dgfast.export.parity import Case, Tensors
+from dgfast.runtimes.agreement import PREDICTS_NOISE, least_sizes
 from dgfast.runtimes.onnx import OnnxEngine
 
 _LEVELS = (0.5, 3.0, 0.01, 20.0, 80.0, 1.2)  # of sigma: inside of guidance's window, below it and above
@@ -32,7 +33,7 @@ def case(onnx: OnnxEngine, batch: int, seed: int = 0) -> Case:
         else:
             spread = (0.5 + sigma).view(-1, *[1] * (len(shape) - 1))
             inputs[name] = torch.randn(shape, generator=generator) * spread
-    return Case(f"batch {batch}", inputs)
+    return Case(f"batch {batch}", inputs, least_sizes(onnx.metadata.get(PREDICTS_NOISE) == "true", inputs))
 
 
 def save(path: Path, inputs: Tensors, outputs: Tensors) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from dgfast.export.parity import Case, Row, Runs, Tensors, ValueMismatchError
 from dgfast.guidance.weights import OFF
 from dgfast.noise_levels import posterior_log_variances
+from dgfast.runtimes.agreement import least_sizes
 from dgfast.solvers import ancestral_step, ddim_step
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -69,7 +70,7 @@ class Joint:
 
     Attributes:
         sigmas: the plan's noise levels, 0 last. image: shape of one. label_dim: number of classes, 0 for none.
-        subtracts: the network predicts the noise, and float32 keeps of x - sigma F what it keeps of x.
+        predicts_noise: the network does, see `agreement.least_sizes`.
     """
 
     what: str
@@ -80,7 +81,7 @@ class Joint:
     sigmas: tuple[float, ...]
     image: tuple[int, int, int]
     label_dim: int
-    subtracts: bool = False
+    predicts_noise: bool = False
 
     def __call__(self, inputs: Tensors) -> dict[str, Tensor]:
         """The eager reference: state and noise levels in double precision, as a sampler has them."""
@@ -104,8 +105,7 @@ class Joint:
         values |= {key: values[key].log() for key in ("log_least", "log_most")}
         values["class_labels"] = F.one_hot(classes, max(self.label_dim, 1)).float()
         values |= {key: torch.tensor([value]) for key, value in (self.weights | dict(weights or {})).items()}
-        least = {"denoised": 0.01 * x.abs().flatten(1).amax(1)} if self.subtracts else {}
-        return Case(name, {key: values[key] for key in self.inputs}, least)
+        return Case(name, {key: values[key] for key in self.inputs}, least_sizes(self.predicts_noise, values))
 
     def example(self, batch: int, seed: int) -> Tensors:
         return self.case("", [1.5] * batch, seed).inputs

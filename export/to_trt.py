@@ -1,5 +1,7 @@
 """python export/to_trt.py --bundle B --out DIR: one TensorRT engine of the guided step, its gradient inside.
 
+Functions and guidances are those of export/to_onnx.py; what is not given is the bundle's own default.
+
 DIR gets model.engine, engine.json (what it is, where it may run, whether it was ever executed), layers.md, report.md
 and self_test.npz (values that the engine must reproduce whenever it is loaded). TensorRT for RTX builds on a machine
 without a GPU; what can't be executed on this machine is said to be just that.
@@ -18,8 +20,12 @@ if __name__ == "__main__":  # this folder's files must not stand in for packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dgfast.errors import UserError
+from dgfast.export import request
 from dgfast.export.engine_builder import HARDWARE, Built, Options, build, parse
+from dgfast.export.request import Request
+from dgfast.options import function_options
 from dgfast.runtimes.engine_file import EXECUTED, EngineFile
+from dgfast.runtimes.onnx import files_of, require
 from dgfast.runtimes.tensorrt_library import FLAVORS, find, layer_table
 
 TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1}
@@ -47,6 +53,7 @@ class BatchRange(click.ParamType):  # type: ignore[type-arg]  # generic only in 
 @click.command(help=__doc__)
 @click.option("--bundle", help="Folder, or name of a bundle that comes along.")
 @click.option("--onnx", type=click.Path(path_type=Path), help="A float32 file of export/to_onnx.py instead.")
+@function_options
 @click.option("--batch", type=BatchRange(), default="1,16,64", show_default=True, help="Least, best and most images.")
 @click.option("--dtype", type=click.Choice(list(TOLERANCES)), default="float32", show_default=True)
 @click.option("--keep-float32", multiple=True, help="Pattern of names of ONNX nodes that stay float32; repeatable.")
@@ -59,8 +66,7 @@ class BatchRange(click.ParamType):  # type: ignore[type-arg]  # generic only in 
 @click.option("--parse-only", is_flag=True, help="Stop when the library has read the file, without errors.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
 def main(bundle: str | None, onnx: Path | None, dtype: str, flavor: str | None, out: Path, **given: Any) -> None:
-    if (bundle is None) == (onnx is None):
-        raise UserError("give either --bundle or --onnx")
+    asked = _asked(bundle, onnx, given)
     name, trt = find(flavor)
     options = Options(
         batch=given["batch"], tf32=dtype == "tf32", refit=given["refit"],
@@ -68,9 +74,8 @@ def main(bundle: str | None, onnx: Path | None, dtype: str, flavor: str | None, 
         capabilities=given["capability"], timing_cache=given["timing_cache"],
     )  # fmt: skip
     options.check(name)
-    _make_folder(out)
-    subject = None if bundle is None else _subject(bundle)
-    reference = onnx or _exported(bundle, options.batch, out)
+    request.make_folder(out)
+    reference = _exported(asked, options.batch, out) if asked else Path(str(onnx))
     source = _in_type(reference, dtype, given["keep_float32"], out)
     if given["parse_only"]:
         count = parse(trt, source)
@@ -84,38 +89,29 @@ def main(bundle: str | None, onnx: Path | None, dtype: str, flavor: str | None, 
         never_because="; ".join(built.obstacles), **_gpu(),
     )  # fmt: skip
     _write(file, built, reference)
-    _report(file, built, reference, subject, bundle)
+    _report(file, built, reference, asked)
 
 
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; give another folder") from error
+def _asked(bundle: str | None, onnx: Path | None, given: dict[str, Any]) -> Request | None:
+    """The function of a bundle that the options name; None for an ONNX file.
+
+    Raises:
+        UserError: neither or both, or options of a function beside a file that has one.
+    """
+    if (bundle is None) == (onnx is None):
+        raise UserError("give either --bundle or --onnx")
+    if bundle is not None:
+        return request.read(bundle, given)
+    if request.named(given):
+        raise UserError(f"{onnx} has its function inside: leave out {request.spelled(request.named(given))}")
+    return None
 
 
-def _subject(bundle: str, device: str = "cpu") -> Any:
-    """The function that the bundle's ONNX file has, in eager PyTorch."""
-    from dgfast import bundle as bundles
-    from dgfast.export.joint_graph import joint
-    from dgfast.networks import load
-
-    found = bundles.read(bundle)
-    guidance = found.guidance
-    if "discriminator" not in found.nets:
-        guidance = replace(guidance, dg_weight=0.0, dg_weight_2nd=0.0)
-    return joint(load(found, device, guidance=guidance), found.sampling, guidance)
-
-
-def _exported(bundle: str | None, batch: tuple[int, int, int], out: Path) -> Path:
-    """The bundle's guided denoiser as a float32 ONNX file that TensorRT can build, proved equal to eager."""
-    from dgfast.export.to_onnx import main as to_onnx
-
-    size = str(batch[0]) if batch[0] == batch[2] else "dynamic"
-    to_onnx(
-        ["--bundle", str(bundle), "--for", "tensorrt", "--batch", size, "--out", str(out)], standalone_mode=False
-    )  # fmt: skip
-    return max(out.glob("*.onnx"), key=lambda path: path.stat().st_mtime)
+def _exported(asked: Request, batch: tuple[int, int, int], out: Path) -> Path:
+    """The float32 ONNX file that TensorRT can build, proved equal to eager."""
+    require("onnx")
+    require("onnxruntime")
+    return asked.write(out, batch=batch[0] if batch[0] == batch[2] else None, target="tensorrt")
 
 
 def _in_type(onnx: Path, dtype: str, keep_float32: tuple[str, ...], out: Path) -> Path:
@@ -125,36 +121,45 @@ def _in_type(onnx: Path, dtype: str, keep_float32: tuple[str, ...], out: Path) -
         UserError: it can't be read, or is in half precision already.
     """
     from dgfast.export.half_products import half_products, product_type
-    from dgfast.runtimes.onnx import require, save
+    from dgfast.runtimes.onnx import save
 
     require("onnx")
-    import onnx as onnx_package
-
-    try:
-        model = onnx_package.load(onnx)
-    except Exception as error:  # protobuf's, onnx's and the system's own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{onnx}: not a readable ONNX file ({reason})") from error
-    found = product_type(model)
+    found = product_type(_read(onnx, weights=False))
     if found != "float32":
         raise UserError(f"{onnx}: is in {found}; give the float32 file, of which --dtype makes every other")
     if dtype in ("float32", "tf32"):
         return onnx
+    model, path = _read(onnx), out / f"model-{dtype}.onnx"
     half_products(model, dtype, keep_float32)
-    path = out / f"model-{dtype}.onnx"
     save(model, path)
     return path
 
 
-def _provenance(onnx: Path) -> dict[str, str]:
-    """The hash of the file and whatever its exporter wrote into it."""
+def _read(onnx: Path, *, weights: bool = True) -> Any:
+    """The `onnx.ModelProto`; without weights, those that are in a file of their own are left there.
+
+    Raises:
+        UserError: it, or that file, can't be read.
+    """
     import onnx as onnx_package
 
-    model = onnx_package.load(onnx, load_external_data=False)
-    return {p.key: p.value for p in model.metadata_props} | {
-        "onnx": onnx.name,
-        "onnx_sha256": hashlib.sha256(onnx.read_bytes()).hexdigest(),
-    }
+    try:
+        onnx_package.checker.check_model(str(onnx))
+        return onnx_package.load(onnx, load_external_data=weights)
+    except Exception as error:  # protobuf's, onnx's and the system's own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{onnx}: not a readable ONNX file ({reason})") from error
+
+
+def _provenance(onnx: Path) -> dict[str, str]:
+    """The hash of the file, with that of its weights if there is one, and whatever its exporter wrote into it."""
+    digest = hashlib.sha256()
+    for file in files_of(onnx):
+        with file.open("rb") as opened:
+            while chunk := opened.read(2**24):
+                digest.update(chunk)
+    written = {entry.key: entry.value for entry in _read(onnx, weights=False).metadata_props}
+    return written | {"onnx": onnx.name, "onnx_sha256": digest.hexdigest()}
 
 
 def _gpu() -> dict[str, Any]:
@@ -184,7 +189,7 @@ def _write(file: EngineFile, built: Built, reference: Path) -> None:
     file.write()
 
 
-def _report(file: EngineFile, built: Built, reference: Path, subject: Any, bundle: str | None) -> None:
+def _report(file: EngineFile, built: Built, reference: Path, asked: Request | None) -> None:
     """Execute the engine where that is possible, and say what is known of it.
 
     Raises:
@@ -195,7 +200,7 @@ def _report(file: EngineFile, built: Built, reference: Path, subject: Any, bundl
     found, latency = None, ""
     if not built.obstacles:
         try:
-            found, latency = _executed(file, reference, subject, bundle)
+            found, latency = _executed(file, reference, asked)
             found.check()
         except UserError:
             file.path.unlink()
@@ -209,8 +214,8 @@ def _report(file: EngineFile, built: Built, reference: Path, subject: Any, bundl
     click.echo(text, nl=False)
 
 
-def _executed(file: EngineFile, reference: Path, subject: Any, bundle: str | None) -> tuple[Any, str]:
-    """Parity against eager, or without a bundle against ONNX Runtime, and the latency table."""
+def _executed(file: EngineFile, reference: Path, asked: Request | None) -> tuple[Any, str]:
+    """Parity against eager, or for a given file against ONNX Runtime, and the latency table."""
     import torch
 
     from dgfast.export import engine_report, self_test
@@ -221,14 +226,16 @@ def _executed(file: EngineFile, reference: Path, subject: Any, bundle: str | Non
     engine, onnx, device = load(file.folder), OnnxEngine(reference), torch.device("cuda")
     engine.self_test()
     sizes = list(dict.fromkeys(file.batch))
-    if subject is None:
+    if asked is None:
         cases = [self_test.case(onnx, size, seed=1) for size in sizes]
         found = compare(onnx, engine, cases, file.tolerance)
-        return found, engine_report.latency_table({"engine": engine}, dict(zip(sizes, cases, strict=True)), device)
+        timed = {size: case.inputs for size, case in zip(sizes, cases, strict=True)}
+        return found, engine_report.latency_table({"engine": engine}, timed, device)
+    subject = asked.subject()
     cases = [case for size in {min(size, 8) for size in sizes} for case in subject.cases(size)]
     found = compare(subject, engine, cases, file.tolerance)
-    timed = {size: subject.case("", [1.0] * size, seed=3) for size in sizes}
-    return found, engine_report.against_eager(engine, _subject(str(bundle), "cuda"), timed, device)
+    timed = {size: subject.example(size, seed=3) for size in sizes}
+    return found, engine_report.against_eager(engine, asked.subject(device), timed, device)
 
 
 if __name__ == "__main__":

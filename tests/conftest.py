@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from dgfast import nets
+from dgfast import SamplingConfig, nets
+from dgfast import bundle as bundles
+from dgfast.bundle import Bundle
 from dgfast.nets.discriminator import Discriminator
 
 # The same examples in every run: a numeric law that fails, fails every time. No deadline: the machine may be busy.
@@ -140,6 +142,22 @@ def tiny_discriminator(filled_net: Callable[..., nn.Module]) -> Callable[..., Di
         ).eval()
 
     return discriminator
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory, filled_net: Callable[..., nn.Module]) -> Bundle:
+    """Score network and generator for 8 x 8 images of three classes, which are exported in about a second."""
+    shape = {"img_resolution": 8, "img_channels": 1, "label_dim": 3}
+    score = {"model_type": "SongUNet", "model_channels": 16, "channel_mult": [1], "num_blocks": 1}
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "score": ("EDMPrecond", {**shape, **score, "attn_resolutions": []}),
+        "generator": ("Generator", {**shape, "latent_dim": 6, "channels": [16, 8]}),
+    }
+    bundle = Bundle(tmp_path_factory.mktemp("bundles") / "small", "small", {}, SamplingConfig(num_steps=4))
+    for role, (kind, keywords) in kinds.items():
+        bundle = bundles.with_net(bundle, role, filled_net(kind, keywords, f"bundle/{role}/"), kind, keywords)
+    bundles.write(bundle)
+    return bundles.read(bundle.folder)
 
 
 @pytest.fixture(scope="session")

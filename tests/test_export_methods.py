@@ -69,6 +69,7 @@ def test_export_of_an_ancestral_bundle_is_its_posterior(bundle: Bundle, tmp_path
     assert path.name == "adm-posterior-b2-float32.onnx"
     assert list(engine.inputs) == ["x", "sigma", "class_labels", "log_least", "log_most", "diversity", "fidelity"]
     assert list(engine.outputs) == ["denoised", "shift", "variance", "log_ratio"]
+    assert engine.metadata["predicts_noise"] == "true"  # what its self-test must allow for
     report = json.loads(path.with_suffix(".parity.json").read_text())
     assert {row["output"] for row in report["rows"]} == {*engine.outputs, "x"} and report["passed"]
     eager = _images(bundle, tmp_path / "eager", *_RARE)

@@ -62,7 +62,8 @@ def attention(x: Tensor) -> Tensor:
 
 
 def of_every_kind(x: Tensor) -> Tensor:
-    return torch.stack([x.exp(), x.abs().sqrt(), x.tanh(), x.clamp(-1, 0.5), 1 - x, x**3, 2**x, x / 3, x.sigmoid()], 1)
+    bent = [x.exp(), x.abs().sqrt(), x.tanh(), x.atan(), x.sigmoid(), x**3, 2**x]
+    return torch.stack([*bent, x.clamp(-1, 0.5), 1 - x, x / 3], 1)
 
 
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -203,6 +204,22 @@ def test_onnx_says_which_provider_is_missing(tmp_path: Path) -> None:
     runtime.save(convert(lambda x: (x + 1,), {"x": image(2, 3)}, ["y"]), path)
     with pytest.raises(UserError, match=r"has no tensorrt provider .*cpu.*onnxruntime-gpu"):
         runtime.OnnxEngine(path, provider="tensorrt")
+
+
+def test_onnx_runtime_on_a_gpu_is_exact_and_never_the_cpu_in_disguise(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(runtime.PROVIDERS.values()))
+    cuda, tensorrt = runtime.PROVIDERS["cuda"], runtime.PROVIDERS["tensorrt"]
+    found = runtime._providers("tensorrt", torch.device("cuda", 1))
+    assert found == [(tensorrt, {"device_id": 1}), (cuda, {"device_id": 1, "use_tf32": 0})]
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert runtime._providers("cuda", torch.device("cuda", 0)) == [(cuda, {"device_id": 0, "use_tf32": 1})]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    with pytest.raises(UserError, match="CUDAExecutionProvider of ONNX Runtime did not start, only CPUExecution"):
+        runtime._require_started(cuda, ["CPUExecutionProvider"])
 
 
 # The runtime ----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class EngineFile:
         capabilities: compute capabilities that it was built for, such as "8.9"; empty: those its library chose.
         hardware_compatible: "none", "ampere+" or "same-capability".
         parity: `NEVER_EXECUTED` or `EXECUTED`; never_because: what stood in the way.
-        tolerance: most that an output may be off, see `error`; errors: what it was off by, by output.
+        tolerance: most that an output may be off, see `agreement`; errors: what it was off by, by output.
         source: sha256 and metadata of the ONNX file that it was made from: bundle, hash of the weights, and so on.
     """
 

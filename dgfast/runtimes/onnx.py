@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from dgfast.errors import UserError
+from dgfast.runtimes.agreement import PREDICTS_NOISE, least_sizes, relative_error
 from dgfast.runtimes.graph import Function
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 _TORCH = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int64)": torch.int64}
 _LEAST_PART = 8  # samples from which on a thread of its own pays for calling every operation on fewer of them
-_LIMIT = 2**31 - 2**24  # protobuf's, less some room for what is not weights
+LIMIT = 2**31 - 2**24
+"""Most bytes of weights in a file: protobuf's 2 GB, less some room for what is not weights."""
 
 
 def build(function: Function, example: Sequence[Tensor | None]) -> Function:
@@ -87,15 +89,38 @@ def _mixes_samples(model: Any) -> bool:
 
 
 def save(model: Any, path: Path) -> None:
-    """Write an `onnx.ModelProto`, in one move; weights beyond 2 GB go to a second file beside it."""
+    """Write an `onnx.ModelProto`; weights beyond 2 GB go to a second file beside it, and are gone from `model`.
+
+    What lay there before stays if this fails, and no file ever stands beside the weights of another.
+    """
     import onnx
 
-    partial = path.with_name(f"{path.name}.partial")
-    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _LIMIT
-    onnx.save(
-        model, str(partial), save_as_external_data=large, all_tensors_to_one_file=True, location=f"{path.name}.data",
-    )  # fmt: skip
-    partial.replace(path)
+    data = data_of(path)
+    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LIMIT
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+        new = Path(folder, path.name)
+        onnx.save(model, str(new), save_as_external_data=large, all_tensors_to_one_file=True, location=data.name)
+        remove(path)
+        if large:
+            data_of(new).chmod(new.stat().st_mode)  # onnx lets the owner alone read it
+            data_of(new).replace(data)
+        new.replace(path)
+
+
+def data_of(path: Path) -> Path:
+    """Where the weights of an ONNX file are that do not fit into it."""
+    return path.with_name(f"{path.name}.data")
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file, and the one of its weights if there is one."""
+    return [file for file in (path, data_of(path)) if file.is_file()]
+
+
+def remove(path: Path) -> None:
+    """The file, then the one of its weights."""
+    for file in (path, data_of(path)):
+        file.unlink(missing_ok=True)
 
 
 class OnnxEngine:
@@ -120,7 +145,7 @@ class OnnxEngine:
         require("onnxruntime")
         import onnxruntime
 
-        self.path, self.device = path, torch.device(device)
+        self.path, self.device = path, _numbered(torch.device(device))
         if not path.is_file():
             raise UserError(f"{path}: no such file; export one with python export/to_onnx.py")
         options = onnxruntime.SessionOptions()
@@ -128,12 +153,12 @@ class OnnxEngine:
         # Waiting threads that spin hold the cores that PyTorch's own need between two calls.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        providers = _providers(provider or self.device.type, self.device)
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=_providers(provider or self.device.type, self.device)
-            )
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime's exceptions have no base class of their own
-            raise UserError(f"{path}: ONNX Runtime does not open it ({_line(error)}); export it anew") from error
+            raise UserError(_refusal(path, error)) from error
+        _require_started(providers[0][0], self._session.get_providers())
         self.inputs, self.outputs = (
             {v.name: (tuple(v.shape), v.type) for v in values}
             for values in (self._session.get_inputs(), self._session.get_outputs())
@@ -157,25 +182,29 @@ class OnnxEngine:
         """
         if arguments.keys() != self.inputs.keys():
             raise UserError(f"{self.path}: its inputs are {', '.join(self.inputs)}, not {', '.join(arguments)}")
-        binding = self._session.io_binding()
-        batch, held = len(next(iter(arguments.values()))), []
+        batch, bound, results = len(next(iter(arguments.values()))), dict[str, Tensor](), dict[str, Tensor]()
         for name, (shape, kind) in self.inputs.items():
-            tensor = arguments[name].to(self.device, _TORCH[kind]).contiguous()
-            self._check(name, tensor, shape)
-            binding.bind_input(name, *self._place(tensor))
-            held.append(tensor)
-        results = {}
+            bound[name] = arguments[name].to(self.device, _TORCH[kind]).contiguous()
+            self._check(name, bound[name], shape)
         for name, (shape, kind) in self.outputs.items():
             sizes = [batch if isinstance(size, str) else size for size in shape]
             results[name] = torch.empty(sizes, dtype=_TORCH[kind], device=self.device)
-            binding.bind_output(name, *self._place(results[name]))
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
+            # ONNX Runtime has a stream of its own, on which binding may copy already, and waits for it when it has run.
+            torch.cuda.current_stream(self.device).synchronize()
         try:
-            self._session.run_with_iobinding(binding)
+            self._run(bound, results)
         except Exception as error:
             raise UserError(f"{self.path}: ONNX Runtime failed: {_line(error)}") from error
         return results
+
+    def _run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        binding = self._session.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_input(name, *self._place(tensor))
+        for name, tensor in outputs.items():
+            binding.bind_output(name, *self._place(tensor))
+        self._session.run_with_iobinding(binding)
 
     def self_test(self) -> None:
         """Run the case that is stored in the file.
@@ -186,10 +215,10 @@ class OnnxEngine:
         stored = self.stored_case()
         arguments = {name: _stored(stored["inputs"][name], *self.inputs[name], self.batch) for name in self.inputs}
         results, tolerance = self(arguments), float(stored["tolerance"])
+        least = least_sizes(self.metadata.get(PREDICTS_NOISE) == "true", arguments)
         for name, found in results.items():
-            wanted = _stored(stored["outputs"][name], *self.outputs[name], self.batch).to(found.device)
-            scale = max(float(wanted.abs().max()), 1e-6)
-            error = float((found.float() - wanted.float()).abs().max()) / scale
+            wanted = _stored(stored["outputs"][name], *self.outputs[name], self.batch)
+            error = relative_error(found, wanted, least.get(name))
             if not error <= tolerance:
                 raise UserError(
                     f"{self.path}: its self-test fails here: output {name} differs by {error:.1e} of its largest value "
@@ -258,7 +287,35 @@ def _providers(name: str, device: torch.device) -> list[Any]:
             f"this ONNX Runtime has no {name} provider (it has {here}): "
             "pip install onnxruntime-gpu, or use --device cpu"
         )
-    return [(wanted, {} if name == "cpu" else {"device_id": device.index or 0})]
+    if name == "cpu":
+        return [(wanted, {})]
+    place = {"device_id": device.index or 0}
+    # By default it rounds to TensorFloat-32 whatever torch does.
+    cuda = PROVIDERS["cuda"], {**place, "use_tf32": int(torch.get_float32_matmul_precision() != "highest")}
+    return [cuda] if name == "cuda" else [(wanted, place), cuda]  # CUDA takes what TensorRT leaves
+
+
+def _require_started(wanted: str, started: Sequence[str]) -> None:
+    """Raises UserError where ONNX Runtime went on without a provider whose libraries do not load."""
+    if wanted not in started:
+        raise UserError(
+            f"{wanted} of ONNX Runtime did not start, only {', '.join(started)}: its CUDA, cuDNN or TensorRT "
+            "libraries do not load here; install onnxruntime-gpu for the CUDA of this PyTorch"
+        )
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """Which GPU "cuda" is: ONNX Runtime has no current one."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    """What to say of a file that ONNX Runtime does not open."""
+    data = data_of(path)
+    if "external" not in str(error).lower():
+        return f"{path}: ONNX Runtime does not open it ({_line(error)}); export it anew"
+    state = "is not the one that was written with it" if data.is_file() else "is missing"
+    return f"{path}: its weights are in {data.name} beside it, which {state}; copy both together, or export it anew"
 
 
 def _single(x: Tensor) -> Tensor:

@@ -241,8 +241,8 @@ class OnnxGraph:
     def _unexpanded(self, x: Value) -> Value:
         return self.source(x, "Expand") or x
 
-    def live(self, outputs: Sequence[Value]) -> tuple[list[Record], dict[str, Array]]:
-        """The operations and constants that the outputs depend on."""
+    def live(self, outputs: Sequence[Value]) -> tuple[list[Record], list[str]]:
+        """The operations, and names of the constants, that the outputs depend on."""
         wanted, records = {value.name for value in outputs}, []
         for record in reversed(self.records):
             if not wanted & set(record.outputs):
@@ -251,7 +251,7 @@ class OnnxGraph:
                 record.outputs.pop()
             records.append(record)
             wanted |= set(record.inputs)
-        return records[::-1], {name: array for name, array in self.constants.items() if name in wanted}
+        return records[::-1], [name for name in self.constants if name in wanted]
 
 
 _FOLDED = {

@@ -50,7 +50,7 @@ def number(g: OnnxGraph, x: Any, dtype: Any) -> Value:
 _UNARY = {
     aten.neg: "Neg", aten.exp: "Exp", aten.log: "Log", aten.sqrt: "Sqrt", aten.reciprocal: "Reciprocal",
     aten.cos: "Cos", aten.sin: "Sin", aten.sigmoid: "Sigmoid", aten.tanh: "Tanh", aten.relu: "Relu", aten.abs: "Abs",
-    aten.acos: "Acos", aten.erf: "Erf", aten.floor: "Floor", aten.sign: "Sign", aten.logical_not: "Not",
+    aten.atan: "Atan", aten.erf: "Erf", aten.floor: "Floor", aten.sign: "Sign", aten.logical_not: "Not",
 }  # fmt: skip
 _COMPARISONS = {
     aten.ge: "GreaterOrEqual", aten.le: "LessOrEqual", aten.gt: "Greater", aten.lt: "Less", aten.eq: "Equal",

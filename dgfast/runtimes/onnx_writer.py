@@ -31,7 +31,7 @@ def convert(
     outputs: Sequence[str],
     *,
     dynamic: bool = False,
-    opset: int = 20,
+    opset: int = OLDEST_OPSET,
     rank_4: bool = False,
 ) -> Any:
     """The `onnx.ModelProto` of `function`: default domain, no local functions, no training operations.
@@ -217,10 +217,12 @@ def _model(graph: OnnxGraph, results: Sequence[Value], outputs: Sequence[str], o
         "dgfast",
         [info(value.name, value) for value in graph.inputs],
         [info(name, value) for name, value in zip(outputs, named, strict=True)],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     opsets = [helper.make_opsetid("", opset)]
-    return helper.make_model(proto, opset_imports=opsets, ir_version=10, producer_name="dgfast")
+    model = helper.make_model(proto, opset_imports=opsets, ir_version=10, producer_name="dgfast")
+    for name in constants:  # last, and each given up: the helpers copy what they are given, and it may be gigabytes
+        model.graph.initializer.append(numpy_helper.from_array(graph.constants.pop(name), name))
+    return model
 
 
 def _attribute(value: Any) -> Any:
