@@ -29,7 +29,7 @@ _MOST_CHANNELS = 8192
 _PLAIN = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, not transposed, its padding, groups
 _TOLERANCE = 1e-4  # of the largest value, when the compiled code is proved
 
-_WORTHWHILE = 12
+_WORTHWHILE = 8
 """Multiplications a number that is moved, C K / (C + K): with less, moving to the points takes what it saves."""
 _LEAST_PIXELS = 256
 """Of a batch. Weights at the points take four times the memory, and all of it is read: too much for few pixels."""
