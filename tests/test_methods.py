@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import golden_onnx, parity
+from benchmarks import golden, parity
 
 
 @pytest.mark.parametrize("name", parity.METHODS)
@@ -18,12 +18,15 @@ def test_methods_draw_the_same_in_every_runtime(name: str) -> None:
         assert row.moved > 1e-2 or name == "one-step", f"the guidance does nothing, so nothing is compared: {row}"
 
 
-def test_golden_networks_through_onnx_are_judged(
+def test_golden_networks_are_judged_in_each_runtime(
     own_golden_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("golden_fill.py", "dit_small_patch4.npz", "dg_vpsde.npz"):  # the last one has no network
         shutil.copy(own_golden_folder / name, tmp_path)
-    done = CliRunner().invoke(golden_onnx.main, ["--golden", str(tmp_path)])
+    done = CliRunner().invoke(golden.main, ["--golden", str(tmp_path)])
     assert done.exit_code == 0 and "dit_small_patch4" in done.output and "vpsde" not in done.output, done.output
-    monkeypatch.setattr(golden_onnx, "TOLERANCE", 1e-12)
-    assert CliRunner().invoke(golden_onnx.main, ["--golden", str(tmp_path)]).exit_code == 1
+    for runtime in golden.RUNTIMES:
+        build, _ = golden.RUNTIMES[runtime]
+        monkeypatch.setitem(golden.RUNTIMES, runtime, (build, 1e-12))
+        assert CliRunner().invoke(golden.main, ["--golden", str(tmp_path)]).exit_code == 1, runtime
+        monkeypatch.undo()
