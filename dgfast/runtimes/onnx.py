@@ -150,8 +150,9 @@ class OnnxEngine:
             raise UserError(f"{path}: no such file; export one with python export/to_onnx.py")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
-        # Waiting threads that spin hold the cores that PyTorch's own need between two calls.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Threads that spin until the next operation save a wake-up each time; those that go on after a call hold the
+        # cores that PyTorch's own need between two calls.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "300")
         options.log_severity_level = 3
         providers = _providers(provider or self.device.type, self.device)
         try:
