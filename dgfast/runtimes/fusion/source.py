@@ -318,6 +318,8 @@ _HEAD = """
 #define SYNC if (together > 1) {{ _Pragma("omp barrier") }}
 extern "C" void run(long samples, long threads, float *workspace, void *const *tensors) {{"""
 
+# Each core takes neighbouring samples, as libraries do, and the last one first: what the operation before wrote last,
+# and what the next one reads first, is still in that core's cache.
 _SAMPLES = """  #pragma omp parallel num_threads(threads)
   {
     const long count = omp_get_num_threads(), thread = omp_get_thread_num();
@@ -326,9 +328,9 @@ _SAMPLES = """  #pragma omp parallel num_threads(threads)
     float *own = workspace + threads * SCRATCH + thread * SUMS;
     const float *mates = workspace + threads * SCRATCH + crew * together * SUMS;
     float *__restrict__ scratch = workspace + crew * SCRATCH;
-    for (long first = 0; first < samples; first += crews) {
-    const long b = first + crew;
-    const int busy = crew < crews && b < samples;"""
+    const long begin = together > 1 ? crew : samples * crew / crews;
+    for (long b = together > 1 ? crew : samples * (crew + 1) / crews - 1; b >= begin; --b) {
+    const int busy = b < samples;"""
 
 _TAIL = """    }
   }

@@ -87,14 +87,15 @@ extern "C" void run(long samples, long threads, float *workspace, void *const *t
     const long count = omp_get_num_threads(), thread = omp_get_thread_num(), together = shared ? count : 1;
     const long crews = count / together, crew = thread / together, part = thread % together;
     float *in = workspace + crew * POINTS * (in_step + out_step), *sums = in + POINTS * in_step;
-    for (long first = 0; first < tiles; first += crews * chunk) {
-      const long start = first + crew * chunk, n = start < tiles ? least(chunk, tiles - start) : 0;
+    const long end = tiles * (crew + 1) / crews;
+    for (long start = tiles * crew / crews; start < end; start += chunk) {
+      const long n = least(chunk, end - start);
       for (long t = n * part / together; t < n * (part + 1) / together; ++t)
         read_tile(Tile(start + t, down, across), x, height, width, channels, in + t * channels, in_step);
       if (together > 1) {
 #pragma omp barrier
       }
-      for (long job = jobs * part / together; n && job < jobs * (part + 1) / together; ++job) {
+      for (long job = jobs * part / together; job < jobs * (part + 1) / together; ++job) {
         const long point = job / panels, f = job % panels * PANEL;
         product(n, least(PANEL, filters - f), channels, in + point * in_step, channels, 1,
                 weights + job * channels * PANEL, sums + point * out_step + f, filters, 0);
