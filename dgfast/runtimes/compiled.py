@@ -38,16 +38,25 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
         _require_inductor()
         graph = lowered(function, example)
         return concurrent(graph, by_inductor) if len(first) <= MOST_SAMPLES else by_inductor(graph)
-    library.compiler()
     keep_freed_memory()
+    return _without_grad(on_cpu(function, example, len(first)))
+
+
+def on_cpu(function: Function, example: Sequence[Tensor | None], batch: int) -> GraphModule:
+    """The lowered graph, each node of which is a call of compiled code or of a library.
+
+    Args:
+        batch: samples in the tensors of `example`.
+    """
+    library.compiler()
     with without_collecting():
         graph = lowered(function, example)
-        regions.fuse(graph, len(first))
+        regions.fuse(graph, batch)
         winograd.replace(graph)
         attention.replace(graph)
         if onednn.available():
             onednn.pack(graph)
-    return _without_grad(graph)
+    return graph
 
 
 def by_inductor(graph: nn.Module) -> Function:

@@ -74,6 +74,9 @@ class Attention(nn.Module):
         self._function(batch, threads, workspace.data_ptr(), pointers)
         return tuple(results)
 
+    def _get_name(self) -> str:
+        return "AttentionGradient" if self._backward else "Attention"
+
     def _floats(self, rows: int, keys: int, depth: int) -> int:
         """What a core needs beside the tensors, counted as the code does."""
         panel = 2 * lanes()
