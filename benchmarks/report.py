@@ -97,7 +97,8 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("times as fast as eager, in the same run")
-    axes.legend(loc="lower right")
+    axes.margins(x=0.1)  # room for the labels
+    figure.legend(loc="outside upper right", ncols=len(groups))
     figure.savefig(path)
 
 
