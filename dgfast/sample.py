@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **
         _require_fit(engine, found, None if one_step else (sampling, guidance))
 
     def make(runtime: str) -> Any:
-        keywords = _keywords(runtime, device, engine, one_step)
+        keywords = _keywords(runtime, device, engine, one_step, options["provider"])
         if one_step:
             return OneStep(networks, device, **keywords)
         return Sampler(networks, sampling, guidance, device, **keywords)
@@ -188,7 +189,7 @@ def _runtime(options: dict[str, Any]) -> str:
     return runtime
 
 
-def _keywords(runtime: str, device: Any, engine: Any, one_step: bool) -> dict[str, Any]:
+def _keywords(runtime: str, device: Any, engine: Any, one_step: bool, provider: str | None) -> dict[str, Any]:
     """What a sampler takes to run in this runtime."""
     if engine is not None:
         from dgfast.engines import generated_by, guided_by
@@ -197,7 +198,7 @@ def _keywords(runtime: str, device: Any, engine: Any, one_step: bool) -> dict[st
     if runtime == "onnx":
         from dgfast.runtimes import onnx
 
-        return {"runtime": onnx.build}
+        return {"runtime": partial(onnx.build, provider=provider)}
     if runtime == "compiled":
         from dgfast.runtimes import compiled, cuda_graph
 

@@ -322,6 +322,7 @@ def test_engine_options_must_agree(bundle: Bundle, tmp_path: Path) -> None:
         (["--compile", "--runtime", "onnx"], "contradict each other"),
         (["--engine", "file.onnx"], "--engine goes with --runtime onnx"),
         (["--runtime", "onnx", "--engine", str(tmp_path / "none.onnx")], "no such file"),
+        (["--runtime", "onnx", "--provider", "tensorrt"], "has no tensorrt provider"),
     ):
         done = _sample(bundle, tmp_path / "out", *options)
         assert done.exit_code == 2 and message in done.output, done.output

@@ -28,14 +28,17 @@ LIMIT = 2**31 - 2**24
 """Most bytes of weights in a file: protobuf's 2 GB, less some room for what is not weights."""
 
 
-def build(function: Function, example: Sequence[Tensor | None]) -> Function:
+def build(function: Function, example: Sequence[Tensor | None], provider: str | None = None) -> Function:
     """`function` exported for the shapes of `example` and opened on the device of its tensors.
 
     Values agree with `function` to float32 rounding. On a CPU every thread computes a part of a large batch of its own:
     threads that share each operation would wait for one another after each, some thousand times a call.
 
+    Args:
+        provider: "cpu", "cuda" or "tensorrt"; None: what suits the device of the tensors.
+
     Raises:
-        UserError: the function cannot be exported, onnx or ONNX Runtime is missing or has no provider for the device.
+        UserError: the function cannot be exported, onnx or ONNX Runtime is missing or has no such provider.
     """
     from dgfast.runtimes.onnx_writer import convert
 
@@ -50,14 +53,14 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
     require("onnx")
     first = next(iter(given.values()))
     threads = torch.get_num_threads()
-    parts = _parts(len(first), threads) if first.device.type == "cpu" else 1
+    parts = _parts(len(first), threads) if (provider or first.device.type) == "cpu" else 1
     model = convert(of_given, {name: x[: len(x) // parts] for name, x in given.items()}, outputs)
     if parts > 1 and _mixes_samples(model):
         parts, model = 1, convert(of_given, given, outputs)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "function.onnx"
         save(model, path)
-        engine = OnnxEngine(path, first.device, threads=1 if parts > 1 else threads)
+        engine = OnnxEngine(path, first.device, provider, threads=1 if parts > 1 else threads)
 
     pool = ThreadPoolExecutor(parts)
 
