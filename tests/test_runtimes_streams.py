@@ -91,8 +91,8 @@ class Recorder:
         return f"side{self._count}"
 
     @contextmanager
-    def _within(self, stream: "Stream") -> Iterator[None]:
-        before, self.current = self.current, stream.name
+    def _within(self, stream: "Stream | None") -> Iterator[None]:
+        before, self.current = self.current, stream.name if stream else self.current
         yield
         self.current = before
 
@@ -121,6 +121,8 @@ def test_streams_wait_for_what_they_read(monkeypatch: pytest.MonkeyPatch) -> Non
     ran = [event for event in recorder.events if event[1] == "runs"]
     assert sorted(event[2] for event in ran if event[2] != "0") == ["1", "2"] and ran[0] == ("main", "runs", "0")
     joined = ("main", "waits for", "side1")
+    forked, branches = recorder.events.index(side[0]), [event for event in ran if event[2] != "0"]
+    assert all(recorder.events.index(event) > forked for event in branches), "one network waits for the other"
     last = max(i for i, event in enumerate(recorder.events) if event[1] == "runs")
     assert joined in recorder.events[recorder.events.index(side[1]) : last], "read before it is there"
     assert recorder.events[-1] == joined, "a branch's own result is handed out before it is there"

@@ -60,21 +60,24 @@ class Concurrent:
         self._graph = parts
 
     def __call__(self, *arguments: Any) -> Any:
+        self._forked = False
         # Nothing is freed before the end: memory that one stream still reads must not be given to another.
         results = _Runner(self._graph, garbage_collect_values=False).through(self._call, arguments)
         self._wait()
         return results
 
     def _call(self, name: str, arguments: Sequence[Any]) -> Any:
-        here = torch.cuda.current_stream()
-        if name in self._streams:
-            stream = self._streams[name]
-            stream.wait_stream(here)
-            with torch.cuda.stream(stream):
-                return self._parts[name](*arguments)
-        if name.endswith(_LAST):
-            self._wait()
-        return self._parts[name](*arguments)
+        if name.endswith((_FIRST, _LAST)):
+            if name.endswith(_LAST):
+                self._wait()
+            self._forked = False
+            return self._parts[name](*arguments)
+        if not self._forked:  # before the first branch, which goes on in this stream: none must wait for another
+            for stream in self._streams.values():
+                stream.wait_stream(torch.cuda.current_stream())
+            self._forked = True
+        with torch.cuda.stream(self._streams.get(name)):
+            return self._parts[name](*arguments)
 
     def _wait(self) -> None:
         for stream in self._streams.values():
