@@ -42,8 +42,9 @@ class Briefly(Joint):
 @click.command(help=__doc__)
 @click.option("--workload", "name", type=click.Choice(list(WORKLOADS)), required=True)
 @click.option("--dtype", type=click.Choice(["float32", "fp16"]), default="float32", show_default=True)
+@click.option("--for", "target", type=click.Choice(["onnxruntime", "tensorrt"]), default="onnxruntime")
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the file there.")
-def main(name: str, dtype: str, out: Path | None) -> None:
+def main(name: str, dtype: str, target: str, out: Path | None) -> None:
     workload, began = WORKLOADS[name](), time.perf_counter()
     networks = workload.load(torch.device("cpu"), torch.float32)
     subject = Briefly(**vars(joint(networks, workload.sampling, workload.guidance)))
@@ -57,7 +58,8 @@ def main(name: str, dtype: str, out: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
         report = export(
-            subject, path, batch=1, dtype=dtype, opset=OPSET, metadata={"workload": name, "what": subject.what},
+            subject, path, batch=1, dtype=dtype, opset=OPSET, rank_4=target == "tensorrt",
+            metadata={"workload": name, "what": subject.what, "for": target},
             say=lambda line: click.echo(f"{line}\nwritten in {time.perf_counter() - began:.0f} s"),
         )  # fmt: skip
         seconds = time.perf_counter() - began

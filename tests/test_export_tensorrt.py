@@ -5,14 +5,19 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
 
+from benchmarks.workloads import WORKLOADS
 from dgfast.bundle import Bundle
 from dgfast.errors import UserError
 from dgfast.export import to_trt
+from dgfast.export.engine_builder import parse
+from dgfast.export.joint_graph import joint
 from dgfast.runtimes import engine_file
 from dgfast.runtimes import onnx as runtime
 from dgfast.runtimes.engine_file import EngineFile
+from dgfast.runtimes.onnx_writer import convert
 from dgfast.runtimes.tensorrt_library import find
 
 try:
@@ -64,3 +69,13 @@ def test_trt_reads_weights_that_are_beside_the_file(
     for options in (["--parse-only"], ["--dtype", "fp16"]):
         done = CliRunner().invoke(to_trt.main, ["--onnx", str(path), *options, "--out", str(tmp_path / "again")])
         assert done.exit_code == 2 and f"{path.name}.data" in done.output, done.output
+
+
+def test_trt_parses_the_full_size_guided_step(tmp_path: Path) -> None:
+    """EDM's CIFAR-10 network with its discriminator and the gradient; building it takes too long here."""
+    made = WORKLOADS["edm-cifar10"]()
+    subject = joint(made.load(torch.device("cpu"), torch.float32), made.sampling, made.guidance, "denoiser")
+    example = dict(subject.case("example", [1.0], seed=1).inputs)
+    runtime.save(convert(subject.function, example, subject.outputs, rank_4=True), tmp_path / "full.onnx")
+    assert (tmp_path / "full.onnx").stat().st_size > 4e8
+    assert parse(find("tensorrt-rtx")[1], tmp_path / "full.onnx") > 5000
