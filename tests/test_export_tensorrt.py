@@ -72,7 +72,7 @@ def test_trt_reads_weights_that_are_beside_the_file(
 
 
 def test_trt_parses_the_full_size_guided_step(tmp_path: Path) -> None:
-    """EDM's CIFAR-10 network with its discriminator and the gradient; building it takes too long here."""
+    """EDM's CIFAR-10 network with its discriminator and the gradient."""
     made = WORKLOADS["edm-cifar10"]()
     subject = joint(made.load(torch.device("cpu"), torch.float32), made.sampling, made.guidance, "denoiser")
     example = dict(subject.case("example", [1.0], seed=1).inputs)
