@@ -1,0 +1,10 @@
+"""What each ATen operation of a lowered graph is in ONNX: one table, a file for each kind of operation.
+
+Gradients of activations, softmax, pooling and slices are written as the inference operations that they are. Results
+that only a backward operation would read (a normalisation's statistics) are kept in float32.
+"""
+
+from dgfast.runtimes.onnx_ops import elementwise, layout, products, resampling, sums  # each enters its operations
+from dgfast.runtimes.onnx_ops.table import TABLE, NoFormError, Out
+
+__all__ = ["TABLE", "NoFormError", "Out", "elementwise", "layout", "products", "resampling", "sums"]
