@@ -1,5 +1,8 @@
 """Compiled code returns what eager does, keeps nothing, and serves other weights."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,3 +113,25 @@ def test_runtimes_inductor_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -
     graph = lower(trace(lambda x: (x * 2,), [torch.ones(2)]), [torch.ones(2)])
     with pytest.raises(UserError, match=r"torch.compile failed: .*; run without --compile, or with --compile=try"):
         compiled.by_inductor(graph)(torch.ones(2))
+
+
+_ON_CUDA = """
+from dgfast.errors import UserError
+from dgfast.runtimes import compiled
+
+class OnCuda:  # all that `build` asks of its example before it asks for Triton
+    is_cuda = True
+
+try:
+    compiled.build(lambda x: (x,), [OnCuda()])
+except UserError as error:
+    print(error.message)
+"""
+
+
+def test_runtimes_compiled_on_cuda_asks_for_triton_in_a_fresh_process() -> None:
+    """Here other tests have imported what torch itself leaves out; a user's process has not."""
+    without_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    made = subprocess.run([sys.executable, "-c", _ON_CUDA], capture_output=True, text=True, env=without_gpu)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.startswith("--compile on CUDA needs Triton")

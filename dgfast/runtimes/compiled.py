@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._triton import has_triton
 
 from dgfast.devices import keep_freed_memory
 from dgfast.errors import UserError
@@ -90,5 +91,5 @@ def _without_grad(graph: GraphModule) -> Function:
 def _require_inductor() -> None:
     """Inductor compiles its host code with a C++ compiler."""
     library.compiler()
-    if not torch.utils._triton.has_triton():
+    if not has_triton():
         raise UserError("--compile on CUDA needs Triton: pip install triton (Linux), or run without --compile")
