@@ -15,8 +15,8 @@ from dgfast.errors import UserError
 JSON_BYTES = 8 * 2**20
 """Of a file of JSON, and of the header of a safetensors file, which takes about 100 bytes a tensor."""
 
-JSON_NESTING = 20
-"""Lists and objects within one another; a bundle's metrics may have a few."""
+JSON_ITEMS, JSON_NESTING = 1_000_000, 20
+"""Brackets and commas in a text of JSON; lists and objects within one another."""
 
 PICKLE_STEPS = 4_000_000
 """Of all programs in one file. A tensor takes about 30; what a step makes takes about 200 bytes at most."""
@@ -58,22 +58,34 @@ def read_json(path: Path) -> Any:
     """The JSON in a file.
 
     Raises:
-        UserError: the file cannot be read. ValueError: see `parse_json`.
+        UserError: the file cannot be read. ValueError: it is too large, or see `parse_json`.
     """
     with open_file(path) as stream:
-        return parse_json(stream.read(JSON_BYTES + 1))
+        return parse_json(read_text(stream, JSON_BYTES + 1))
 
 
-def parse_json(content: bytes) -> Any:
+def read_text(stream: IO[bytes], length: int) -> str:
+    """So many bytes of the file, or what is left of it.
+
+    Raises:
+        ValueError: more than `JSON_BYTES`.
+    """
+    content = stream.read(min(length, JSON_BYTES + 1))
+    if len(content) > JSON_BYTES:
+        raise ValueError(f"it has more than {JSON_BYTES:,} bytes of JSON")
+    return content.decode()
+
+
+def parse_json(text: str) -> Any:
     """The value of a text of JSON.
 
     Raises:
-        ValueError: broken, too long, nested too deeply, with NaN, infinity, or a name that stands twice in an object.
+        ValueError: broken, of too many items, nested too deeply, with NaN, infinity, or a name twice in an object.
     """
-    if len(content) > JSON_BYTES:
-        raise ValueError(f"it has more than {JSON_BYTES:,} bytes")
+    if sum(map(text.count, "[{,")) > JSON_ITEMS:
+        raise ValueError(f"it has more than {JSON_ITEMS:,} items")
     try:
-        value = json.loads(content.decode(), object_pairs_hook=_object, parse_constant=_no_number)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     level = [value]

@@ -43,7 +43,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             size = path.stat().st_size - 8
             if length > size:
                 raise ValueError("it is cut short")
-            for name, entry in bounds.parse_json(stream.read(min(length, bounds.JSON_BYTES + 1))).items():
+            for name, entry in bounds.parse_json(bounds.read_text(stream, length)).items():
                 if name != "__metadata__":
                     _check_entry(name, entry, size - length)
             return load_file(path)
