@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dgfast.options import Command, Group, option
+
 if TYPE_CHECKING:
     import torch
 
@@ -26,13 +28,17 @@ _YARDSTICK = 2000  # training images in the first row
 _CHUNK = 250  # images a network call
 
 
-@click.command(help=__doc__)
+@click.command(cls=Command, help=__doc__)
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--bundle", default="mnist32", show_default=True, help="Whose features and discriminator judge.")
-@click.option("--data", default="mnist", show_default=True, help="`mnist`, or an npz with images and labels.")
-@click.option("--holdout", default=1000, show_default=True, help="Held-out images, as in training.")
-@click.option("--json", "report", type=click.Path(path_type=Path), help="Write the numbers there too.")
-@click.option("--device", help="cpu or cuda; default: what is there.")
+@option(
+    "--bundle", group=Group.INPUT, default="mnist32", show_default=True, help="Whose features and discriminator judge."
+)
+@option(
+    "--data", group=Group.INPUT, default="mnist", show_default=True, help="`mnist`, or an npz with images and labels."
+)
+@option("--holdout", group=Group.INPUT, default=1000, show_default=True, help="Held-out images, as in training.")
+@option("--json", "report", group=Group.OUTPUT, type=click.Path(path_type=Path), help="Write the numbers there too.")
+@option("--device", group=Group.RUNTIME, help="cpu or cuda; default: what is there.")
 def main(
     folders: tuple[Path, ...], bundle: str, data: str, holdout: int, report: Path | None, device: str | None
 ) -> None:

@@ -26,7 +26,7 @@ from dgfast.config import (
     SamplingConfig,
 )
 from dgfast.errors import UserError
-from dgfast.options import NUMBER, IntegerRanges, guidance_options
+from dgfast.options import NUMBER, Command, Group, IntegerRanges, guidance_options, option
 
 RUNTIMES = ("eager", "compiled", "onnx", "tensorrt")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
@@ -36,55 +36,137 @@ _SAMPLING = (
 )  # fmt: skip
 
 
-@click.command(help=__doc__)
-@click.option("--bundle", default="mnist32", show_default=True, help="Folder, or name of a bundle that comes along.")
-@click.option("--seeds", type=IntegerRanges(), default="0-63", show_default=True, help="One image a seed.")
-@click.option("--labels", type=IntegerRanges(), help="Classes, repeated over the seeds; default: drawn from the seeds.")
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
-@click.option("--one-step", is_flag=True, help="One forward of the bundle's generator, without solver and guidance.")
-@click.option("--steps", "num_steps", type=int, help="Noise levels above 0.")
-@click.option("--solver", type=click.Choice(SOLVERS))
-@click.option("--grid", "discretization", type=click.Choice(DISCRETIZATIONS), help="How noise levels are spaced.")
-@click.option("--schedule", type=click.Choice(SCHEDULES), help="sigma(t), the solver's time.")
-@click.option("--scaling", type=click.Choice(SCALINGS), help="s(t), the solver's signal scale.")
-@click.option("--sigma-min", type=NUMBER, help="Smallest noise level above 0.")
-@click.option("--sigma-max", type=NUMBER, help="Largest noise level.")
-@click.option("--rho", type=NUMBER, help="Exponent of the edm grid.")
-@click.option("--alpha", type=NUMBER, help="Heun's second point, as a share of the step.")
-@click.option("--s-churn", "S_churn", type=NUMBER, help="Noise added anew over the run.")
-@click.option("--s-min", "S_min", type=NUMBER, help="Churn above this noise level only.")
-@click.option("--s-max", "S_max", type=float, help="Churn below this noise level only.")
-@click.option("--s-noise", "S_noise", type=NUMBER, help="Standard deviation of the added noise.")
-@click.option("--respacing", help="Timesteps of a discrete-time network to keep: 250, ddim25, 10,10,5.")
-@click.option("--eta", type=NUMBER, help="Noise of the ddim solver, from 0 to 1.")
-@click.option("--fixed-variance", type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none.")
+@click.command(cls=Command, help=__doc__)
+@option(
+    "--bundle",
+    group=Group.INPUT,
+    default="mnist32",
+    show_default=True,
+    help="Folder, or name of a bundle that comes along.",
+)
+@option("--seeds", group=Group.INPUT, type=IntegerRanges(), default="0-63", show_default=True, help="One image a seed.")
+@option(
+    "--labels",
+    group=Group.INPUT,
+    type=IntegerRanges(),
+    help="Classes, repeated over the seeds; default: drawn from the seeds.",
+)
+@option(
+    "--batch", group=Group.RUNTIME, type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time."
+)
+@option(
+    "--one-step",
+    group=Group.INPUT,
+    is_flag=True,
+    help="One forward of the bundle's generator, without solver and guidance.",
+)
+@option("--steps", "num_steps", group=Group.SOLVER, type=int, metavar="N", help="Noise levels above 0.")
+@option("--solver", group=Group.SOLVER, type=click.Choice(SOLVERS), help="What integrates the ODE or SDE.")
+@option(
+    "--grid",
+    "discretization",
+    group=Group.SOLVER,
+    type=click.Choice(DISCRETIZATIONS),
+    help="How noise levels are spaced.",
+)
+@option("--schedule", group=Group.SOLVER, type=click.Choice(SCHEDULES), help="sigma(t), the solver's time.")
+@option("--scaling", group=Group.SOLVER, type=click.Choice(SCALINGS), help="s(t), the solver's signal scale.")
+@option(
+    "--sigma-min",
+    group=Group.SOLVER,
+    type=NUMBER,
+    metavar="sigma",
+    help="Smallest noise level above 0; default: the grid's own.",
+)
+@option(
+    "--sigma-max",
+    group=Group.SOLVER,
+    type=NUMBER,
+    metavar="sigma",
+    help="Largest noise level; default: the grid's own.",
+)
+@option("--rho", group=Group.SOLVER, type=NUMBER, metavar="rho", help="Exponent of the edm grid.")
+@option(
+    "--alpha", group=Group.SOLVER, type=NUMBER, metavar="alpha", help="Heun's second point, as a share of the step."
+)
+@option(
+    "--s-churn", "S_churn", group=Group.SOLVER, type=NUMBER, metavar="S_churn", help="Noise added anew over the run."
+)
+@option("--s-min", "S_min", group=Group.SOLVER, type=NUMBER, metavar="S_min", help="Churn above this noise level only.")
+@option("--s-max", "S_max", group=Group.SOLVER, type=float, metavar="S_max", help="Churn below this noise level only.")
+@option(
+    "--s-noise",
+    "S_noise",
+    group=Group.SOLVER,
+    type=NUMBER,
+    metavar="S_noise",
+    help="Standard deviation of the added noise.",
+)
+@option("--respacing", group=Group.SOLVER, help="Timesteps of a discrete-time network to keep: 250, ddim25, 10,10,5.")
+@option("--eta", group=Group.SOLVER, type=NUMBER, metavar="eta", help="Noise of the ddim solver, from 0 to 1.")
+@option(
+    "--fixed-variance", group=Group.SOLVER, type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none."
+)
 @guidance_options
-@click.option("--dg-every", type=int, help="Compute the discriminator's gradient at every so many guided calls only.")
-@click.option("--dg-reuse", type=click.Choice(REUSES), help="What the calls between use.")
-@click.option("--dtype", type=click.Choice(["float32", "tf32", "bf16", "fp16"]), default="float32", show_default=True)
-@click.option("--device", help="cpu, cuda, cuda:1, ...; default: what is there.")
-@click.option(
+@option(
+    "--dg-every",
+    group=Group.DISCRIMINATOR,
+    type=int,
+    metavar="K",
+    help="Compute the discriminator's gradient at every so many guided calls only.",
+)
+@option("--dg-reuse", group=Group.DISCRIMINATOR, type=click.Choice(REUSES), help="What the calls between use.")
+@option(
+    "--dtype",
+    group=Group.RUNTIME,
+    type=click.Choice(["float32", "tf32", "bf16", "fp16"]),
+    default="float32",
+    show_default=True,
+    help="Of the networks; the solver's state stays float64.",
+)
+@option("--device", group=Group.RUNTIME, help="cpu, cuda, cuda:1, ...; default: what is there.")
+@option(
     "--compile",
     "compiled",
+    group=Group.RUNTIME,
     type=click.Choice(["always", "try"]),
     is_flag=False,
     flag_value="always",
     help="Compile the guided denoiser before sampling; --compile=try samples without where that can't be done.",
 )
-@click.option("--vae", help="What decodes latents: folder or hub name; default: the bundle's own.")
-@click.option(
+@option("--vae", group=Group.INPUT, help="What decodes latents: folder or hub name; default: the bundle's own.")
+@option(
     "--runtime",
+    group=Group.RUNTIME,
     type=click.Choice(RUNTIMES),
     help="What executes the guided denoiser; --compile is short for --runtime compiled.  [default: eager]",
 )
-@click.option(
-    "--engine", type=click.Path(path_type=Path), help="A file of export/to_onnx.py for --runtime onnx; default: export."
+@option(
+    "--engine",
+    group=Group.INPUT,
+    type=click.Path(path_type=Path),
+    help="A file of export/to_onnx.py for --runtime onnx; default: export.",
 )
-@click.option("--provider", type=click.Choice(PROVIDERS), help="ONNX Runtime's; default: the device's.")
-@click.option("--kernels", type=click.Choice(["reference", "triton"]), default="reference", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="A new folder.")
-@click.option(
-    "--format", "formats", multiple=True, type=click.Choice(["png", "npz"]), default=("png", "npz"), show_default=True
+@option("--provider", group=Group.RUNTIME, type=click.Choice(PROVIDERS), help="ONNX Runtime's; default: the device's.")
+@option(
+    "--kernels",
+    group=Group.RUNTIME,
+    type=click.Choice(["reference", "triton"]),
+    default="reference",
+    show_default=True,
+    help="Plain PyTorch, or Triton's where there are some.",
+)
+@option(
+    "--out", group=Group.OUTPUT, type=click.Path(path_type=Path), default="out", show_default=True, help="A new folder."
+)
+@option(
+    "--format",
+    "formats",
+    group=Group.OUTPUT,
+    multiple=True,
+    type=click.Choice(["png", "npz"]),
+    default=("png", "npz"),
+    show_default=True,
 )
 def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **options: Any) -> None:
     from dgfast import bundle as bundles
@@ -181,9 +263,9 @@ def _runtime(options: dict[str, Any]) -> str:
     runtime = options["runtime"] or short or "eager"
     if short not in (None, runtime):
         raise UserError(f"--compile and --runtime {runtime} contradict each other; give one of them")
-    for option, runtimes in (("engine", ("onnx", "tensorrt")), ("provider", ("onnx",))):
-        if options[option] and runtime not in runtimes:
-            raise UserError(f"--{option} goes with --runtime {' or '.join(runtimes)}, not with {runtime}")
+    for name, runtimes in (("engine", ("onnx", "tensorrt")), ("provider", ("onnx",))):
+        if options[name] and runtime not in runtimes:
+            raise UserError(f"--{name} goes with --runtime {' or '.join(runtimes)}, not with {runtime}")
     if runtime == "tensorrt" and not options["engine"]:
         raise UserError("--runtime tensorrt needs --engine FILE: build one with python export/to_trt.py")
     return runtime
