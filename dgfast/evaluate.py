@@ -44,13 +44,13 @@ def main(
 ) -> None:
     from dgfast import bundle as bundles
     from dgfast.devices import pick_device
-    from dgfast.outputs import read_shards
+    from dgfast.image_folder import read_images
     from dgfast.training.data import ImageSet, load_images, split
 
     found = bundles.read(bundle)
     train, held_out = split(load_images(data), holdout)
     yardstick = ImageSet(train.images[:_YARDSTICK], train.labels[:_YARDSTICK])
-    sets = {"training images": yardstick} | {str(folder): ImageSet(*read_shards(folder)) for folder in folders}
+    sets = {"training images": yardstick} | {str(folder): ImageSet(*read_images(folder)) for folder in folders}
     judge = _Judge(found, held_out, pick_device(device))
     rows = {name: judge(images) for name, images in sets.items()}
     _print_table(rows)

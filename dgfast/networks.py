@@ -81,7 +81,7 @@ def load(
         UserError: unknown or broken bundle, a network that `guidance` needs and the bundle lacks.
     """
     found = bundle if isinstance(bundle, bundles.Bundle) else bundles.read(bundle)
-    wanted = _wanted(found, guidance)
+    wanted = roles(found, guidance)
     nets: dict[str, Any] = {role: found.load(role, device, dtype) for role in wanted}
     trunk, head = nets.get("classifier"), nets.get("discriminator")
     if trunk is not None and not isinstance(trunk, EncoderUNetModel):
@@ -133,8 +133,11 @@ def _time(score: Any, schedule: str | None) -> Callable[[Tensor], Tensor]:
     return score.time if own else TIME_SCHEDULES[schedule or "linear"]
 
 
-def _wanted(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str]:
-    """Roles to load, what a guidance is named after before what it stands on."""
+def roles(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str]:
+    """Roles that these weights need, or for None all that a sampler knows.
+
+    What a guidance is named after stands before what it stands on.
+    """
     if guidance is None:
         return ["score", *(role for role in bundle.nets if role not in ("score", "features", "generator"))]
     discriminator = bool(guidance.dg_weight or guidance.dg_weight_2nd)

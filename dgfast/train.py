@@ -137,14 +137,14 @@ def features(**options: Any) -> None:
 )
 def discriminator(generated: Path, dg_weight: float, **options: Any) -> None:
     """DG's discriminator: a head on the frozen classifier, real against generated images."""
+    from dgfast.image_folder import read_images
     from dgfast.nets.discriminator import Discriminator
-    from dgfast.outputs import read_shards
     from dgfast.training.data import ImageSet, split
     from dgfast.training.discriminator import discriminator_loss, judge_by_sigma
 
     job = _Job("discriminator", **options)
     trunk: Any = job.bundle.load("classifier", job.device)
-    images, labels = read_shards(generated)
+    images, labels = read_images(generated)
     fakes, held_out_fakes = split(ImageSet(images, labels), len(images) // 5)
     keywords = {
         "image_size": trunk.feature_size, "in_channels": trunk.feature_channels, "model_channels": 48,

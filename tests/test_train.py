@@ -65,7 +65,10 @@ def test_train_makes_a_whole_bundle_that_samples(squares: Path, tmp_path: Path) 
     assert set(done.metrics["discriminator"]["held_out_by_sigma"]["1"]) == {"accuracy", "loss"}
     assert "python -m dgfast.train" in done.metrics["score"]["command"]
     result = CliRunner().invoke(sample, [*draw, "--out", str(tmp_path / "guided")])
-    assert result.exit_code == 0 and json.loads((tmp_path / "guided/manifest.json").read_text())["guidance_gradients"]
+    assert (
+        result.exit_code == 0
+        and json.loads((tmp_path / "guided/manifest.json").read_text())["runs"][0]["guidance_gradients"]
+    )
 
 
 def _line(net: nn.Module, batch: int) -> Tensor:
