@@ -49,7 +49,7 @@ class Team:
         """
         if not all(name in os.environ for name in _ENVIRONMENT) or os.environ["WORLD_SIZE"] == "1":
             return cls(_Alone())
-        from torch.distributed import PrefixStore, TCPStore
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not marked so
 
         try:
             rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
