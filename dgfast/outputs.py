@@ -127,7 +127,7 @@ def read_shards(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     paths = sorted(folder.glob("*.npz"))
     if not paths:
-        raise UserError(f"{folder}: no npz files; draw some with `python -m dgfast.sample --format npz --out {folder}`")
+        raise UserError(f"{folder}: no npz files; draw some with `dgfast sample --format npz --out {folder}`")
     images, labels = [], []
     for path in paths:
         try:
