@@ -24,6 +24,7 @@ import dgfast
 from benchmarks.quality import judged
 from dgfast import bundle as bundles
 from dgfast.config import NORMALIZATIONS, SOLVERS, GuidanceConfig
+from dgfast.extras import require
 from dgfast.outputs import to_uint8, write_images
 from dgfast.sampler import Sampler
 from dgfast.training.classifier import to_vp
@@ -51,6 +52,7 @@ _SHOWN = 20  # images a row of the picture
 def main(
     count: int, batch: int, solver: str, steps: int, normalize: str, settings: list[tuple[float, ...]], out: Path
 ) -> None:
+    require("matplotlib", "torchmetrics", "prdc", "mlxtend")
     out.mkdir(parents=True, exist_ok=True)
     found = bundles.read("mnist32")
     sampling = replace(found.sampling, solver=solver, num_steps=steps)

@@ -19,6 +19,7 @@ from torch import Tensor
 import dgfast
 from benchmarks.quality import judged
 from dgfast import bundle as bundles
+from dgfast.extras import require
 from dgfast.outputs import to_uint8, write_images
 from dgfast.runtimes import compiled
 from dgfast.sampler import Sampler
@@ -32,6 +33,7 @@ QUALITY = ("frechet", "precision", "recall", "log_ratio")
 @click.option("--batch", default=100, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A folder for reuse.json and reuse.png.")
 def main(count: int, batch: int, out: Path) -> None:
+    require("matplotlib", "torchmetrics", "prdc", "mlxtend")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         rows = _measure(count, batch, Path(scratch))

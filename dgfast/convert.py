@@ -1,4 +1,4 @@
-"""python -m dgfast.convert: put an official checkpoint into a bundle, without running code from it.
+"""Put an official checkpoint into a bundle, without running code from it.
 
 FILE is a network snapshot of NVIDIA's EDM (.pkl), which says itself what it is, or a state dict (.pt, .safetensors),
 whose --role must be given. OpenAI's score networks and classifiers, DG's discriminators and DiT are known by their

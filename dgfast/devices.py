@@ -24,7 +24,7 @@ def pick_device(name: str | None) -> torch.device:
     """The named device, or CUDA where there is one and the CPU elsewhere.
 
     Raises:
-        UserError: no such device on this machine.
+        UserError: no such device on this machine, or one without float64.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,8 +32,9 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise UserError(f"--device {name}: not usable here ({reason}); try --device cpu") from error
+    require_float64(device)
     return device
 
 
@@ -52,6 +53,19 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
     return seconds
+
+
+def require_float64(device: torch.device) -> None:
+    """
+    Raises:
+        UserError: the device has no float64, as Apple's (mps) has none.
+    """
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except TypeError as error:
+        raise UserError(
+            f"device {device.type} has no float64, in which noise levels and the sampler's state are held; use cpu"
+        ) from error
 
 
 def keep_freed_memory() -> None:

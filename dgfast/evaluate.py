@@ -1,4 +1,4 @@
-"""python -m dgfast.evaluate: how good the images of `python -m dgfast.sample` are.
+"""Measure how good the images of `dgfast sample` are.
 
 Compares each folder's shards with held-out real images in the features of the bundle's own small classifier: Frechet
 and kernel distance (torchmetrics), precision, recall, density and coverage (prdc), and the mean log-ratio of the
@@ -42,6 +42,9 @@ _CHUNK = 250  # images a network call
 def main(
     folders: tuple[Path, ...], bundle: str, data: str, holdout: int, report: Path | None, device: str | None
 ) -> None:
+    from dgfast.extras import require
+
+    require("torchmetrics", "prdc")
     from dgfast import bundle as bundles
     from dgfast.devices import pick_device
     from dgfast.image_folder import read_images

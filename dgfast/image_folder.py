@@ -50,7 +50,7 @@ def read_images(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     paths = paths or [path.name for path in folder.glob("*.npz") if not path.name.startswith("latents-")]
     paths = paths or [str(path.relative_to(folder)) for path in folder.glob("[0-9]*/[0-9]*.png")]
     if not paths:
-        raise UserError(f"{folder}: no images; draw some with `python -m dgfast.sample --out {folder}`")
+        raise UserError(f"{folder}: no images; draw some with `dgfast sample --out {folder}`")
     images, labels = read_files(folder, sorted(paths, key=lambda name: (len(name), name)))
     promised = promised_images(folder)
     if promised is not None and promised != len(images):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dgfast.errors import UserError
+from dgfast.extras import how_to_install
 
 if TYPE_CHECKING:
     from dgfast.bundle import Bundle
@@ -62,7 +63,7 @@ def _load(source: Path | str) -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise UserError(f"decoding latents needs diffusers ({error}): pip install 'dgfast[latent]'") from error
+        raise UserError(f"decoding latents needs diffusers ({error}): {how_to_install('diffusers')}") from error
     try:
         from_pretrained: Any = AutoencoderKL.from_pretrained  # which diffusers leaves untyped
         return from_pretrained(source, use_safetensors=True)  # its other format can run code

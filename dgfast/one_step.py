@@ -12,7 +12,7 @@ from torch import Tensor
 from dgfast import bundle as bundles
 from dgfast.devices import device_of, seconds_of
 from dgfast.errors import UserError
-from dgfast.networks import one_hot
+from dgfast.networks import described, one_hot
 from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
 from dgfast.sampler import Function, OnStep, Runtime
@@ -88,6 +88,14 @@ class OneStep:
         found = bundle if isinstance(bundle, bundles.Bundle) else bundles.read(bundle)
         generator = found.load("generator", device, dtype)
         return cls(generator, device, runtime, step_runtime)  # type: ignore[arg-type]  # a module types no attributes
+
+    def __repr__(self) -> str:
+        """Two lines: the generator, cost and device."""
+        classes = f"{self.generator.label_dim} classes" if self.generator.label_dim else "unconditional"
+        return (
+            f"OneStep: {described(self.generator)}, {self.generator.latent_dim} latents, {classes}\n"
+            f"  one forward an image; on {self.device}"
+        )
 
     def __call__(
         self,

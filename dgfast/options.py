@@ -50,12 +50,15 @@ class Option(click.Option):
         return (record[0], f"{record[1]}  [{bundle}: {value}]".strip()) if value else record
 
 
+_version = click.version_option(__version__, message="dgfast %(version)s")
+
+
 class Command(click.Command):
     """A command whose `--help` has sections and whose `--version` is dgfast's."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        click.version_option(__version__, message="dgfast %(version)s")(self)
+        _version(self)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_ARGUMENTS] = list(args)  # --help comes to its turn before --bundle does
@@ -81,6 +84,16 @@ class Command(click.Command):
         return folder.name, _defaults(folder / "bundle.json")
 
 
+class CommandGroup(click.Group):
+    """Commands of that kind under one name."""
+
+    command_class = Command
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        _version(self)
+
+
 _ARGUMENTS = f"{__name__}.arguments"
 _BUNDLE = "mnist32"
 
@@ -104,6 +117,11 @@ def _as_typed(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(":".join(map(_as_typed, v)) if isinstance(v, list | tuple) else _as_typed(v) for v in value)
     return value if isinstance(value, str) and value.isprintable() else ""
+
+
+def command_line() -> list[str]:
+    """The running command's arguments, as they were typed."""
+    return list(click.get_current_context().meta[_ARGUMENTS])
 
 
 def option(*names: str, group: Group, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -1,4 +1,4 @@
-"""python -m dgfast.sample: draw images.
+"""Draw images.
 
 With no option at all: 64 digits of the bundle mnist32 under discriminator guidance, into out/. What is not given on
 the command line is the bundle's own default.
@@ -159,7 +159,7 @@ _SAMPLING = (
     "--engine",
     group=Group.INPUT,
     type=click.Path(path_type=Path),
-    help="A file of export/to_onnx.py for --runtime onnx; default: export.",
+    help="What `python -m dgfast.export.to_onnx` or to_trt wrote; default: export to ONNX.",
 )
 @option("--provider", group=Group.RUNTIME, type=click.Choice(PROVIDERS), help="ONNX Runtime's; default: the device's.")
 @option(
@@ -301,7 +301,7 @@ def _runtime(options: dict[str, Any]) -> str:
         if options[name] and runtime not in runtimes:
             raise UserError(f"--{name} goes with --runtime {' or '.join(runtimes)}, not with {runtime}")
     if runtime == "tensorrt" and not options["engine"]:
-        raise UserError("--runtime tensorrt needs --engine FILE: build one with python export/to_trt.py")
+        raise UserError("--runtime tensorrt needs --engine FILE: build one with python -m dgfast.export.to_trt")
     return runtime
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dgfast.config import GuidanceConfig, SamplingConfig
-from dgfast.devices import device_of, seconds_of
+from dgfast.devices import device_of, require_float64, seconds_of
 from dgfast.errors import UserError
 from dgfast.guidance import (
     CarriedGradient,
@@ -69,11 +69,12 @@ class Sampler:
                 from the networks.
 
         Raises:
-            UserError: a guidance whose network is missing, or a grid that does not exist.
+            UserError: a guidance whose network is missing, a grid that does not exist, or a device without float64.
         """
         self.networks, self.guidance = networks, guidance
         net = networks.denoiser
         self.device, self.state_dtype = device_of(net) if device is None else torch.device(device), state_dtype
+        require_float64(self.device)
         self._runtime, self._step_runtime, self._engine = runtime, step_runtime, engine
         self._functions: dict[tuple[object, ...], Function] = {}
         low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
@@ -86,6 +87,16 @@ class Sampler:
         calls = [g for step in self.steps for g in (step.predictor, step.corrector) if g is not None]
         self.score_evaluations = sum(1 + sum(guidance.evaluations for guidance in call) for call in calls)
         self.guidance_gradients = sum(guidance.gradients for call in calls for guidance in call)
+
+    def __repr__(self) -> str:
+        """Two lines: solver and cost, guidance and device."""
+        weights = (f"{f.name}={getattr(self.guidance, f.name)!r}" for f in fields(self.guidance))
+        unset = {f"{f.name}={f.default!r}" for f in fields(self.guidance)}
+        return (
+            f"Sampler: {self.sampling.solver}, {len(self.steps)} steps from sigma {self.steps[0].sigma:.4g}, "
+            f"{self.score_evaluations} score evaluations and {self.guidance_gradients} guidance gradients an image\n"
+            f"  guidance: {', '.join(weight for weight in weights if weight not in unset) or 'none'}; on {self.device}"
+        )
 
     def __call__(
         self,

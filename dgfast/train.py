@@ -1,4 +1,4 @@
-"""python -m dgfast.train: train the networks of a bundle, one after the other.
+"""Train the networks of a bundle, one after the other.
 
 Each command adds one network to the bundle folder, with its held-out metrics. Interrupted, the same command goes on
 where it was; its state lies in BUNDLE/training/ROLE, which the finished bundle no longer needs.
@@ -6,7 +6,6 @@ where it was; its state lies in BUNDLE/training/ROLE, which the finished bundle 
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import click
 
-from dgfast.options import Command, Group, option
+from dgfast.options import CommandGroup, Group, command_line, option
 
 Callback = Callable[..., None]
 
@@ -60,12 +59,12 @@ def _shared(images: int, batch: int, lr: float, weight_decay: float, ema: float)
     return decorate
 
 
-@click.group(help=__doc__)
+@click.group(cls=CommandGroup, help=__doc__)
 def main() -> None:
     pass
 
 
-@main.command(cls=Command)
+@main.command()
 @_shared(images=320_000, batch=128, lr=2e-3, weight_decay=0.0, ema=0.999)
 @option("--role", group=Group.OUTPUT, type=click.Choice(["score", "reference"]), default="score", show_default=True)
 @option("--name", group=Group.OUTPUT, default=None, help="Name of a new bundle; default: its folder's.")
@@ -91,7 +90,7 @@ def score(role: str, name: str | None, license_text: str, provenance: str, **opt
     job.finish(net, {"held_out_loss": held_out}, **about)
 
 
-@main.command(cls=Command)
+@main.command()
 @_shared(images=160_000, batch=128, lr=2e-3, weight_decay=0.0, ema=0.999)
 def classifier(**options: Any) -> None:
     """A noise-aware ADM classifier, for classifier guidance and as the discriminator's trunk."""
@@ -110,7 +109,7 @@ def classifier(**options: Any) -> None:
     job.finish(net, {"held_out_accuracy_by_sigma": right}, time_schedule="linear")
 
 
-@main.command(cls=Command)
+@main.command()
 @_shared(images=160_000, batch=128, lr=2e-3, weight_decay=1e-4, ema=0.99)
 def features(**options: Any) -> None:
     """A small classifier of clean images, whose features `dgfast.evaluate` compares."""
@@ -122,11 +121,11 @@ def features(**options: Any) -> None:
     job.finish(net, {"held_out_accuracy": round(accuracy(net, job.held_out, job.device), 4)})
 
 
-@main.command(cls=Command)
+@main.command()
 @_shared(images=160_000, batch=128, lr=1e-3, weight_decay=1e-7, ema=0.999)
 @option(
     "--generated", group=Group.INPUT, required=True, type=click.Path(path_type=Path),
-    help="Unguided images of the same score net: a folder of `python -m dgfast.sample --format npz`.",
+    help="Unguided images of the same score net: a folder of `dgfast sample --format npz`.",
 )  # fmt: skip
 @option(
     "--dg-weight",
@@ -158,7 +157,7 @@ def discriminator(generated: Path, dg_weight: float, **options: Any) -> None:
     job.finish(net, {"held_out_by_sigma": judged}, guidance=replace(job.bundle.guidance, dg_weight=dg_weight))
 
 
-@main.command(cls=Command)
+@main.command()
 @_shared(images=224_000, batch=32, lr=1e-3, weight_decay=0.0, ema=0.999)
 @option(
     "--score-net", "score_json", group=Group.TRAINING, default="{}", help="The same as --net, for the score network."
@@ -237,7 +236,7 @@ class _Job:
     def finish(self, net: Any, metrics: dict[str, Any], time_schedule: str | None = None, **changes: Any) -> None:
         from dgfast import bundle
 
-        command = "python -m dgfast.train " + shlex.join(sys.argv[1:])
+        command = f"dgfast train {click.get_current_context().info_name} {shlex.join(command_line())}"
         parameters = sum(p.numel() for p in net.parameters())
         record = {"command": command, "parameters": parameters, **metrics}
         done = bundle.with_net(self.bundle, self.role, net, self._kind, self._keywords, time_schedule)

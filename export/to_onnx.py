@@ -1,4 +1,4 @@
-"""python export/to_onnx.py: one ONNX file with what a sampler calls, input gradients inside, or a one-step generator.
+"""Write one ONNX file with what a sampler calls, input gradients inside, or a one-step generator.
 
 The file lies in the folder only if ONNX Runtime, on inputs it had not seen, returned what eager float32 returns. Its
 parity report lies beside it in any case. What is not given is the bundle's own default.
@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-if __name__ == "__main__":  # this folder's files must not stand in for packages of the same names
+if __name__ == "__main__" and not __package__:  # run by its path: no file here stands in for a package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dgfast.options import Command, Group, function_options, option
@@ -62,11 +62,12 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in c
     help="A folder.",
 )
 def main(bundle: str, batch: int | None, dtype: str, opset: int, target: str, out: Path, **options: Any) -> None:
-    from dgfast.export import request
-    from dgfast.runtimes.onnx import files_of, require
+    from dgfast.extras import require
 
-    for package in ("onnx", "onnxruntime"):
-        require(package)
+    require("onnx", "onnxruntime")
+    from dgfast.export import request
+    from dgfast.runtimes.onnx import files_of
+
     asked = request.read(bundle, options)
     request.make_folder(out)
     began = time.perf_counter()

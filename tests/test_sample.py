@@ -281,7 +281,7 @@ def test_sample_kernels_without_triton_are_one_line(
     result = _run(tiny, tmp_path / "out", "--kernels", "triton")
     assert result.exit_code == 2, result.output
     (error,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
-    assert "Triton kernels cannot be imported" in error and "pip install triton" in error
+    assert "Triton kernels cannot be imported" in error and "pip install 'dgfast[triton]'" in error
     assert not list((tmp_path / "out").glob("*"))
 
 

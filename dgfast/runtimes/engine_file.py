@@ -145,7 +145,7 @@ def read(path: str | Path) -> EngineFile:
         raise
     except OSError as error:
         raise UserError(
-            f"{described}: can't be read ({error.strerror}); python export/to_trt.py makes engines"
+            f"{described}: can't be read ({error.strerror}); python -m dgfast.export.to_trt makes engines"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{described} is not the description of an engine: {error!r}") from error
