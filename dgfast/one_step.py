@@ -1,6 +1,5 @@
 """One forward an image: a generator in the place of a denoiser, a solver and its steps."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -119,7 +118,7 @@ class OneStep:
         class_labels = self.class_labels(drawn if labels is None else labels, len(latents))
         images = self._function(latents, class_labels)(latents, class_labels)[0]
         if on_step is not None:
-            changed = on_step(self.steps[0], images, images, images.new_full((len(images),), math.inf))
+            changed = on_step(self.steps[0], images, images, images.new_full((len(images),), OUTSIDE_WINDOW))
             images = images if changed is None else changed
         if not bool(images.isfinite().all()):
             raise UserError("the generator's images are NaN or infinite; use --dtype float32, or train it anew")

@@ -156,7 +156,8 @@ class Sampler:
             noise: called once a step, gives unit normal noise [B, C, H, W]; needed with churn, boosting, eta
                 and the ddpm solver alone.
             on_step: called after each step with the step, the state x [B, C, H, W] that it arrived at, and the
-                denoised images and log-ratios [B] that it set out from. A state that it returns takes the place of x.
+                denoised images and log-ratios [B] that it set out from (`guidance.OUTSIDE_WINDOW` where no
+                discriminator was asked). A state that it returns takes the place of x.
 
         Returns:
             x [B, C, H, W] in `state_dtype`, in clean-image coordinates.
