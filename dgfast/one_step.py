@@ -11,6 +11,7 @@ from torch import Tensor
 from dgfast import bundle as bundles
 from dgfast.devices import device_of, seconds_of
 from dgfast.errors import UserError
+from dgfast.guidance import OUTSIDE_WINDOW
 from dgfast.networks import described, one_hot
 from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
