@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -120,15 +120,15 @@ class Bundle:
             parameter.data = parameter.data.to(dtype)
         return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the networks that sampling may use: their kinds, keywords and files.
+    def fingerprint(self, roles: Collection[str] | None = None) -> str:
+        """SHA-256 over the networks of these roles: their kinds, keywords and files; None: all that sampling may use.
 
         Raises:
             UserError: a file that cannot be read.
         """
         digest = hashlib.sha256()
         for role, spec in sorted(self.nets.items()):
-            if role != "features":
+            if role != "features" if roles is None else role in roles:
                 digest.update(json.dumps([role, asdict(spec)], sort_keys=True).encode())
                 with bounds.open_file(self.folder / spec.file) as stream:
                     while piece := stream.read(_PIECE):

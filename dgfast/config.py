@@ -16,6 +16,12 @@ NORMALIZATIONS = ("none", "sample_l2", "channel_l2", "max_abs")
 CLEAN_TIMES = ("t", "0")
 MOST_LEVELS = 20_000
 """Noise levels of a grid or of a network, far more than any was trained with: a file may ask for a thousand million."""
+KEPT = ("npz", "png", "latents")
+"""Formats in which a job keeps its images, see `outputs.FORMATS`."""
+PRODUCTS = ("adm", "grid")
+"""Files that are made of all its images, or of the first ones, in the end."""
+GRID_IMAGES = 400
+"""The grid shows at most so many images."""
 
 
 @dataclass(frozen=True)

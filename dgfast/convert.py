@@ -1,4 +1,4 @@
-"""python -m dgfast.convert: put an official checkpoint into a bundle, without running code from it.
+"""Put an official checkpoint into a bundle, without running code from it.
 
 FILE is a network snapshot of NVIDIA's EDM (.pkl), which says itself what it is, or a state dict (.pt, .safetensors),
 whose --role must be given. OpenAI's score networks and classifiers, DG's discriminators and DiT are known by their
@@ -18,6 +18,7 @@ import click
 
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
+from dgfast.options import Command, Group, option
 
 if TYPE_CHECKING:  # torch takes longer to import than --help may take
     from torch import nn
@@ -30,18 +31,40 @@ _STATE_DICTS = (".pt", ".pth", ".safetensors")
 _DIT_WINDOW = (0.1011, 2.0)  # DiT-G++ guides at timesteps above 100: tau is 0.1006 at 100, 0.1016 at 101, 1.0034 at 999
 
 
-@click.command(help=__doc__)
+@click.command(cls=Command, help=__doc__)
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle, new or not.")
-@click.option("--role", type=click.Choice(_DENOISERS + _ENCODERS), help="Default for .pkl: score.")
-@click.option("--kind", help="EDMPrecond, iDDPMPrecond, DDPMPrecond, DiT, EncoderUNetModel, ...")
-@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Keywords as JSON.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One keyword more; VALUE as JSON.")
-@click.option("--time-schedule", type=click.Choice(["linear", "cosine"]), help="The time that a classifier reads.")
-@click.option("--vae", help="What decodes the latents of a score network: folder or hub name of an AutoencoderKL.")
-@click.option("--name", help="Name of a new bundle; default: that of FILE.")
-@click.option("--license", "license_", help="License of the weights.")
-@click.option("--provenance", help="Where they come from; default: the name of FILE.")
+@option(
+    "--out",
+    group=Group.OUTPUT,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the bundle, new or not.",
+)
+@option("--role", group=Group.INPUT, type=click.Choice(_DENOISERS + _ENCODERS), help="Default for .pkl: score.")
+@option("--kind", group=Group.INPUT, help="EDMPrecond, iDDPMPrecond, DDPMPrecond, DiT, EncoderUNetModel, ...")
+@option(
+    "--config",
+    group=Group.INPUT,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Keywords as JSON.",
+)
+@option(
+    "--set", "settings", group=Group.INPUT, multiple=True, metavar="KEY=VALUE", help="One keyword more; VALUE as JSON."
+)
+@option(
+    "--time-schedule",
+    group=Group.INPUT,
+    type=click.Choice(["linear", "cosine"]),
+    help="The time that a classifier reads.",
+)
+@option(
+    "--vae",
+    group=Group.INPUT,
+    help="What decodes the latents of a score network: folder or hub name of an AutoencoderKL.",
+)
+@option("--name", group=Group.OUTPUT, help="Name of a new bundle; default: that of FILE.")
+@option("--license", "license_", group=Group.OUTPUT, help="License of the weights.")
+@option("--provenance", group=Group.OUTPUT, help="Where they come from; default: the name of FILE.")
 def main(
     file: Path,
     out: Path,

@@ -1,4 +1,4 @@
-"""python -m dgfast.evaluate: how good the images of `python -m dgfast.sample` are.
+"""Measure how good the images of `dgfast sample` are.
 
 Compares each folder's shards with held-out real images in the features of the bundle's own small classifier: Frechet
 and kernel distance (torchmetrics), precision, recall, density and coverage (prdc), and the mean log-ratio of the
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dgfast.options import Command, Group, option
+
 if TYPE_CHECKING:
     import torch
 
@@ -26,25 +28,32 @@ _YARDSTICK = 2000  # training images in the first row
 _CHUNK = 250  # images a network call
 
 
-@click.command(help=__doc__)
+@click.command(cls=Command, help=__doc__)
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--bundle", default="mnist32", show_default=True, help="Whose features and discriminator judge.")
-@click.option("--data", default="mnist", show_default=True, help="`mnist`, or an npz with images and labels.")
-@click.option("--holdout", default=1000, show_default=True, help="Held-out images, as in training.")
-@click.option("--json", "report", type=click.Path(path_type=Path), help="Write the numbers there too.")
-@click.option("--device", help="cpu or cuda; default: what is there.")
+@option(
+    "--bundle", group=Group.INPUT, default="mnist32", show_default=True, help="Whose features and discriminator judge."
+)
+@option(
+    "--data", group=Group.INPUT, default="mnist", show_default=True, help="`mnist`, or an npz with images and labels."
+)
+@option("--holdout", group=Group.INPUT, default=1000, show_default=True, help="Held-out images, as in training.")
+@option("--json", "report", group=Group.OUTPUT, type=click.Path(path_type=Path), help="Write the numbers there too.")
+@option("--device", group=Group.RUNTIME, help="cpu or cuda; default: what is there.")
 def main(
     folders: tuple[Path, ...], bundle: str, data: str, holdout: int, report: Path | None, device: str | None
 ) -> None:
+    from dgfast.extras import require
+
+    require("torchmetrics", "prdc")
     from dgfast import bundle as bundles
     from dgfast.devices import pick_device
-    from dgfast.outputs import read_shards
+    from dgfast.image_folder import read_images
     from dgfast.training.data import ImageSet, load_images, split
 
     found = bundles.read(bundle)
     train, held_out = split(load_images(data), holdout)
     yardstick = ImageSet(train.images[:_YARDSTICK], train.labels[:_YARDSTICK])
-    sets = {"training images": yardstick} | {str(folder): ImageSet(*read_shards(folder)) for folder in folders}
+    sets = {"training images": yardstick} | {str(folder): ImageSet(*read_images(folder)) for folder in folders}
     judge = _Judge(found, held_out, pick_device(device))
     rows = {name: judge(images) for name, images in sets.items()}
     _print_table(rows)

@@ -8,14 +8,12 @@ import pytest
 from click.testing import CliRunner
 
 from dgfast.evaluate import main
-from dgfast.outputs import Writer
+from dgfast.outputs import write_images
 from dgfast.training.data import load_images, split
 
 
 def _write(folder: Path, images: np.ndarray, labels: np.ndarray) -> str:
-    writer = Writer(folder, ["npz"])
-    writer.add(images, range(len(images)), labels)
-    writer.finish({})
+    write_images(folder, images, range(len(images)), labels)
     return str(folder)
 
 

