@@ -4,7 +4,4 @@
 OpenAI's noise-aware classifiers and DG's discriminator. `python -m dgfast.convert` puts either into a bundle.
 """
 
-
-def one_line(text: object, most: int = 300) -> str:
-    """What an error says, fit for a terminal: it may quote the file, control characters included."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)[:most]).split())
+from dgfast.errors import one_line as one_line
