@@ -16,6 +16,8 @@ NORMALIZATIONS = ("none", "sample_l2", "channel_l2", "max_abs")
 CLEAN_TIMES = ("t", "0")
 MOST_LEVELS = 20_000
 """Noise levels of a grid or of a network, far more than any was trained with: a file may ask for a thousand million."""
+MOST_POINTS = 1000
+"""Points of a schedule of weights."""
 KEPT = ("npz", "png", "latents")
 """Formats in which a job keeps its images, see `outputs.FORMATS`."""
 PRODUCTS = ("adm", "grid")
@@ -187,8 +189,15 @@ class GuidanceConfig:
         for name in ("dg_schedule", "classifier_schedule"):
             points = getattr(self, name)
             numbers = all(len(point) == 2 and all(map(math.isfinite, point)) for point in points)
-            if not numbers or any(later[0] < point[0] for point, later in pairwise(points)):
-                raise UserError(f"{name} {points}: give pairs of numbers, time tau and factor, by rising tau")
+            if (
+                len(points) > MOST_POINTS
+                or not numbers
+                or any(later[0] < point[0] for point, later in pairwise(points))
+            ):
+                raise UserError(
+                    f"{name} {str(points)[:80]}: give at most {MOST_POINTS} pairs of numbers, time tau and factor, by "
+                    "rising tau"
+                )
         if not isinstance(self.dg_every, int) or self.dg_every < 1:
             raise UserError(f"dg_every {self.dg_every} must be a whole number, at least 1")
         if self.dg_reuse not in REUSES:

@@ -84,6 +84,7 @@ def any_key(value: Any) -> Any:
     return key(value) if type(value) in _ATOMS else Opaque(type(value).__name__)
 
 
+_COSTLY = 8  # steps that a set, a name or a call costs beside its own: each takes more time or memory than others
 _ATOMS: tuple[type, ...] = (str, int, float, bool, bytes, type(None))
 
 
@@ -203,7 +204,7 @@ class Machine:
         return items
 
     def new_set(self) -> set[Any]:
-        self.budget.pay(steps=3)  # it is by far the largest of what one byte makes
+        self.budget.pay(steps=_COSTLY)
         return set()
 
     def extend(self, items: Any) -> None:
@@ -224,6 +225,7 @@ class Machine:
 
     def find(self, module: Any, name: Any) -> Opaque:
         place = of(module, str), of(name, str)
+        self.budget.pay(steps=_COSTLY)
         if place in self.known:
             return Global(".".join(place), self.known[place])
         if self.unknown is None:
@@ -234,7 +236,7 @@ class Machine:
         function, arguments = self.last(2)
         if self._ignores(function):
             return function
-        self.budget.pay(steps=4)
+        self.budget.pay(steps=_COSTLY)
         return of(function, Global).meaning(*of(arguments, tuple))
 
     def give_state(self) -> None:
