@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from dgfast.export import self_test
-from dgfast.export.parity import Case, Report, Row, compare
+from dgfast.export.parity import Case, Report, Row, compare, signature
 from dgfast.export.subject import GeneratorSubject, Joint
 
 SIGMAS = (80.0, 9.0, 1.5, 0.2, 0.002, 0.0)
 
 
 def guided(x: Tensor, sigma: Tensor, labels: Tensor, weight: Tensor, boost: Tensor) -> tuple[Tensor, Tensor]:
-    """A stand-in for a guided denoiser: half the image, and a little of the weight at each pixel."""
-    return 0.5 * x + 1e-3 * (weight * boost).view(-1, 1, 1, 1) + 0 * labels.sum(), sigma * 0
+    """A stand-in for a guided denoiser: half the image, less a little of the weight at each pixel."""
+    return 0.5 * x - 1e-3 * (weight * boost).view(-1, 1, 1, 1) + 0 * labels.sum(), sigma * 0
 
 
 def joint(what: str = "denoiser", function: Any = guided, **own: Any) -> Joint:
@@ -165,11 +165,13 @@ def test_whole_run_follows_the_plan_and_takes_of_a_long_one_every_so_many_th_lev
 
 
 def test_generator_is_tried_with_latents_as_drawn_far_off_and_without_class() -> None:
-    subject = GeneratorSubject(lambda z, y: (z,), ("latents", "class_labels"), 6, 3, (1, 4, 4))
+    subject = GeneratorSubject(lambda z, y: (z + y.sum(),), ("latents", "class_labels"), 6, 3, (1, 4, 4))
     usual, far, none = subject.cases(4)
     assert usual.inputs["latents"].shape == (4, 6) and float(usual.inputs["latents"].std()) == pytest.approx(1, abs=0.4)
     assert torch.equal(far.inputs["latents"], 4 * usual.inputs["latents"])
     assert not none.inputs["class_labels"].any() and far.inputs["class_labels"].sum(1).tolist() == [1.0] * 4
+    (images,) = subject(usual.inputs).values()
+    assert torch.equal(images, usual.inputs["latents"] + 4) and list(subject(usual.inputs)) == ["images"]
     unconditional = GeneratorSubject(lambda z: (z,), ("latents",), 6, 0, (1, 4, 4))
     assert len(unconditional.cases(2)) == 2 and list(unconditional.example(2, 1)) == ["latents"]
     assert subject.whole_run(subject, subject, 2, 0.1) == []
@@ -203,6 +205,24 @@ def test_report_is_a_table_of_aligned_columns_and_names_its_first_bad_row() -> N
     with pytest.raises(Exception, match=r"^b: z: differs$") as caught:
         Report([*rows, Row("c", "q", 9.0, 1.0, "NameMismatchError")]).check()
     assert type(caught.value).__name__ == "ValueMismatchError" and getattr(caught.value, "exit_code", 0) == 1
+
+
+def test_signature_says_what_was_found_in_the_place_of_what() -> None:
+    expected = {"x": (("n", 3), "float"), "y": ((2,), "float")}
+
+    def row(**found: Any) -> Row:
+        (only,) = signature(expected, expected | found, "inputs")
+        return only
+
+    assert row(x=(("n", 3), "half")) == Row("signature", "x", math.inf, 0.0, "DtypeMismatchError", "half, not float")
+    assert row(y=(("n",), "float")) == Row("signature", "y", math.inf, 0.0, "AxesMismatchError", "axes ['n'], not [2]")
+    assert row(y=((4,), "float")) == Row("signature", "y", math.inf, 0.0, "ShapeMismatchError", "[4], not [2]")
+    (names,) = signature(expected, {"y": expected["y"], "x": expected["x"]}, "inputs")
+    assert names == Row("signature", "inputs", math.inf, 0.0, "NameMismatchError", "y, x, not x, y")
+    (found,) = compare(lambda _: {"a": torch.ones(1)}, lambda _: {}, [Case("c", {})], 1.0).rows
+    assert found == Row("c", "outputs", math.inf, 0.0, "NameMismatchError", "outputs , not a")
+    (found,) = compare(lambda _: {"a": torch.ones(1, 2)}, lambda _: {"a": torch.ones(2)}, [Case("c", {})], 0.5).rows
+    assert found == Row("c", "a", math.inf, 0.5, "ShapeMismatchError", "shape [2], not [1, 2]")
 
 
 # What a built engine is tried with ------------------------------------------------------------------------------------

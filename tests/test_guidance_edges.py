@@ -18,6 +18,7 @@ from dgfast.guidance import (
     PredictedCleanGuidance,
     WeightSchedule,
 )
+from dgfast.guidance.classifier import class_log_probability
 from dgfast.noise_levels import vp_sigma, vp_time
 
 
@@ -108,6 +109,19 @@ def test_guidance_of_no_weight_is_never_active() -> None:
         LowDensityGuidance(two_classes, -1.0), PredictedCleanGuidance(two_classes, 2.0),
     ]  # fmt: skip
     assert all(guidance.active(0.1, 1.0) for guidance in on)  # type: ignore[attr-defined]
+
+
+def test_class_log_probability_is_one_float32_number_a_sample() -> None:
+    logits = torch.tensor([[0.0, 1.0, 3.0], [2.0, 2.0, -1.0]])
+    by_hand = logits - logits.exp().sum(1, keepdim=True).log()
+    rows = torch.eye(3)[[2, 0]]
+    torch.testing.assert_close(class_log_probability(logits, rows), by_hand[[0, 1], [2, 0]])
+    torch.testing.assert_close(class_log_probability(logits, rows, label=1), by_hand[:, 1])
+    assert class_log_probability(logits, torch.zeros(2, 3)).tolist() == [0.0, 0.0]
+    in_half = class_log_probability(logits.bfloat16(), rows)  # these logits lose nothing in it, their logarithm would
+    torch.testing.assert_close(in_half, by_hand[[0, 1], [2, 0]])
+    with pytest.raises(ValueError, match="needs class labels"):
+        class_log_probability(logits, None)
 
 
 # Schedules ------------------------------------------------------------------------------------------------------------
