@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
+from dgfast.errors import UserError
 from dgfast.guidance import (
     Autoguidance,
     ClassifierFreeGuidance,
@@ -17,8 +18,11 @@ from dgfast.guidance import (
     LowDensityGuidance,
     PredictedCleanGuidance,
     WeightSchedule,
+    gradient_keeping_denoiser,
+    guided_denoiser,
 )
 from dgfast.guidance.classifier import class_log_probability
+from dgfast.guidance.weights import weights
 from dgfast.noise_levels import vp_sigma, vp_time
 
 
@@ -109,6 +113,54 @@ def test_guidance_of_no_weight_is_never_active() -> None:
         LowDensityGuidance(two_classes, -1.0), PredictedCleanGuidance(two_classes, 2.0),
     ]  # fmt: skip
     assert all(guidance.active(0.1, 1.0) for guidance in on)  # type: ignore[attr-defined]
+
+
+def test_guidance_costs_and_does_what_it_says_by_default() -> None:
+    """(denoiser calls, gradients): the plan counts them, and the ancestral solver tells the two kinds apart by them."""
+    costs = {
+        DiscriminatorGuidance(judge): (0, 1), ClassifierGuidance(two_classes, 1.0): (0, 1),
+        ClassifierFreeGuidance(conditional, 2.0): (1, 0), Autoguidance(conditional, 2.0): (1, 0),
+        LowDensityGuidance(two_classes, 1.0): (0, 1), PredictedCleanGuidance(two_classes, 1.0): (0, 1),
+    }  # fmt: skip
+    assert all((guidance.evaluations, guidance.gradients) == cost for guidance, cost in costs.items())  # type: ignore[attr-defined]
+    judged = DiscriminatorGuidance(judge)
+    assert (judged.weight, judged.boost, judged.window, judged.published_window) == (1.0, 1.0, (0.01, 1.0), False)
+    assert PredictedCleanGuidance(two_classes, 1.0).read_at_t
+    x, sigma = torch.full((1, 1, 1, 1), 9.0, dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64)
+    for guided in (
+        guided_denoiser(lambda x, s, y: x, ()),
+        gradient_keeping_denoiser(lambda x, s, y: x, (), DiscriminatorGuidance(judge, 0.0)),
+    ):
+        assert float(guided(x, sigma, None)[0]) == 9.0  # not clipped
+
+
+def test_discriminator_is_read_in_float32_and_believed_up_to_a_limit() -> None:
+    """DG clips d to [1e-5, 1 - 1e-5]; beyond, the logit is the limit and has no gradient."""
+    seen: list[torch.dtype] = []
+
+    def steep(u: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        seen.append(u.dtype)
+        return 100 * u.sum(dim=(1, 2, 3), keepdim=False)[:, None]  # [B, 1] will do too
+
+    x = torch.tensor([-1.0, -0.01, 0.01, 1.0], dtype=torch.float64).view(-1, 1, 1, 1)
+    sigma = torch.ones(4, dtype=torch.float64)
+    direction, _, log_ratio = DiscriminatorGuidance(steep).correct(x, sigma, None, x)
+    limit = math.log((1 - 1e-5) / 1e-5)
+    assert limit == pytest.approx(11.5129, abs=1e-4)
+    assert log_ratio.tolist() == pytest.approx([-limit, -1 / 2**0.5, 1 / 2**0.5, limit], rel=1e-5)
+    assert direction.flatten().tolist() == [0.0, 100.0, 100.0, 0.0]
+    assert seen == [torch.float32] and direction.dtype == torch.float32
+
+
+def test_guidance_of_ones_own_is_in_no_exported_file() -> None:
+    class Own:
+        evaluations = gradients = 0
+
+    own: Any = Own()
+    with pytest.raises(UserError, match="Own, a guidance of your own, is in no exported file"):
+        weights([own])
+    assert weights([ClassifierFreeGuidance(conditional, 2.0)]) == {"cfg_scale": 2.0}
+    assert weights([DiscriminatorGuidance(judge, 0.5, boost=2.0)]) == {"dg_weight": 0.5, "dg_boost": 2.0}
 
 
 def test_class_log_probability_is_one_float32_number_a_sample() -> None:

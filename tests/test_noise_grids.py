@@ -100,3 +100,13 @@ def test_vp_times_are_the_documented_ones() -> None:
         assert float(nl.cosine_time(level)) == pytest.approx(t, rel=1e-9)
     ends = nl.log_uniform_sigma(torch.tensor([0.0, 1.0]))
     assert ends.tolist() == pytest.approx([0.00100, 152.17], rel=1e-3)
+
+
+def test_ddpm_levels_need_one_step_at_least() -> None:
+    (only,) = nl.ddpm_levels("cosine", 1).tolist()
+    assert only == pytest.approx(math.sqrt(999.0))  # beta is clipped to 0.999
+    for schedule, steps in (("cosine", 0), ("linear", -1), ("quadratic", 10)):
+        with pytest.raises(ValueError, match="noise_schedule"):
+            nl.ddpm_levels(schedule, steps)
+    with pytest.raises(ValueError, match="needs more than 20 steps"):
+        nl.ddpm_levels("linear", 20)
