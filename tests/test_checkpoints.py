@@ -318,6 +318,14 @@ def test_state_dicts_are_read_exactly(tmp_path: Path, legacy: bool) -> None:
     assert list(found) == list(tensors) and all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
+def test_state_dicts_hold_views_that_are_no_larger_than_their_storage(tmp_path: Path) -> None:
+    tensors = {"row": torch.arange(12.0).view(3, 4)[1], "turned": torch.arange(12.0).view(3, 4).T}
+    tensors["all of it"] = torch.arange(10.0).as_strided((2, 5), (0, 1))
+    torch.save(tensors, tmp_path / "x.pt")
+    found = openai_pt.read(tmp_path / "x.pt")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
@@ -325,6 +333,9 @@ def test_state_dicts_are_read_exactly(tmp_path: Path, legacy: bool) -> None:
         pytest.param({"model": {"a": torch.zeros(2)}, "step": 3}, "'model' is not a dense tensor", id="checkpoint"),
         pytest.param({"a": torch.zeros(2, dtype=torch.int64)}, "'a' is not a dense tensor of floats", id="integers"),
         pytest.param({"a": torch.zeros(1).expand(10**9)}, "'a' is not a dense tensor", id="stride_0"),
+        # 16 floats of a storage of 10: fewer than its 40 bytes, more than it has floats
+        pytest.param({"a": torch.ones(10).as_strided((2, 8), (0, 1))}, "'a' is not a dense tensor", id="overlapping"),
+        pytest.param({"a": torch.ones(10).half().as_strided((11,), (0,))}, "'a' is not a dense tensor", id="one_more"),
         pytest.param({"a": torch.eye(3).to_sparse()}, "'a' is not a dense tensor", id="sparse"),
         pytest.param({"a\nb": torch.zeros(2)}, "is not a dense tensor", id="newline"),
     ],
