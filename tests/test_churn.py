@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.networks import Networks
-from dgfast.plan import Step
 from dgfast.sampler import Sampler
 from tests.support.adm import exact
 
@@ -119,9 +118,9 @@ def test_boosting_churns_with_unit_noise_what_looks_generated_and_the_rest_as_as
     guidance = GuidanceConfig(dg_weight=1.0, dg_window=(0.0, 2.0), boosting=True)
     sampler = Sampler(Networks(watched, discriminator=discriminator), config, guidance)
     latents, noises = unit_noise(batch, 1, 2, 2), unit_noise(steps, batch, 1, 2, 2, seed=1)
-    states: list[tuple[Step, Tensor]] = []
-    sampler.integrate(latents, noise=iter(noises).__next__, on_step=lambda step, x: states.append((step, x.clone())))
-    for (step, x), (x_hat, sigma_hat), noise in zip(states, watched.calls, noises, strict=True):
+    states = [sampler.first_state(latents)]
+    sampler.integrate(latents, noise=iter(noises).__next__, on_step=lambda step, x, *_: states.append(x.clone()))
+    for step, x, (x_hat, sigma_hat), noise in zip(sampler.steps, states[:-1], watched.calls, noises, strict=True):
         boosted = step.index % 5 == 0 and step.index > 0  # nobody is judged before the first step
         for k in range(batch):
             anew = boosted and signs[k] < 0
@@ -142,9 +141,9 @@ def test_boosting_doubles_the_guidance_of_every_second_step_where_it_looks_gener
     guidance = GuidanceConfig(dg_weight=1.0, dg_window=(0.0, 2.0), boosting=True)
     sampler = Sampler(Networks(Zero(), discriminator=discriminator), config, guidance)
     latents = 1e-3 * unit_noise(batch, 1, 2, 2)
-    states: list[Tensor] = []
-    end = sampler.integrate(latents, noise=lambda: torch.zeros_like(latents), on_step=lambda _, x: states.append(x))
-    for step, x, x_next in zip(sampler.steps, states, [*states[1:], end], strict=True):
+    states = [sampler.first_state(latents)]
+    sampler.integrate(latents, noise=lambda: torch.zeros_like(latents), on_step=lambda _, x, *__: states.append(x))
+    for step, x, x_next in zip(sampler.steps, states[:-1], states[1:], strict=True):
         if step.index % 5 == 0 and step.index:
             continue  # it churns too
         share = step.t_next / step.sigma
