@@ -315,7 +315,7 @@ HOSTILE = {
     "persistent_id": (text(TOUCH) + b"Q", "opcode BINPERSID"),
     "old_persistent_id": (b"Ptouch marker\n", "opcode PERSID"),
     "storage_runs": (STORAGE + raw(SYSTEM) + ARG + CALL, "'posix.system'"),
-    "storage_is_zip": (STORAGE + raw(b"PK\x03\x04") + ARG + CALL, "broken pickle"),
+    "storage_is_zip": (STORAGE + raw(b"PK\x03\x04") + ARG + CALL, "opcode PERSID"),
     "storage_calls_dtype": (STORAGE + raw(b"\x80\x02ctorch\nFloatStorage\n)R.") + ARG + CALL, "broken pickle"),
     "object_scalar": (SCALAR + DTYPE + text("O8") + ARG + CALL + raw(SYSTEM) + b"\x86" + CALL, "broken pickle"),
     "number_of_text": (SCALAR + text("f8") + raw(bytes(8)) + b"\x86" + CALL, "where _NumberType belongs"),

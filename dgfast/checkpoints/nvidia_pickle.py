@@ -1,8 +1,8 @@
 """Network snapshots of NVIDIA's EDM (`network-snapshot-*.pkl`), read as data.
 
 Such a pickle brings the source text of its modules along, and may name any function. Here neither is run: the machine
-of `pickle_machine` knows the ten globals below, and each stands for a function of this file that checks its arguments.
-Sizes are held against the bytes that are there before anything is allocated.
+of `pickle_machine` knows the ten globals below, and each stands for a function that checks its arguments. Sizes are
+held against the bytes that are there before anything is allocated.
 """
 
 import inspect
@@ -11,15 +11,16 @@ import math
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgfast import denoiser, nets
-from dgfast.checkpoints import one_line
-from dgfast.checkpoints.pickle_machine import Global, Machine, RefusedError, of, require
+from dgfast import bounds, denoiser, nets
+from dgfast.checkpoints import one_line, torch_file
+from dgfast.checkpoints.pickle_machine import MALFORMED, Budget, Machine, RefusedError, of, require
 from dgfast.errors import UserError
 
 
@@ -44,20 +45,6 @@ class PersistentObject:
     state: dict[str, Any]
 
 
-# What a hostile or torn program can make the machine, or a network's constructor, stumble over.
-_MALFORMED = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-
-
 def read(path: Path) -> Snapshot:
     """The network under the key `ema`.
 
@@ -65,28 +52,24 @@ def read(path: Path) -> Snapshot:
         UserError: not such a snapshot, one that asks for anything beyond what a snapshot needs, a broken file, a
             network that dgfast does not know.
     """
-    try:
-        with path.open("rb") as stream:
-            content = Machine(_GLOBALS, build=_build).run(stream)
-        snapshot = _snapshot(content)
-        _check_size(snapshot, path.stat().st_size)
-        return snapshot
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except _MALFORMED as error:
-        what = str(error) if isinstance(error, RefusedError) else f"broken pickle, {type(error).__name__}: {error}"
-        raise UserError(
-            f"{path} is no network snapshot of EDM: {one_line(what)}; nothing in it was run. Give a .pkl that "
-            "NVIDIA's EDM code wrote, or the weights as .safetensors"
-        ) from error
+    with bounds.open_file(path) as stream:
+        try:
+            budget = Budget(path.stat().st_size)
+            content = Machine(_globals(budget), budget, build=partial(_build, budget)).run(stream)
+            snapshot = _snapshot(content)
+            _check_size(snapshot, path.stat().st_size)
+            return snapshot
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        except MALFORMED as error:
+            what = str(error) if isinstance(error, RefusedError) else f"broken pickle, {type(error).__name__}: {error}"
+            raise UserError(
+                f"{path} is no network snapshot of EDM: {one_line(what)}; nothing in it was run. Give a .pkl that "
+                "NVIDIA's EDM code wrote, or the weights as .safetensors"
+            ) from error
 
 
 # What the globals of a snapshot stand for -----------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Storage:
-    values: Tensor  # 1-D
-
-
 @dataclass(frozen=True)
 class _NumberType:
     format: str  # as in `struct`
@@ -105,43 +88,14 @@ def _ordered_dict() -> dict[str, Any]:
     return {}
 
 
-def _set(items: Any) -> set[str]:
-    return {of(item, str) for item in of(items, list)}
+def _set(budget: Budget, items: Any) -> set[str]:
+    budget.pay(steps=len(of(items, list)))
+    return {of(item, str) for item in items}
 
 
-def _tensor(
-    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, hooks: Any = None, meta: Any = None
-) -> Tensor:
-    """A view of the storage. Strides of 0 could blow a small storage up, so it has no more elements than that."""
-    values = of(storage, _Storage).values
-    dimensions = len(of(size, tuple))
-    numbers = [offset, *size, *of(stride, tuple)]
-    valid = dimensions == len(stride) <= 8 and all(of(number, int) >= 0 for number in numbers)
-    require(valid, "a tensor in it has no valid shape")
-    count, last = math.prod(size), offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    inside = count <= len(values) and (last < len(values) if count else offset <= len(values))
-    require(inside, "a tensor in it reaches beyond its storage")
-    return values.as_strided(size, stride, offset)
-
-
-def _parameter(data: Any, requires_grad: Any = False, hooks: Any = None) -> Tensor:
-    return of(data, Tensor)
-
-
-def _storage(blob: Any) -> _Storage:
-    """The storage in a `torch.save` file of the old format: five pickles and a count before the bytes."""
-    stream = io.BytesIO(of(blob, bytes))
-    machine = Machine(_DTYPES, persistent=lambda identity: of(identity, tuple))
-    magic, version, system, identity, keys = (machine.run(stream) for _ in range(5))
-    known = (magic, version) == (0x1950A86A20F9469CFC6C, 1001) and of(system, dict).get("little_endian") is True
-    require(known, "a storage in it is not in torch.save's little-endian format")
-    what, kind, key, _, count, view = of(identity, tuple)
-    dtype = of(kind, Global).meaning
-    (stored,) = struct.unpack("<q", stream.read(8))
-    raw = bytearray(stream.read())
-    whole = (what, keys, view, stored) == ("storage", [key], None, count) and len(raw) == stored * dtype.itemsize
-    require(whole, "a storage in it is not whole")
-    return _Storage(torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype))
+def _storage(budget: Budget, blob: Any) -> torch_file.Storage:
+    """The storage in a file of torch.save's older format."""
+    return of(torch_file.read_legacy(io.BytesIO(of(blob, bytes)), budget), torch_file.Storage)
 
 
 def _number_type(code: Any, align: Any = False, copy: Any = False) -> _NumberType:
@@ -153,32 +107,28 @@ def _number(kind: Any, raw: Any) -> Any:
     return value
 
 
-def _build(target: Any, state: Any) -> None:
+def _build(budget: Budget, target: Any, state: Any) -> None:
     if isinstance(target, PersistentObject):
-        target.state.update(of(state, dict))
+        budget.pay(steps=len(of(state, dict)))
+        target.state.update(state)
     else:  # a number type, which numpy gives its byte order like this
         of(target, _NumberType)
         require(of(state, tuple)[1] in ("<", "|"), "a number in it is not little-endian")
 
 
-_GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
-    ("torch.nn.modules.container", "ModuleDict"): _module_dict,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch.storage", "_load_from_bytes"): _storage,
-    ("collections", "OrderedDict"): _ordered_dict,
-    ("builtins", "set"): _set,
-    ("numpy", "dtype"): _number_type,
-    ("numpy.core.multiarray", "scalar"): _number,
-    ("numpy._core.multiarray", "scalar"): _number,
-}
-_DTYPES: dict[tuple[str, str], torch.dtype] = {
-    ("torch", "DoubleStorage"): torch.float64,
-    ("torch", "FloatStorage"): torch.float32,
-    ("torch", "HalfStorage"): torch.float16,
-    ("torch", "BFloat16Storage"): torch.bfloat16,
-}
+def _globals(budget: Budget) -> dict[tuple[str, str], Callable[..., Any]]:
+    return {
+        ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
+        ("torch.nn.modules.container", "ModuleDict"): _module_dict,
+        ("torch._utils", "_rebuild_tensor_v2"): torch_file.tensor,
+        ("torch._utils", "_rebuild_parameter"): torch_file.parameter,
+        ("torch.storage", "_load_from_bytes"): partial(_storage, budget),
+        ("collections", "OrderedDict"): _ordered_dict,
+        ("builtins", "set"): partial(_set, budget),
+        ("numpy", "dtype"): _number_type,
+        ("numpy.core.multiarray", "scalar"): _number,
+        ("numpy._core.multiarray", "scalar"): _number,
+    }
 
 
 # From the objects to the network --------------------------------------------------------------------------------------
@@ -223,7 +173,8 @@ def _walk(module: PersistentObject, prefix: str, seen: set[int]) -> Iterator[tup
             if group == "_modules":
                 yield from _walk(of(value, PersistentObject), f"{prefix}{name}.", seen)
             else:
-                yield f"{prefix}{name}", of(value, Tensor)
+                require(of(value, Tensor).is_floating_point(), "it has a tensor that is not of floats")
+                yield f"{prefix}{name}", value
 
 
 def _check_size(snapshot: Snapshot, file_size: int) -> None:
@@ -242,6 +193,6 @@ def _check_size(snapshot: Snapshot, file_size: int) -> None:
     try:
         with torch.device("meta"):
             raw = nets.build("EDMPrecond", **{n: v for n, v in keywords.items() if n in shared or n not in own})
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise RefusedError(f"its constructor arguments make no {snapshot.kind}: {error}") from error
     require(sum(value.numel() for value in raw.state_dict().values()) <= file_size, too_large)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dgfast import nets
 from dgfast.bundle import load_state, read_tensors
-from dgfast.checkpoints import one_line
+from dgfast.checkpoints import torch_file
 from dgfast.denoiser import PRECONDITIONERS
 from dgfast.errors import UserError
 from dgfast.nets.adm_unet import PUBLISHED
@@ -31,41 +31,21 @@ def read(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: unreadable, or something else than dense tensors by name.
     """
-    content: object
-    if path.suffix == ".safetensors":
-        content = read_tensors(path)
-    else:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        except Exception as error:  # torch does not say what a broken or hostile file makes it raise
-            # torch wraps its reason in advice on how to run the file after all
-            reason = str(error.__context__ or error).partition(" Please use")[0]
-            raise UserError(
-                f"{path} is not a file of tensors: {type(error).__name__}, {one_line(reason)}; nothing in it was run. "
-                "Give a state dict as torch.save writes it, or the weights as .safetensors"
-            ) from error
+    content: object = read_tensors(path) if path.suffix == ".safetensors" else torch_file.read(path)
+    if isinstance(content, torch_file.Opaque):
+        raise UserError(f"{path} holds a {content.name}, not a state dict: save net.state_dict()")
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: save net.state_dict()")
-    tensors = dict(dict.items(content))  # not `content.items`, which an attribute from the file may hide
-    for name, value in tensors.items():
+    for name, value in content.items():
         if not isinstance(name, str) or not name.isprintable() or not _is_dense(value):
             what = f"{name!r:.80} is not a dense tensor of floats"
             raise UserError(f"{path} is not a bare state dict: {what}. Save net.state_dict()")
-    return tensors
+    return content
 
 
 def _is_dense(value: object) -> bool:
-    """Whether it is a plain tensor with no more elements than its storage: with stride 0 one could stand for terabytes.
-
-    Attributes from the file could hide the methods that are asked here, so it must not have any.
-    """
-    if not isinstance(value, Tensor) or type(value) not in (Tensor, nn.Parameter) or vars(value):
-        return False
-    if value.layout != torch.strided or value.is_nested or value.device.type != "cpu" or value.dtype not in _DTYPES:
-        return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    """Whether it is a tensor of floats, and has any: no network has a tensor without, but a shape with 0 may lie."""
+    return isinstance(value, Tensor) and value.dtype in _DTYPES and value.numel() > 0
 
 
 def classifier_keywords(tensors: Mapping[str, Tensor], given: Mapping[str, Any], source: object) -> dict[str, Any]:
