@@ -1,7 +1,7 @@
 """The networks; `build` is the one way to make one."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -70,6 +70,19 @@ def build(kind: str, **keywords: Any) -> nn.Module:
     except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{kind}: {error}") from error
     raise ValueError(f"unknown kind of network {kind!r}; known kinds: {', '.join(KINDS)}")
+
+
+def defaults(kind: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """What the constructors of such a network take for those of their keywords that are left out."""
+    raw = {**_RAW, "create_model": create_model, "DiT": DiT}.get(keywords.get("model_type", ""))
+    constructors = [constructor for constructor in (denoiser.PRECONDITIONERS.get(kind, _PLAIN.get(kind)), raw)]
+    parameters = [inspect.signature(constructor).parameters for constructor in constructors if constructor]
+    return {
+        name: parameter.default
+        for signature in parameters
+        for name, parameter in signature.items()
+        if parameter.default is not parameter.empty and name not in keywords
+    }
 
 
 def _build_denoiser(

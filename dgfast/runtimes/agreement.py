@@ -37,7 +37,7 @@ def least_sizes(predicts_noise: bool, inputs: Mapping[str, Tensor]) -> dict[str,
     Two outputs are differences of images of the noisy image's size, and keep the digits that it keeps, no others:
     `denoised` of a network that predicts the noise, x - sigma F, and `x_next` of a step that takes most of the noise
     away, x + (sigma_next - sigma) (x - D) / sigma. At high noise levels they are much smaller than x, and their errors
-    are not. So these count as a share of a hundredth of the noisy image at least: a tolerance of 1e-4 allows 1e-6 of it.
+    are not. So these count as a share of a hundredth of the noisy image at least: 1e-4 allows 1e-6 of that.
     """
     if "x" not in inputs:
         return {}
