@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dgfast
-from benchmarks.quality import judged
+from benchmarks.quality import judged, write
 from dgfast import bundle as bundles
 from dgfast.config import NORMALIZATIONS, SOLVERS, GuidanceConfig
-from dgfast.outputs import Writer, to_uint8
+from dgfast.outputs import to_uint8
 from dgfast.sampler import Sampler
 from dgfast.training.classifier import to_vp
 from dgfast.training.data import load_images, split
@@ -86,7 +86,7 @@ def _measure(
         click.echo(f"a, b, DG {name}: {cost['seconds']:.0f} s", err=True)
     rows = []
     for name, (images, classes, cost) in sets.items():
-        Writer(scratch / name, ["npz"]).add(images, range(len(images)), classes)
+        write(scratch / name, images, classes)
         a, b, dg = ("", "", "") if name == YARDSTICK else name.split()
         rows.append({"a": a or YARDSTICK, "b": b, "DG": dg, **_confidence(networks, features, images, classes), **cost})
     quality = judged([scratch / name for name in sets], QUALITY)

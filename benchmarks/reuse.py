@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import dgfast
-from benchmarks.quality import judged
+from benchmarks.quality import judged, write
 from dgfast import bundle as bundles
-from dgfast.outputs import Writer, to_uint8
+from dgfast.outputs import to_uint8
 from dgfast.runtimes import compiled
 from dgfast.sampler import Sampler
 
@@ -60,8 +60,7 @@ def _measure(count: int, batch: int, scratch: Path) -> list[dict[str, Any]]:
         images = torch.cat(parts)
         wanted = images if wanted is None else wanted
         folder = scratch / f"{every}-{reuse}"
-        writer = Writer(folder, ["npz"])
-        writer.add(to_uint8(images), range(count), sampler.draw_labels(range(count)).numpy())  # type: ignore[union-attr]
+        write(folder, to_uint8(images), sampler.draw_labels(range(count)).numpy())  # type: ignore[union-attr]
         rows.append(
             {
                 "every": every,
