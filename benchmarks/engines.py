@@ -26,8 +26,9 @@ from benchmarks.workloads import WORKLOADS, Workload
 from dgfast.devices import pick_device
 from dgfast.errors import UserError
 from dgfast.export.engine_builder import Options, build
+from dgfast.extras import require
 from dgfast.runtimes.engine_file import EngineFile
-from dgfast.runtimes.onnx import OnnxEngine, files_of, require, save
+from dgfast.runtimes.onnx import OnnxEngine, files_of, save
 from dgfast.runtimes.onnx_writer import convert
 from dgfast.runtimes.tensorrt import load
 from dgfast.runtimes.tensorrt_library import find

@@ -6,20 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from dgfast.outputs import Writer
-
-
-def write(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """A folder of these images, uint8 [N, H, W, C], as a finished job leaves it."""
-    writer, seeds = Writer(folder, ["npz"]), list(range(len(images)))
-    writer.add(images, seeds, labels)
-    writer.finish({"seeds": seeds})
-
 
 def judged(folders: Sequence[Path], names: Sequence[str]) -> list[dict[str, float]]:
-    """Those metrics of each folder of `write`; the report lies beside the first."""
+    """Those metrics of each folder that `dgfast.outputs.write_images` wrote; the report lies beside the first."""
     report = folders[0].parent / "quality.json"
     command = [sys.executable, "-m", "dgfast.evaluate", *map(str, folders), "--json", str(report)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dgfast
-from benchmarks.quality import judged, write
+from benchmarks.quality import judged
 from dgfast import bundle as bundles
 from dgfast.config import NORMALIZATIONS, SOLVERS, GuidanceConfig
-from dgfast.outputs import to_uint8
+from dgfast.extras import require
+from dgfast.outputs import to_uint8, write_images
 from dgfast.sampler import Sampler
 from dgfast.training.classifier import to_vp
 from dgfast.training.data import load_images, split
@@ -51,6 +52,7 @@ _SHOWN = 20  # images a row of the picture
 def main(
     count: int, batch: int, solver: str, steps: int, normalize: str, settings: list[tuple[float, ...]], out: Path
 ) -> None:
+    require("matplotlib", "torchmetrics", "prdc", "mlxtend")
     out.mkdir(parents=True, exist_ok=True)
     found = bundles.read("mnist32")
     sampling = replace(found.sampling, solver=solver, num_steps=steps)
@@ -86,7 +88,7 @@ def _measure(
         click.echo(f"a, b, DG {name}: {cost['seconds']:.0f} s", err=True)
     rows = []
     for name, (images, classes, cost) in sets.items():
-        write(scratch / name, images, classes)
+        write_images(scratch / name, images, range(len(images)), classes)
         a, b, dg = ("", "", "") if name == YARDSTICK else name.split()
         rows.append({"a": a or YARDSTICK, "b": b, "DG": dg, **_confidence(networks, features, images, classes), **cost})
     quality = judged([scratch / name for name in sets], QUALITY)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from dgfast.errors import UserError
+from dgfast.extras import require
 
 Row = dict[str, Any]
 
@@ -79,10 +80,9 @@ def plot(rows: list[Row], path: Path) -> None:
     Raises:
         UserError: matplotlib is missing, or there is nothing to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("the plot needs matplotlib: pip install 'dgfast[bench]'") from error
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
     drawn = [row for row in rows if "speedup" in row]
     if not drawn:
         raise UserError("no benchmark here has an eager one beside it; there is no speed-up to draw")

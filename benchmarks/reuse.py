@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 import dgfast
-from benchmarks.quality import judged, write
+from benchmarks.quality import judged
 from dgfast import bundle as bundles
-from dgfast.outputs import to_uint8
+from dgfast.extras import require
+from dgfast.outputs import to_uint8, write_images
 from dgfast.runtimes import compiled
 from dgfast.sampler import Sampler
 
@@ -32,6 +33,7 @@ QUALITY = ("frechet", "precision", "recall", "log_ratio")
 @click.option("--batch", default=100, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A folder for reuse.json and reuse.png.")
 def main(count: int, batch: int, out: Path) -> None:
+    require("matplotlib", "torchmetrics", "prdc", "mlxtend")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         rows = _measure(count, batch, Path(scratch))
@@ -60,7 +62,8 @@ def _measure(count: int, batch: int, scratch: Path) -> list[dict[str, Any]]:
         images = torch.cat(parts)
         wanted = images if wanted is None else wanted
         folder = scratch / f"{every}-{reuse}"
-        write(folder, to_uint8(images), sampler.draw_labels(range(count)).numpy())  # type: ignore[union-attr]
+        labels = sampler.draw_labels(range(count))
+        write_images(folder, to_uint8(images), range(count), None if labels is None else labels.numpy())
         rows.append(
             {
                 "every": every,

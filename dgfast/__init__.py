@@ -1,6 +1,7 @@
 """Sampling from pretrained diffusion models under guidance, fast, and proved equal to the reference."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,19 @@ _HOMES = {
     "load": "networks",
     "to_uint8": "outputs",
 }
+
+
+if any(Path(__file__).with_name(link).is_file() for link in ("export", "kernels")):
+    raise ImportError(
+        "this copy of dgfast was made without symbolic links: dgfast/export and dgfast/kernels are text files. "
+        "In a clone, `git config core.symlinks true` and then `git checkout dgfast/export dgfast/kernels` mend that "
+        "(on Windows in developer mode); or install a wheel",
+        name=__name__,  # so that `python -m` prints the line alone
+    )
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:  # torch takes seconds to import, and `--help` does not need it

@@ -1,4 +1,4 @@
-"""python -m dgfast.convert: put an official checkpoint into a bundle, without running code from it.
+"""Put an official checkpoint into a bundle, without running code from it.
 
 FILE is a network snapshot of NVIDIA's EDM (.pkl), which says itself what it is, or a state dict, bare or in a training
 checkpoint (.pt, .pth, .ckpt, .bin, .safetensors), whose --role must be given. OpenAI's score networks and classifiers,
@@ -14,23 +14,46 @@ import click
 
 from dgfast.checkpoints import DENOISERS, ENCODERS
 from dgfast.errors import UserError
+from dgfast.options import Command, Group, option
 
 _PYTHON = {"True": True, "False": False, "None": None}  # as guided-diffusion's command lines have them
 
 
-@click.command(help=__doc__)
+@click.command(cls=Command, help=__doc__)
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle, new or not.")
-@click.option("--role", type=click.Choice(DENOISERS + ENCODERS), help="Default for a snapshot: score.")
-@click.option("--key", help="Part of FILE to take, such as ema or state_dict.net; default: ema, if there is one.")
-@click.option("--kind", help="EDMPrecond, iDDPMPrecond, DDPMPrecond, DiT, EncoderUNetModel, ...")
-@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Keywords as JSON.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One keyword more; VALUE as JSON.")
-@click.option("--time-schedule", type=click.Choice(["linear", "cosine"]), help="The time that a classifier reads.")
-@click.option("--vae", help="What decodes the latents of a score network: folder or hub name of an AutoencoderKL.")
-@click.option("--name", help="Name of a new bundle; default: that of FILE.")
-@click.option("--license", "license_", help="License of the weights.")
-@click.option("--provenance", help="Where they come from; default: the name of FILE.")
+@option("--role", group=Group.INPUT, type=click.Choice(DENOISERS + ENCODERS), help="Default for a snapshot: score.")
+@option("--key", group=Group.INPUT, help="Part of FILE to take: ema, state_dict.net, ...; default: ema, if it has one.")
+@option("--kind", group=Group.INPUT, help="EDMPrecond, iDDPMPrecond, DDPMPrecond, DiT, EncoderUNetModel, ...")
+@option(
+    "--config",
+    group=Group.INPUT,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Keywords of the network's constructor as JSON.",
+)
+@option(
+    "--set", "settings", group=Group.INPUT, multiple=True, metavar="KEY=VALUE", help="One keyword more; VALUE as JSON."
+)
+@option(
+    "--time-schedule",
+    group=Group.INPUT,
+    type=click.Choice(["linear", "cosine"]),
+    help="The time that a classifier reads; default: that of the bundle's score network.",
+)
+@option(
+    "--vae",
+    group=Group.INPUT,
+    help="What decodes the latents of a score network: folder or hub name of an AutoencoderKL.",
+)
+@option(
+    "--out",
+    group=Group.OUTPUT,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the bundle, new or not.",
+)
+@option("--name", group=Group.OUTPUT, help="Name of a new bundle; default: that of FILE.")
+@option("--license", "license_", group=Group.OUTPUT, help="License of the weights.")
+@option("--provenance", group=Group.OUTPUT, help="Where they come from; default: the name of FILE.")
 def main(
     file: Path,
     out: Path,

@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ def pick_device(name: str | None) -> torch.device:
     """The named device, or CUDA where there is one and the CPU elsewhere.
 
     Raises:
-        UserError: no such device on this machine.
+        UserError: no such device on this machine, or one without float64.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,9 +32,40 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise UserError(f"--device {name}: not usable here ({reason}); try --device cpu") from error
+    require_float64(device)
     return device
+
+
+def describe(device: torch.device) -> str:
+    """The device with the name of its GPU, if it is one."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that the second call takes on that device; the first one warms up."""
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - began
+    return seconds
+
+
+def require_float64(device: torch.device) -> None:
+    """
+    Raises:
+        UserError: the device has no float64, as Apple's (mps) has none.
+    """
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except TypeError as error:
+        raise UserError(
+            f"device {device.type} has no float64, in which noise levels and the sampler's state are held; use cpu"
+        ) from error
 
 
 def keep_freed_memory() -> None:

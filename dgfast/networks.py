@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgfast import bundle as bundles
@@ -45,7 +45,7 @@ class ScoreNet(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Networks:
     """The frozen networks of a sampler; only `denoiser` must be there.
 
@@ -62,6 +62,27 @@ class Networks:
     classifier: NoisyClassifier | None = None
     reference: Denoiser | None = None
     time: Callable[[Tensor], Tensor] = vp_time
+
+    def __repr__(self) -> str:
+        """Two lines: the denoiser, and the networks beside it."""
+        net = self.denoiser
+        classes = f"{net.label_dim} classes" if net.label_dim else "unconditional"
+        side = net.img_resolution
+        beside = {name: getattr(self, name) for name in ("discriminator", "classifier", "reference")}
+        others = [f"{name} {described(net)}" for name, net in beside.items() if net is not None]
+        return (
+            f"Networks: {described(net)}, images {net.img_channels} x {side} x {side}, {classes}\n"
+            f"  beside it: {', '.join(others) or 'none'}"
+        )
+
+
+def described(net: object) -> str:
+    """The kind of a network and its size; of one inside a preconditioner, both kinds."""
+    inner = getattr(net, "model", None)
+    kind = type(net).__name__ + (f" of {type(inner).__name__}" if isinstance(inner, nn.Module) else "")
+    if not isinstance(net, nn.Module):
+        return kind
+    return f"{kind} ({sum(parameter.numel() for parameter in net.parameters()):,} weights)"
 
 
 def load(
@@ -81,13 +102,13 @@ def load(
         UserError: unknown or broken bundle, a network that `guidance` needs and the bundle lacks.
     """
     found = bundle if isinstance(bundle, bundles.Bundle) else bundles.read(bundle)
-    wanted = _wanted(found, guidance)
+    wanted = roles(found, guidance)
     nets: dict[str, Any] = {role: found.load(role, device, dtype) for role in wanted}
     trunk, head = nets.get("classifier"), nets.get("discriminator")
     if trunk is not None and not isinstance(trunk, EncoderUNetModel):
         raise UserError(
             f"bundle {found.name}: its classifier, a {type(trunk).__name__}, reads no noise level; guidance needs a "
-            "noise-aware one, such as python -m dgfast.train classifier makes"
+            "noise-aware one, such as `dgfast train classifier` makes"
         )
     score, read = nets["score"], (getattr(trunk, "in_channels", None), getattr(trunk, "image_size", None))
     if trunk is not None and read != (score.img_channels, score.img_resolution):
@@ -134,8 +155,11 @@ def _time(score: Any, trunk: EncoderUNetModel | None, schedule: str | None) -> C
     return TIME_SCHEDULES[schedule or (adm_time_schedule(trunk.image_size) if trunk else "linear")]
 
 
-def _wanted(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str]:
-    """Roles to load, what a guidance is named after before what it stands on."""
+def roles(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str]:
+    """Roles that these weights need, or for None all that a sampler knows.
+
+    What a guidance is named after stands before what it stands on.
+    """
     if guidance is None:
         return ["score", *(role for role in bundle.nets if role not in ("score", "features", "generator"))]
     discriminator = bool(guidance.dg_weight or guidance.dg_weight_2nd)

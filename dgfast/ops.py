@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgfast.errors import UserError
+from dgfast.extras import how_to_install
 
 Choice = Literal["reference", "triton"]
 
@@ -45,7 +46,7 @@ def kernels(choice: Choice) -> Iterator[None]:
             import_module("dgfast.kernels.launch")
         except ImportError as error:
             raise UserError(
-                f"the Triton kernels cannot be imported ({error}); pip install triton (Linux), or use the reference"
+                f"the Triton kernels cannot be imported ({error}): {how_to_install('triton')}, or use the reference"
             ) from error
     token = _CHOICE.set(choice)
     try:

@@ -1,31 +1,180 @@
-"""What the command lines share: the types of their options, and the options of the guidances."""
+"""What the command lines share: help in sections, the types of their options, and the options of the guidances.
 
+A formula's symbol is the metavar of its option. Behind an option's help stands what a bundle says where it is left out.
+"""
+
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import click
 
-from dgfast.config import CLEAN_TIMES, NORMALIZATIONS
+from dgfast import __version__
+from dgfast.config import CLEAN_TIMES, NORMALIZATIONS, GuidanceConfig, SamplingConfig
+from dgfast.ranges import Ranges
+
+
+class Group(StrEnum):
+    """The sections of `--help`, in their order; a guidance's has its formula."""
+
+    INPUT = "Input"
+    TRAINING = "Training"
+    SOLVER = "Schedule and solver"
+    DISCRIMINATOR = "Discriminator guidance, D + w sigma^2 grad_x log d / (1 - d)"
+    CLASSIFIER = "Classifier guidance, D + s sigma^2 grad_x log p(y | x)"
+    CLASSIFIER_FREE = "Classifier-free guidance, D_u + s (D - D_u)"
+    AUTOGUIDANCE = "Autoguidance, D_ref + w (D - D_ref)"
+    LOW_DENSITY = "Low-density guidance, D - a sigma^2 grad_x log p(y | x) + b sigma^2 grad_x0 log p(y | x0)"
+    RUNTIME = "Runtime"
+    OUTPUT = "Output"
+    OTHER = "Other"
+
+
+class Option(click.Option):
+    """An option in a section of `--help`; of one that a bundle has a default for, the help says it."""
+
+    def __init__(self, *arguments: Any, group: Group, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.group = group
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        record = super().get_help_record(ctx)
+        if record is None or self.show_default or not isinstance(ctx.command, Command):
+            return record
+        bundle, defaults = ctx.command.bundled_defaults(ctx)
+        value = _as_typed(defaults.get(self.name or ""))
+        return (record[0], f"{record[1]}  [{bundle}: {value}]".strip()) if value else record
+
+
+_version = click.version_option(__version__, message="dgfast %(version)s")
+
+
+class Command(click.Command):
+    """A command whose `--help` has sections and whose `--version` is dgfast's."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        _version(self)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_ARGUMENTS] = list(args)  # --help comes to its turn before --bundle does
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[Group, list[tuple[str, str]]] = {group: [] for group in Group}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):  # the text says what the arguments are
+                sections[getattr(parameter, "group", Group.OTHER)].append(record)
+        for group, records in sections.items():
+            if records:
+                with formatter.section(group.value):
+                    formatter.write_dl(records)
+
+    def bundled_defaults(self, ctx: click.Context) -> tuple[str, Mapping[str, Any]]:
+        """The name of the bundle on the command line, else of the one that comes along, and its defaults by name."""
+        values, _, _ = self.make_parser(ctx).parse_args(list(ctx.meta.get(_ARGUMENTS, ())))
+        folder = Path(values.get("bundle") or _BUNDLE)
+        if not folder.is_dir():
+            folder = Path(__file__).parent / "assets" / folder
+        return folder.name, _defaults(folder / "bundle.json")
+
+
+class CommandGroup(click.Group):
+    """Commands of that kind under one name."""
+
+    command_class = Command
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        _version(self)
+
+
+_ARGUMENTS = f"{__name__}.arguments"
+_BUNDLE = "mnist32"
+
+
+def _defaults(path: Path) -> Mapping[str, Any]:
+    """Sampling and guidance of a `bundle.json`; nothing where it can't be read, for help needs no bundle."""
+    try:
+        bundle = json.loads(path.read_text())
+        own = bundle.get("sampling", {}) | bundle.get("guidance", {})
+        return asdict(SamplingConfig()) | asdict(GuidanceConfig()) | own
+    except (OSError, AttributeError, TypeError, ValueError, RecursionError):
+        return {}
+
+
+def _as_typed(value: Any) -> str:
+    """A bundle's default as it would stand on the command line; nothing for what is open or empty."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, int | float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ",".join(":".join(map(_as_typed, v)) if isinstance(v, list | tuple) else _as_typed(v) for v in value)
+    return value if isinstance(value, str) and value.isprintable() else ""
+
+
+def command_line() -> list[str]:
+    """The running command's arguments, as they were typed."""
+    return list(click.get_current_context().meta[_ARGUMENTS])
+
+
+def option(*names: str, group: Group, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`click.option`, in a section of `--help`."""
+    return click.option(*names, cls=Option, group=group, **settings)
 
 
 class IntegerRanges(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
-    """Integers and inclusive ranges, such as 0-63,100."""
+    """Integers and inclusive ranges, such as 0-63,100, or @FILE, a file of them.
+
+    Args:
+        below: numbers must be less; otherwise is the sentence that says why.
+    """
 
     name = "ranges"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        if isinstance(value, list):
+    def __init__(self, below: int | None = None, otherwise: str = "") -> None:
+        self._below, self._otherwise = below, otherwise
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Ranges:
+        if isinstance(value, Ranges):
             return value
-        numbers: list[int] = []
-        for part in str(value).split(","):
-            first, dash, last = part.strip().partition("-")
-            if not first.isdecimal() or (dash and not last.isdecimal()):
-                self.fail(f"{value!r}: expected integers and ranges such as 0-63,100", param, ctx)
-            if dash and int(last) < int(first):
-                self.fail(f"{value!r}: the range {part.strip()} ends before it begins", param, ctx)
-            numbers.extend(range(int(first), int(last or first) + 1))
+        text = str(value)
+        try:
+            if text.startswith("@"):
+                text = Path(text[1:]).read_text()
+            numbers = Ranges.parse(text)
+        except OSError as error:
+            self.fail(f"{text[1:]}: can't be read ({error.strerror})", param, ctx)
+        except ValueError as error:  # also of a file that is no text
+            reason = "no text" if isinstance(error, UnicodeDecodeError) else str(error)
+            self.fail(f"{value}: {reason}" if str(value).startswith("@") else reason, param, ctx)
+        if self._below is not None and numbers.largest >= self._below:
+            self.fail(f"{numbers.largest}: {self._otherwise}", param, ctx)
         return numbers
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
+    """A time such as 90s, 30m or 2.5h, in seconds."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+        try:
+            seconds = float(value[:-1]) * units[value[-1:]]
+        except (ValueError, KeyError):
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            self.fail(f"{value!r}: expected a time such as 90s, 30m or 2.5h", param, ctx)
+        return seconds
 
 
 class FloatPair(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
@@ -75,49 +224,64 @@ class FiniteFloat(click.ParamType):  # type: ignore[type-arg]  # generic only in
 
 NUMBER = FiniteFloat()
 _GUIDANCE = (
-    click.option("--dg-weight", type=NUMBER, help="Discriminator guidance; 0 turns it off."),
-    click.option("--dg-weight-2nd", type=NUMBER, help="The same at the solver's second point."),
-    click.option("--dg-window", type=FloatPair(), help="VP times between which it acts."),
-    click.option("--dg-schedule", type=WeightPoints(), help="Factor on --dg-weight by VP time, linear between points."),
-    click.option("--boosting", is_flag=True, default=None, help="DG's boosting, for conditional nets."),
-    click.option(
-        "--published-window", is_flag=True, default=None, help="Judge the window by the batch, as DG's code does."
-    ),
-    click.option("--classifier-scale", type=NUMBER, help="Classifier guidance; 0 turns it off."),
-    click.option("--classifier-schedule", type=WeightPoints(), help="Factor on --classifier-scale, as --dg-schedule."),
-    click.option("--cfg-scale", type=NUMBER, help="Classifier-free guidance; 1 turns it off."),
-    click.option("--cfg-scale-low", type=NUMBER, help="The same at noise levels of --cfg-branch and below."),
-    click.option("--cfg-branch", type=NUMBER, help="Noise level sigma at which the one scale takes over."),
-    click.option("--cfg-channels", type=int, help="Guide the first so many channels alone; 3 is DiT's published way."),
-    click.option("--guidance-interval", type=FloatPair(), help="Noise levels sigma between which --cfg-scale acts."),
-    click.option("--autoguidance", type=NUMBER, help="Guidance by a worse net; 1 turns it off."),
-    click.option("--diversity", type=NUMBER, help="Low-density guidance, a: away from what the classifier is sure of."),
-    click.option("--perceptual", is_flag=True, default=None, help="Turn --diversity round: toward the class."),
-    click.option("--fidelity", type=NUMBER, help="Guidance toward the class in the predicted clean image, b."),
-    click.option("--normalize", type=click.Choice(NORMALIZATIONS), help="What both do to their gradients' lengths."),
-    click.option(
-        "--clean-time", type=click.Choice(CLEAN_TIMES), help="Classifier's time for the predicted clean image."
-    ),
-    click.option("--target-class", type=int, help="Class of the --diversity term; default: each image's own."),
-    click.option("--base-class", type=int, help="Class of the --fidelity term; default: each image's own."),
-)
+    option("--dg-weight", group=Group.DISCRIMINATOR, type=NUMBER, metavar="w", help="Weight; 0 turns it off."),
+    option("--dg-weight-2nd", group=Group.DISCRIMINATOR, type=NUMBER, metavar="w",
+           help="The same at the solver's second point."),
+    option("--dg-window", group=Group.DISCRIMINATOR, type=FloatPair(), metavar="tau,tau",
+           help="VP times between which it acts."),
+    option("--dg-schedule", group=Group.DISCRIMINATOR, type=WeightPoints(), metavar="tau:factor,...",
+           help="Factor on --dg-weight by VP time, linear between points."),
+    option("--boosting", group=Group.DISCRIMINATOR, is_flag=True, default=None,
+           help="DG's boosting, for conditional nets."),
+    option("--published-window", group=Group.DISCRIMINATOR, is_flag=True, default=None,
+           help="Judge the window by the batch, as DG's code does."),
+    option("--classifier-scale", group=Group.CLASSIFIER, type=NUMBER, metavar="s", help="Scale; 0 turns it off."),
+    option("--classifier-schedule", group=Group.CLASSIFIER, type=WeightPoints(), metavar="tau:factor,...",
+           help="Factor on --classifier-scale, as --dg-schedule."),
+    option("--cfg-scale", group=Group.CLASSIFIER_FREE, type=NUMBER, metavar="s",
+           help="Scale; 1 turns it off. Ho and Salimans' w is s - 1."),
+    option("--cfg-scale-low", group=Group.CLASSIFIER_FREE, type=NUMBER, metavar="s",
+           help="The same at noise levels of --cfg-branch and below."),
+    option("--cfg-branch", group=Group.CLASSIFIER_FREE, type=NUMBER, metavar="sigma",
+           help="Noise level at which the one scale takes over."),
+    option("--cfg-channels", group=Group.CLASSIFIER_FREE, type=int, metavar="C",
+           help="Guide the first so many channels alone; 3 is DiT's published way."),
+    option("--guidance-interval", group=Group.CLASSIFIER_FREE, type=FloatPair(), metavar="sigma,sigma",
+           help="Noise levels between which --cfg-scale acts."),
+    option("--autoguidance", group=Group.AUTOGUIDANCE, type=NUMBER, metavar="w",
+           help="Weight of guidance by a worse net; 1 turns it off."),
+    option("--diversity", group=Group.LOW_DENSITY, type=NUMBER, metavar="a",
+           help="Away from what the classifier is sure of; 0 turns it off."),
+    option("--perceptual", group=Group.LOW_DENSITY, is_flag=True, default=None,
+           help="Turn --diversity round: toward the class."),
+    option("--fidelity", group=Group.LOW_DENSITY, type=NUMBER, metavar="b",
+           help="Toward the class in the predicted clean image x0; 0 turns it off."),
+    option("--normalize", group=Group.LOW_DENSITY, type=click.Choice(NORMALIZATIONS),
+           help="What both do to their gradients' lengths."),
+    option("--clean-time", group=Group.LOW_DENSITY, type=click.Choice(CLEAN_TIMES),
+           help="Classifier's time for the predicted clean image."),
+    option("--target-class", group=Group.LOW_DENSITY, type=int, metavar="y",
+           help="Class of the --diversity term; default: each image's own."),
+    option("--base-class", group=Group.LOW_DENSITY, type=int, metavar="y",
+           help="Class of the --fidelity term; default: each image's own."),
+)  # fmt: skip
 
 
 def guidance_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What decides on the guided function, for every command that makes one: guidance, and what stands before it."""
-    command = click.option(
-        "--clip-denoised", type=bool, is_flag=False, flag_value="true",
+    command = option(
+        "--clip-denoised", group=Group.SOLVER, type=bool, is_flag=False, flag_value="true",
         help="Keep denoised images in [-1, 1]; or =false.",
     )(command)  # fmt: skip
-    for option in reversed(_GUIDANCE):
-        command = option(command)
+    for guidance in reversed(_GUIDANCE):
+        command = guidance(command)
     return command
 
 
 def function_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which function of a bundle to export, and under which guidance."""
-    what = click.option(
-        "--what", type=click.Choice(["denoiser", "posterior", "step", "generator"]),
+    what = option(
+        "--what", group=Group.INPUT, type=click.Choice(["denoiser", "posterior", "step", "generator"]),
         help="The guided denoiser; what the ddpm solver calls in its place; a whole step of heun or euler; the "
         "one-step generator.  [default: what the bundle's solver calls]",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""python -m dgfast.train: train the networks of a bundle, one after the other.
+"""Train the networks of a bundle, one after the other.
 
 Each command adds one network to the bundle folder, with its held-out metrics. Interrupted, the same command goes on
 where it was; its state lies in BUNDLE/training/ROLE, which the finished bundle no longer needs.
@@ -6,7 +6,6 @@ where it was; its state lies in BUNDLE/training/ROLE, which the finished bundle 
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,44 +13,63 @@ from typing import Any
 
 import click
 
-Command = Callable[..., None]
+from dgfast.options import CommandGroup, Group, command_line, option
+
+Callback = Callable[..., None]
 
 
-def _shared(images: int, batch: int, lr: float, weight_decay: float, ema: float) -> Callable[[Command], Command]:
+def _shared(images: int, batch: int, lr: float, weight_decay: float, ema: float) -> Callable[[Callback], Callback]:
     """The options that every command takes, with this network's defaults."""
     options = [
-        click.option("--bundle", "folder", required=True, type=click.Path(path_type=Path), help="Folder to add to."),
-        click.option("--data", default="mnist", show_default=True, help="`mnist`, or an npz with images and labels."),
-        click.option("--holdout", default=1000, show_default=True, help="Images kept for the metrics."),
-        click.option("--images", default=images, show_default=True, help="Training images to draw in all."),
-        click.option("--batch", default=batch, show_default=True, help="Images a step."),
-        click.option("--lr", default=lr, show_default=True, help="Largest learning rate."),
-        click.option("--weight-decay", default=weight_decay, show_default=True),
-        click.option("--ema", default=ema, show_default=True, help="Decay of the averaged weights."),
-        click.option("--seed", default=0, show_default=True),
-        click.option("--net", "net_json", default="{}", help="Constructor keywords to change, as JSON."),
-        click.option("--device", default=None, help="cpu or cuda; default: what is there."),
+        option(
+            "--bundle",
+            "folder",
+            group=Group.OUTPUT,
+            required=True,
+            type=click.Path(path_type=Path),
+            help="Folder to add to.",
+        ),
+        option(
+            "--data",
+            group=Group.INPUT,
+            default="mnist",
+            show_default=True,
+            help="`mnist`, or an npz with images and labels.",
+        ),
+        option("--holdout", group=Group.INPUT, default=1000, show_default=True, help="Images kept for the metrics."),
+        option(
+            "--images", group=Group.TRAINING, default=images, show_default=True, help="Training images to draw in all."
+        ),
+        option("--batch", group=Group.TRAINING, default=batch, show_default=True, help="Images a step."),
+        option("--lr", group=Group.TRAINING, default=lr, show_default=True, help="Largest learning rate."),
+        option("--weight-decay", group=Group.TRAINING, default=weight_decay, show_default=True),
+        option("--ema", group=Group.TRAINING, default=ema, show_default=True, help="Decay of the averaged weights."),
+        option("--seed", group=Group.TRAINING, default=0, show_default=True),
+        option(
+            "--net", "net_json", group=Group.TRAINING, default="{}", help="Constructor keywords to change, as JSON."
+        ),
+        option("--device", group=Group.RUNTIME, default=None, help="cpu or cuda; default: what is there."),
     ]
 
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
+    def decorate(command: Callback) -> Callback:
+        for shared in reversed(options):
+            command = shared(command)
         return command
 
     return decorate
 
 
-@click.group(help=__doc__)
+@click.group(cls=CommandGroup, help=__doc__)
 def main() -> None:
     pass
 
 
 @main.command()
 @_shared(images=320_000, batch=128, lr=2e-3, weight_decay=0.0, ema=0.999)
-@click.option("--role", type=click.Choice(["score", "reference"]), default="score", show_default=True)
-@click.option("--name", default=None, help="Name of a new bundle; default: its folder's.")
-@click.option("--license", "license_text", default="", help="Licence of the weights.")
-@click.option("--provenance", default="", help="Where the data came from.")
+@option("--role", group=Group.OUTPUT, type=click.Choice(["score", "reference"]), default="score", show_default=True)
+@option("--name", group=Group.OUTPUT, default=None, help="Name of a new bundle; default: its folder's.")
+@option("--license", "license_text", group=Group.OUTPUT, default="", help="Licence of the weights.")
+@option("--provenance", group=Group.OUTPUT, default="", help="Where the data came from.")
 def score(role: str, name: str | None, license_text: str, provenance: str, **options: Any) -> None:
     """A class-conditional EDM denoiser (DDPM++), with label dropout for classifier-free guidance."""
     from dgfast.training.score import denoising_loss
@@ -105,21 +123,27 @@ def features(**options: Any) -> None:
 
 @main.command()
 @_shared(images=160_000, batch=128, lr=1e-3, weight_decay=1e-7, ema=0.999)
-@click.option(
-    "--generated", required=True, type=click.Path(path_type=Path),
-    help="Unguided images of the same score net: a folder of `python -m dgfast.sample --format npz`.",
+@option(
+    "--generated", group=Group.INPUT, required=True, type=click.Path(path_type=Path),
+    help="Unguided images of the same score net: a folder of `dgfast sample --format npz`.",
 )  # fmt: skip
-@click.option("--dg-weight", default=1.0, show_default=True, help="Default guidance weight of the finished bundle.")
+@option(
+    "--dg-weight",
+    group=Group.OUTPUT,
+    default=1.0,
+    show_default=True,
+    help="Default guidance weight of the finished bundle.",
+)
 def discriminator(generated: Path, dg_weight: float, **options: Any) -> None:
     """DG's discriminator: a head on the frozen classifier, real against generated images."""
+    from dgfast.image_folder import read_images
     from dgfast.nets.discriminator import Discriminator
-    from dgfast.outputs import read_shards
     from dgfast.training.data import ImageSet, split
     from dgfast.training.discriminator import discriminator_loss, judge_by_sigma
 
     job = _Job("discriminator", **options)
     trunk: Any = job.bundle.load("classifier", job.device)
-    images, labels = read_shards(generated)
+    images, labels = read_images(generated)
     fakes, held_out_fakes = split(ImageSet(images, labels), len(images) // 5)
     keywords = {
         "image_size": trunk.feature_size, "in_channels": trunk.feature_channels, "model_channels": 48,
@@ -135,8 +159,10 @@ def discriminator(generated: Path, dg_weight: float, **options: Any) -> None:
 
 @main.command()
 @_shared(images=224_000, batch=32, lr=1e-3, weight_decay=0.0, ema=0.999)
-@click.option("--score-net", "score_json", default="{}", help="The same as --net, for the score network.")
-@click.option("--r1", default=0.1, show_default=True, help="Weight gamma of the gradient penalty.")
+@option(
+    "--score-net", "score_json", group=Group.TRAINING, default="{}", help="The same as --net, for the score network."
+)
+@option("--r1", group=Group.TRAINING, default=0.1, show_default=True, help="Weight gamma of the gradient penalty.")
 def generator(score_json: str, r1: float, **options: Any) -> None:
     """A one-step generator by Score Mismatching (arXiv 2309.11043), class-conditional.
 
@@ -210,7 +236,7 @@ class _Job:
     def finish(self, net: Any, metrics: dict[str, Any], time_schedule: str | None = None, **changes: Any) -> None:
         from dgfast import bundle
 
-        command = "python -m dgfast.train " + shlex.join(sys.argv[1:])
+        command = f"dgfast train {click.get_current_context().info_name} {shlex.join(command_line())}"
         parameters = sum(p.numel() for p in net.parameters())
         record = {"command": command, "parameters": parameters, **metrics}
         done = bundle.with_net(self.bundle, self.role, net, self._kind, self._keywords, time_schedule)

@@ -1,6 +1,6 @@
 """Draws digits from an exported step, with numpy and ONNX Runtime alone: neither torch nor dgfast.
 
-python export/to_onnx.py --what step --out exported
+python -m dgfast.export.to_onnx --what step --out exported
 python examples/onnx_only.py exported/mnist32-step-dynamic-float32.onnx digits.png
 """
 
@@ -10,8 +10,11 @@ import struct
 import sys
 import zlib
 
-import numpy as np
-import onnxruntime
+try:
+    import numpy as np
+    import onnxruntime
+except ImportError as missing:
+    sys.exit(f"{missing.name} is not installed: pip install 'dgfast[onnx]', or numpy and onnxruntime alone")
 
 
 def write_png(path: str, image: np.ndarray) -> None:  # uint8 [H, W]
@@ -25,6 +28,8 @@ def write_png(path: str, image: np.ndarray) -> None:  # uint8 [H, W]
         file.write(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
+if len(sys.argv) != 3:
+    sys.exit("usage: python examples/onnx_only.py MODEL.onnx PICTURE.png")
 model, picture = sys.argv[1:]
 session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 metadata = session.get_modelmeta().custom_metadata_map

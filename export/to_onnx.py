@@ -1,4 +1,4 @@
-"""python export/to_onnx.py: one ONNX file with what a sampler calls, input gradients inside, or a one-step generator.
+"""Write one ONNX file with what a sampler calls, input gradients inside, or a one-step generator.
 
 The file lies in the folder only if ONNX Runtime, on inputs it had not seen, returned what eager float32 returns. Its
 parity report lies beside it in any case. What is not given is the bundle's own default.
@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
-if __name__ == "__main__":  # this folder's files must not stand in for packages of the same names
+if __name__ == "__main__" and not __package__:  # run by its path: no file here stands in for a package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dgfast.options import function_options
+from dgfast.options import Command, Group, function_options, option
 
 
 class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
@@ -30,23 +30,44 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in c
         return int(value)
 
 
-@click.command(help=__doc__)
-@click.option("--bundle", default="mnist32", show_default=True, help="Folder, or name of a bundle that comes along.")
-@click.option("--batch", type=BatchSize(), default="dynamic", show_default=True, help="Images a call, or dynamic.")
-@click.option("--dtype", type=click.Choice(["float32", "fp16"]), default="float32", show_default=True)
-@click.option("--opset", type=int, default=18, show_default=True)
-@click.option(
-    "--for", "target", type=click.Choice(["onnxruntime", "tensorrt"]), default="onnxruntime", show_default=True,
-    help="How normalisations are written: as ONNX Runtime is fastest, or as TensorRT can build them.",
+@click.command(cls=Command, help=__doc__)
+@option(
+    "--bundle",
+    group=Group.INPUT,
+    default="mnist32",
+    show_default=True,
+    help="Folder, or name of a bundle that comes along.",
+)
+@option(
+    "--batch",
+    group=Group.OUTPUT,
+    type=BatchSize(),
+    default="dynamic",
+    show_default=True,
+    help="Images a call, or dynamic.",
+)
+@option("--dtype", group=Group.OUTPUT, type=click.Choice(["float32", "fp16"]), default="float32", show_default=True)
+@option("--opset", group=Group.OUTPUT, type=int, default=18, show_default=True)
+@option(
+    "--for", "target", group=Group.OUTPUT, type=click.Choice(["onnxruntime", "tensorrt"]), default="onnxruntime",
+    show_default=True, help="How normalisations are written: as ONNX Runtime is fastest, or so that TensorRT builds.",
 )  # fmt: skip
 @function_options
-@click.option("--out", type=click.Path(path_type=Path), default="exported", show_default=True, help="A folder.")
+@option(
+    "--out",
+    group=Group.OUTPUT,
+    type=click.Path(path_type=Path),
+    default="exported",
+    show_default=True,
+    help="A folder.",
+)
 def main(bundle: str, batch: int | None, dtype: str, opset: int, target: str, out: Path, **options: Any) -> None:
-    from dgfast.export import request
-    from dgfast.runtimes.onnx import files_of, require
+    from dgfast.extras import require
 
-    for package in ("onnx", "onnxruntime"):
-        require(package)
+    require("onnx", "onnxruntime")
+    from dgfast.export import request
+    from dgfast.runtimes.onnx import files_of
+
     asked = request.read(bundle, options)
     request.make_folder(out)
     began = time.perf_counter()

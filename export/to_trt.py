@@ -1,6 +1,6 @@
-"""python export/to_trt.py --bundle B --out DIR: one TensorRT engine of the guided step, its gradient inside.
+"""Build one TensorRT engine of the guided step, its gradient inside.
 
-Functions and guidances are those of export/to_onnx.py; what is not given is the bundle's own default.
+Functions and guidances are those of `python -m dgfast.export.to_onnx`; what is not given is the bundle's own default.
 
 DIR gets model.engine, engine.json (what it is, where it may run, whether it was ever executed), layers.md, report.md
 and self_test.npz (values that the engine must reproduce whenever it is loaded). TensorRT for RTX builds on a machine
@@ -16,16 +16,17 @@ from typing import Any
 
 import click
 
-if __name__ == "__main__":  # this folder's files must not stand in for packages of the same names
+if __name__ == "__main__" and not __package__:  # run by its path: no file here stands in for a package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dgfast.errors import UserError
 from dgfast.export import request
 from dgfast.export.engine_builder import HARDWARE, Built, Options, build, parse
 from dgfast.export.request import Request
-from dgfast.options import function_options
+from dgfast.extras import require
+from dgfast.options import Command, Group, function_options, option
 from dgfast.runtimes.engine_file import EXECUTED, EngineFile
-from dgfast.runtimes.onnx import files_of, require
+from dgfast.runtimes.onnx import files_of
 from dgfast.runtimes.tensorrt_library import FLAVORS, find, layer_table
 
 TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1}
@@ -50,21 +51,55 @@ class BatchRange(click.ParamType):  # type: ignore[type-arg]  # generic only in 
         return (sizes[0], sizes[len(sizes) // 2], sizes[-1])
 
 
-@click.command(help=__doc__)
-@click.option("--bundle", help="Folder, or name of a bundle that comes along.")
-@click.option("--onnx", type=click.Path(path_type=Path), help="A float32 file of export/to_onnx.py instead.")
+@click.command(cls=Command, help=__doc__)
+@option("--bundle", group=Group.INPUT, help="Folder, or name of a bundle that comes along.")
+@option(
+    "--onnx",
+    group=Group.INPUT,
+    type=click.Path(path_type=Path),
+    help="A float32 file of `python -m dgfast.export.to_onnx` instead.",
+)
 @function_options
-@click.option("--batch", type=BatchRange(), default="1,16,64", show_default=True, help="Least, best and most images.")
-@click.option("--dtype", type=click.Choice(list(TOLERANCES)), default="float32", show_default=True)
-@click.option("--keep-float32", multiple=True, help="Pattern of names of ONNX nodes that stay float32; repeatable.")
-@click.option("--flavor", type=click.Choice(list(FLAVORS)), help="Default: whichever is installed.")
-@click.option("--timing-cache", type=click.Path(dir_okay=False, path_type=Path), help="What earlier builds measured.")
-@click.option("--refit", is_flag=True, help="Keep the weights exchangeable.")
-@click.option("--version-compatible", is_flag=True, help="Let later versions of TensorRT load it.")
-@click.option("--hardware-compatible", type=click.Choice(list(HARDWARE)), default="none", show_default=True)
-@click.option("--capability", multiple=True, help="Compute capability such as 8.9 to build for; repeatable.")
-@click.option("--parse-only", is_flag=True, help="Stop when the library has read the file, without errors.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
+@option(
+    "--batch",
+    group=Group.OUTPUT,
+    type=BatchRange(),
+    default="1,16,64",
+    show_default=True,
+    help="Least, best and most images.",
+)
+@option("--dtype", group=Group.OUTPUT, type=click.Choice(list(TOLERANCES)), default="float32", show_default=True)
+@option(
+    "--keep-float32",
+    group=Group.OUTPUT,
+    multiple=True,
+    help="Pattern of names of ONNX nodes that stay float32; repeatable.",
+)
+@option("--flavor", group=Group.RUNTIME, type=click.Choice(list(FLAVORS)), help="Default: whichever is installed.")
+@option(
+    "--timing-cache",
+    group=Group.RUNTIME,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="What earlier builds measured.",
+)
+@option("--refit", group=Group.OUTPUT, is_flag=True, help="Keep the weights exchangeable.")
+@option("--version-compatible", group=Group.OUTPUT, is_flag=True, help="Let later versions of TensorRT load it.")
+@option(
+    "--hardware-compatible", group=Group.OUTPUT, type=click.Choice(list(HARDWARE)), default="none", show_default=True
+)
+@option(
+    "--capability", group=Group.OUTPUT, multiple=True, help="Compute capability such as 8.9 to build for; repeatable."
+)
+@option(
+    "--parse-only", group=Group.RUNTIME, is_flag=True, help="Stop when the library has read the file, without errors."
+)
+@option(
+    "--out",
+    group=Group.OUTPUT,
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder to write.",
+)
 def main(bundle: str | None, onnx: Path | None, dtype: str, flavor: str | None, out: Path, **given: Any) -> None:
     asked = _asked(bundle, onnx, given)
     name, trt = find(flavor)
@@ -109,8 +144,7 @@ def _asked(bundle: str | None, onnx: Path | None, given: dict[str, Any]) -> Requ
 
 def _exported(asked: Request, batch: tuple[int, int, int], out: Path) -> Path:
     """The float32 ONNX file that TensorRT can build, proved equal to eager."""
-    require("onnx")
-    require("onnxruntime")
+    require("onnx", "onnxruntime")
     return asked.write(out, batch=batch[0] if batch[0] == batch[2] else None, target="tensorrt")
 
 

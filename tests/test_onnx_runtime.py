@@ -1,5 +1,6 @@
 """ATen to ONNX, operation by operation, and the ONNX runtime against the function that it was given."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def test_onnx_refuses_opsets_that_are_too_old() -> None:
 
 
 def test_onnx_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"onnxruntime is not installed: pip install 'dgfast\[onnx\]'"):
         runtime.OnnxEngine(tmp_path / "f.onnx")
 

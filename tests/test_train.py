@@ -63,9 +63,12 @@ def test_train_makes_a_whole_bundle_that_samples(squares: Path, tmp_path: Path) 
     assert done.class_names == ("0", "1") and done.license == "CC0" and done.provenance == "squares"
     assert done.guidance.dg_weight == 0.5 and done.spec("classifier").time_schedule == "linear"
     assert set(done.metrics["discriminator"]["held_out_by_sigma"]["1"]) == {"accuracy", "loss"}
-    assert "python -m dgfast.train" in done.metrics["score"]["command"]
+    assert done.metrics["score"]["command"].startswith(f"dgfast train score --bundle {folder} --data ")
     result = CliRunner().invoke(sample, [*draw, "--out", str(tmp_path / "guided")])
-    assert result.exit_code == 0 and json.loads((tmp_path / "guided/manifest.json").read_text())["guidance_gradients"]
+    assert (
+        result.exit_code == 0
+        and json.loads((tmp_path / "guided/manifest.json").read_text())["runs"][0]["guidance_gradients"]
+    )
 
 
 def _line(net: nn.Module, batch: int) -> Tensor:

@@ -12,8 +12,6 @@ from dgfast.nets.dit import PRESETS
 
 _MARK = "x_embedder.proj.weight"
 _LABELS = "y_embedder.embedding_table.weight"
-_HIDDEN = "blocks.{}.mlp.fc1.weight"
-_MODULATION = "blocks.{}.adaLN_modulation.1.weight"
 
 
 def is_dit(tensors: Mapping[str, Tensor]) -> bool:
@@ -31,25 +29,19 @@ def score_keywords(
     Raises:
         UserError: no DiT, or one of no published size whose `num_heads` is not told.
     """
-    width, channels, patch, _ = _shape(tensors, _MARK, (None, None, None, None), source)
-    _, tokens, _ = _shape(tensors, "pos_embed", (1, None, width), source)
-    hidden, _ = _shape(tensors, _HIDDEN.format(0), (None, width), source)
-    outputs, _ = _shape(tensors, "final_layer.linear.weight", (None, width), source)
+    channels, width, patch = (_extent(tensors, _MARK, axis, source) for axis in (1, 0, 2))
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    for block in range(depth):  # whole ones, or a small file could ask for a large network
-        _shape(tensors, _HIDDEN.format(block), (hidden, width), source)
-        _shape(tensors, _MODULATION.format(block), (6 * width, width), source)
     read = {
         "model_type": "DiT",
-        "img_resolution": math.isqrt(tokens) * patch,
+        "img_resolution": math.isqrt(_extent(tensors, "pos_embed", 1, source)) * patch,
         "img_channels": channels,
         "patch_size": patch,
         "hidden_size": width,
         "depth": depth,
-        "mlp_ratio": hidden / width,
-        "learn_sigma": outputs == 2 * channels * patch**2,
+        "mlp_ratio": _extent(tensors, "blocks.0.mlp.fc1.weight", 0, source) / width,
+        "learn_sigma": _extent(tensors, "final_layer.linear.weight", 0, source) == 2 * channels * patch**2,
     }
-    labels, assumed_labels = _labels(_shape(tensors, _LABELS, (None, width), source)[0], told, source)
+    labels, assumed_labels = _labels(_extent(tensors, _LABELS, 0, source), told, source)
     heads, assumed_heads = _heads(depth, width, told, source)
     return read | labels | heads | dict(told), assumed_heads + assumed_labels
 
@@ -90,14 +82,7 @@ def _heads(
     return {"num_heads": heads}, [Assumed("num_heads", heads, because, "--set num_heads=...")]
 
 
-def _shape(
-    tensors: Mapping[str, Tensor], name: str, sizes: tuple[int | None, ...], source: object
-) -> tuple[int, ...]:  # fmt: skip
-    """The shape of a tensor that must have these sizes; None is any but 0."""
-    shape = tuple(tensors[name].shape) if name in tensors else ()
-    fits = len(shape) == len(sizes) and all(
-        size and size in (n, size if n is None else n) for size, n in zip(shape, sizes, strict=True)
-    )
-    if not fits:
+def _extent(tensors: Mapping[str, Tensor], name: str, axis: int, source: object) -> int:
+    if name not in tensors or tensors[name].dim() <= axis:
         raise UserError(f"{source} is no DiT: {name} is missing or misshapen")
-    return shape
+    return tensors[name].shape[axis]

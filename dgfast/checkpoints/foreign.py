@@ -4,18 +4,16 @@ What diffusers, Stable Diffusion and others save are networks that dgfast does n
 those a complaint about keywords would send people after some that cannot fit.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from dgfast.bounds import open_file
+from dgfast.bounds import open_file, read_json
 from dgfast.checkpoints import one_line
 from dgfast.errors import UserError
 
 SUFFIXES = (".pkl", ".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _HEAD = 512  # bytes at the beginning that tell what a file is
-_LONGEST = 2**20  # bytes of a description
 _HEADS = (
     (rb"version https://git-lfs", "a Git LFS pointer and not the file itself: run `git lfs pull` where it comes from"),
     (rb"\s*<(!doctype )?html", "an HTML page, such as a login or an error: download the file itself"),
@@ -98,9 +96,8 @@ def _of_diffusers(name: str) -> str:
 def _class_name(description: Path) -> str:
     """Which class of diffusers a JSON file describes; "" if none."""
     try:
-        with open_file(description) as file:
-            content = json.loads(file.read(_LONGEST))
-    except (OSError, ValueError, RecursionError):  # a UserError is a ValueError
+        content = read_json(description)
+    except ValueError:  # a UserError, where there is none, is one too
         return ""
     name = content.get("_class_name") if isinstance(content, dict) else None
     return one_line(name, most=80) if isinstance(name, str) else ""

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dgfast import bundle as bundles
-from dgfast import nets
+from dgfast import nets, weights
 from dgfast.checkpoints import DENOISERS, dit, nvidia_pickle, one_line, openai_pt
 from dgfast.checkpoints.account import Assumed, listed
 from dgfast.checkpoints.foreign import file_format, require_own_names
@@ -48,7 +47,7 @@ def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: 
     Raises:
         UserError: unreadable, unsuited to the role, not finite, or of another shape than its keywords say.
     """
-    form = file_format(file)
+    form, told_kind = file_format(file), kind
     if form == "snapshot":
         snapshot = nvidia_pickle.read(file)
         state, assumed = StateDict(snapshot.tensors), list[Assumed]()
@@ -60,8 +59,10 @@ def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: 
     if kind not in kinds:
         raise UserError(f"a {role} network cannot be of the kind {kind!r}; use {', '.join(kinds)}")
     _require_finite(state.tensors, file)
-    net = _built(kind, keywords, file)
-    bundles.load_state(net, _as_in_a_bundle(state.tensors, kind), file)
+    try:
+        net = weights.build(kind, keywords, _as_in_a_bundle(state.tensors, kind), file)
+    except UserError as error:
+        raise UserError(f"{error.message}; mend its keywords with --set") if told_kind else error from error
     told_too = {name: value for name, value in keywords.items() if name in told}
     assumed_too = {entry.name for entry in assumed}
     seen = {name: value for name, value in keywords.items() if name not in told and name not in assumed_too}
@@ -113,13 +114,6 @@ def _defaults(kind: str, keywords: Mapping[str, Any]) -> list[Assumed]:
         for name, value in left_out.items()
         if name in unseen - {"learn_sigma"}  # which the last layer shows
     ]
-
-
-def _built(kind: str, keywords: dict[str, Any], file: Path) -> nn.Module:
-    try:
-        return nets.build(kind, **keywords)
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: its keywords make no {kind} ({one_line(error)}); mend them with --set") from error
 
 
 def _as_in_a_bundle(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:

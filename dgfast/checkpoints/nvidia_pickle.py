@@ -15,10 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dgfast import bounds, denoiser, nets
+from dgfast import bounds, denoiser, weights
 from dgfast.checkpoints import one_line, torch_file
 from dgfast.checkpoints.pickle_machine import MALFORMED, Budget, Machine, RefusedError, of, require
 from dgfast.errors import UserError
@@ -56,9 +55,7 @@ def read(path: Path) -> Snapshot:
         try:
             budget = Budget(path.stat().st_size)
             content = Machine(_globals(budget), budget, build=partial(_build, budget)).run(stream)
-            snapshot = _snapshot(content)
-            _check_size(snapshot, path.stat().st_size)
-            return snapshot
+            snapshot = _snapshot(content, budget)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         except MALFORMED as error:
@@ -67,6 +64,8 @@ def read(path: Path) -> Snapshot:
                 f"{path} is no network snapshot of EDM: {one_line(what)}; nothing in it was run. Give a .pkl that "
                 "NVIDIA's EDM code wrote, or the weights as .safetensors"
             ) from error
+    weights.check(snapshot.kind, snapshot.keywords, snapshot.tensors, path)
+    return snapshot
 
 
 # What the globals of a snapshot stand for -----------------------------------------------------------------------------
@@ -132,7 +131,7 @@ def _globals(budget: Budget) -> dict[tuple[str, str], Callable[..., Any]]:
 
 
 # From the objects to the network --------------------------------------------------------------------------------------
-def _snapshot(content: Any) -> Snapshot:
+def _snapshot(content: Any, budget: Budget) -> Snapshot:
     require(isinstance(content, dict) and "ema" in content, "it has no network under 'ema'")
     net = of(content["ema"], PersistentObject)
     kinds = denoiser.PRECONDITIONERS
@@ -144,55 +143,41 @@ def _snapshot(content: Any) -> Snapshot:
         unbounded = value is not None and name in parameters and parameters[name].default == math.inf
         if name == "use_fp16" or (unbounded and of(value, float, int) == math.inf):
             continue  # how the official code would run it, and a default that JSON cannot hold
-        keywords[name] = _plain(name, value)
+        keywords[name] = _plain(of(name, str), value)
     raw = of(net.state["_modules"]["model"], PersistentObject).class_name
     require(keywords.setdefault("model_type", raw) == raw, f"its model is {raw[:80]!r}, not what model_type says")
-    return Snapshot(net.class_name, keywords, dict(_walk(net, "", set())))
+    return Snapshot(net.class_name, keywords, dict(_walk(net, "", set(), budget)))
 
 
-def _plain(name: Any, value: Any) -> Any:
-    """A number, a word or a flat list of them: shared nested lists could hold more items than there are atoms."""
-    items = list(value) if type(value) in (list, tuple) else [value]
-    plain = all(type(item) in (type(None), bool, int, float, str) for item in items)
+def _plain(name: str, value: Any) -> Any:
+    """The argument as JSON can hold it."""
+    few = type(value) not in (list, tuple) or len(value) <= bounds.KEYWORD_LIST
+    value = list(value) if few and type(value) is tuple else value
+    try:
+        bounds.check_keywords({name: value})
+    except ValueError as error:
+        raise RefusedError(f"its constructor argument {error}") from error
+    items = value if type(value) is list else [value]
     finite = all(math.isfinite(item) for item in items if type(item) is float)
-    require(plain and finite, f"its constructor argument {name!r:.80} is not a number, a word or a list of them")
-    return items if type(value) in (list, tuple) else value
+    require(finite, f"its constructor argument {name!r:.80} is not a finite number")
+    return value
 
 
-def _walk(module: PersistentObject, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+def _walk(module: PersistentObject, prefix: str, seen: set[int], budget: Budget) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors as `state_dict` has them. A module that returns could make the walk endless."""
     require(id(module) not in seen, f"its module {prefix:.80} stands at two places")
     seen.add(id(module))
     temporary = of(module.state.get("_non_persistent_buffers_set", set()), set)
     for group in ("_parameters", "_buffers", "_modules"):
-        for name, value in of(module.state.get(group, {}), dict).items():
+        entries = of(module.state.get(group, {}), dict)
+        budget.pay(steps=len(entries))  # a million modules may share one long dict
+        for name, value in entries.items():
             proper = len(of(name, str)) <= 80 and name.isprintable()
             require(proper, "it has a tensor or a module without a proper name")
             if value is None or (group == "_buffers" and name in temporary):
                 continue
             if group == "_modules":
-                yield from _walk(of(value, PersistentObject), f"{prefix}{name}.", seen)
+                yield from _walk(of(value, PersistentObject), f"{prefix}{name}.", seen, budget)
             else:
                 require(of(value, Tensor).is_floating_point(), "it has a tensor that is not of floats")
                 yield f"{prefix}{name}", value
-
-
-def _check_size(snapshot: Snapshot, file_size: int) -> None:
-    """Refuse keywords of a network larger than the file, before anyone builds it.
-
-    Its raw network is laid out without memory. It has nearly all of the weights under any preconditioner, and EDM's
-    is the one that computes nothing when it is made.
-    """
-    keywords, own = snapshot.keywords, inspect.signature(denoiser.PRECONDITIONERS[snapshot.kind]).parameters
-    shared = {"img_resolution", "img_channels", "label_dim"}
-    numbers = [n for value in keywords.values() for n in (value if isinstance(value, list) else [value])]
-    blocks = of(keywords.get("num_blocks", 1), int) * len(of(keywords.get("channel_mult", [1]), list))
-    small = blocks <= len(snapshot.tensors) and all(abs(n) <= file_size for n in numbers if type(n) is int)
-    too_large = f"its network would be larger than its {file_size:,} bytes"
-    require(small, too_large)
-    try:
-        with torch.device("meta"):
-            raw = nets.build("EDMPrecond", **{n: v for n, v in keywords.items() if n in shared or n not in own})
-    except MALFORMED as error:
-        raise RefusedError(f"its constructor arguments make no {snapshot.kind}: {error}") from error
-    require(sum(value.numel() for value in raw.state_dict().values()) <= file_size, too_large)

