@@ -12,6 +12,7 @@ from dgfast import nets
 from dgfast.nets.adm import EncoderUNetModel
 from dgfast.nets.blocks import Conv2d
 from dgfast.nets.discriminator import Discriminator
+from dgfast.nets.text_options import numbers
 
 NetFactory = Callable[..., Any]
 EDM = {
@@ -217,3 +218,62 @@ def test_nets_low_pass_filters_keep_a_constant_image() -> None:
         for direction in ({"up": True}, {"down": True}):
             out = Conv2d(1, 1, 0, resample_filter=taps, **direction)(torch.full((1, 1, 16, 16), 2.0))
             torch.testing.assert_close(out[..., 3:-3, 3:-3], torch.full_like(out[..., 3:-3, 3:-3], 2.0))
+
+
+# Lists of numbers as people and JSON write them ----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        pytest.param("16,8", [16, 8], id="text"),
+        pytest.param("0.5,1, 2", [0.5, 1, 2], id="fractions"),
+        pytest.param(16, [16], id="number"),
+        pytest.param([1, 2.0, "4"], [1, 2, 4], id="list"),
+        pytest.param("", [], id="empty"),
+        pytest.param([], [], id="empty_list"),
+    ],
+)
+def test_numbers_are_read_from_text_number_or_list(option: object, expected: list[float]) -> None:
+    assert numbers(option, "attention_resolutions") == expected
+    assert [type(number) for number in numbers(option, "")] == [type(number) for number in expected]
+
+
+@pytest.mark.parametrize("option", [True, None, "16,x", {"a": 1}, [[16]], "inf", float("nan"), "9" * 400])
+def test_other_things_are_no_numbers(option: object) -> None:
+    with pytest.raises(ValueError, match=r"attention_resolutions .* must be numbers, such as 16,8"):
+        numbers(option, "attention_resolutions")
+
+
+@pytest.mark.parametrize(
+    ("kind", "keywords", "name", "alike"),
+    [
+        pytest.param(
+            "create_model", {"image_size": 64, "num_channels": 32, "num_res_blocks": 1}, "attention_resolutions",
+            ("16", 16, [16]), id="adm_attention",
+        ),
+        pytest.param(
+            "create_model", {"image_size": 8, "num_channels": 32, "num_res_blocks": 1}, "channel_mult",
+            ("2", 2, [2]), id="adm_channels",
+        ),
+        pytest.param(
+            "create_classifier",
+            {
+                "image_size": 16, "classifier_use_fp16": False, "classifier_width": 64, "classifier_depth": 1,
+                "classifier_use_scale_shift_norm": True, "classifier_resblock_updown": True,
+                "classifier_pool": "attention",
+            },
+            "classifier_attention_resolutions", ("8", 8, [8]), id="classifier_attention",
+        ),
+        pytest.param(
+            "EDMPrecond",
+            {"img_resolution": 8, "img_channels": 1, "model_type": "SongUNet", "model_channels": 8, "num_blocks": 1},
+            "channel_mult", ("1,2", [1, 2], (1, 2)), id="edm_channels",
+        ),
+    ],
+)  # fmt: skip
+def test_one_option_in_all_its_spellings_builds_one_network(
+    kind: str, keywords: dict[str, Any], name: str, alike: tuple[object, ...]
+) -> None:
+    with torch.device("meta" if kind.startswith("create") else "cpu"):
+        built = [nets.build(kind, **keywords, **{name: option}).state_dict() for option in alike]
+    shapes = [{name: value.shape for name, value in state.items()} for state in built]
+    assert shapes[0] == shapes[1] == shapes[2]
