@@ -52,6 +52,7 @@ def main(
     judge = Judge(bundles.read(bundle), held_out, pick_device(device))
     for name, images in {f"--data {data}": held_out, **sets}.items():
         judge.require_fit(name, images)
+    _note_what_may_be_unfinished(folders)
     work = sum(judge.work(images) for images in sets.values())
     with tqdm(total=work, unit="image", desc="judging", dynamic_ncols=True, disable=None) as bar:  # not into a log file
         rows = {name: judge(images, bar.update) for name, images in sets.items()}
@@ -84,19 +85,25 @@ def _real(data: str, holdout: int) -> "tuple[ImageSet, ImageSet]":
 
 
 def _drawn(folder: Path) -> "ImageSet":
-    """All images of a job; says so where nothing tells whether they are all.
+    """All images of a job.
 
     Raises:
         UserError: none there, not all, or something else.
     """
     from dgfast.image_folder import read_images
-    from dgfast.manifest import promised_images
     from dgfast.training.data import image_set
 
-    images = image_set(*read_images(folder), folder)
-    if promised_images(folder) is None:
-        click.echo(f"{folder}: no manifest says whether these {len(images)} images are all of a job's", err=True)
-    return images
+    return image_set(*read_images(folder), folder)
+
+
+def _note_what_may_be_unfinished(folders: tuple[Path, ...]) -> None:
+    from dgfast.manifest import promised_images
+
+    for folder in folders:
+        if promised_images(folder) is None:
+            click.echo(
+                f"{folder} has no manifest that says how many images belong to it; judging those there", err=True
+            )
 
 
 # The table ------------------------------------------------------------------------------------------------------------

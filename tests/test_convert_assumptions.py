@@ -76,7 +76,7 @@ def test_adm_without_learned_variance_gets_its_authors_large_one(
     file, options = adm(learn_sigma)
     output = convert(file, "score", tmp_path / "b", *options)
     assert bundles.read(tmp_path / "b").sampling.fixed_variance == variance
-    assert ("fixed_variance" in output) == (not learn_sigma) == ("dgfast.sample --fixed-variance" in output)
+    assert ("fixed_variance" in output) == (not learn_sigma) == ("dgfast sample --fixed-variance" in output)
 
 
 def test_dit_without_learned_variance_gets_the_large_one_too(tmp_path: Path, filled_net: FilledNet) -> None:

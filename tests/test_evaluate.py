@@ -160,12 +160,16 @@ def test_evaluate_names_shards_that_do_not_go_together(
     assert "drawn: images must be uint8 [N, H, W, C]" in refused(folder)
 
 
-def test_evaluate_says_where_no_manifest_tells_of_a_whole_job(digits: Callable[..., str], real: str) -> None:
+def test_evaluate_says_where_no_manifest_tells_of_a_whole_job(
+    refused: Callable[..., str], digits: Callable[..., str], real: str
+) -> None:
     folder = digits(7)
     (Path(folder) / "manifest.json").unlink()
     result = CliRunner().invoke(main, [folder, "--data", real, "--holdout", "30", "--device", "cpu"])
     assert result.exit_code == 0 and len(result.stdout.splitlines()) == 3, result.output
-    assert result.stderr == f"{folder}: no manifest says whether these 7 images are all of a job's\n"
+    assert result.stderr == f"{folder} has no manifest that says how many images belong to it; judging those there\n"
+    _write(Path(folder).parent / "few", np.zeros((3, 32, 32, 1), np.uint8), np.zeros(3))
+    assert "few: 3 images" in refused(folder, str(Path(folder).parent / "few"))
 
 
 def test_evaluate_bad_input_is_one_line(

@@ -23,10 +23,10 @@ def beside_score(
         bundle = replace(bundle, vae=VaeSpec(vae))
         assumed.append(Assumed("vae.scale", VaeSpec(vae).scale, "Stable Diffusion's", "vae.scale in bundle.json"))
     elif bundle.vae is None and is_dit and keywords["img_channels"] == _LATENT_CHANNELS:
-        assumed.append(Assumed("vae", "none", "it draws latents, which one decodes", "--vae, here or of dgfast.sample"))
+        assumed.append(Assumed("vae", "none", "it draws latents, which one decodes", "--vae"))
     if bundle.guidance == GuidanceConfig() and is_dit:
         bundle = replace(bundle, guidance=GuidanceConfig(dg_window=_DIT_WINDOW))
-        assumed.append(Assumed("dg_window", list(_DIT_WINDOW), "DiT-G++'s", "dgfast.sample --dg-window"))
+        assumed.append(Assumed("dg_window", ",".join(map(str, _DIT_WINDOW)), "DiT-G++'s", "dgfast sample --dg-window"))
     if bundle.sampling == SamplingConfig():
         sampling, entries = _published_sampling(kind, keywords)
         bundle, assumed = replace(bundle, sampling=sampling), assumed + entries
@@ -38,7 +38,7 @@ def _published_sampling(kind: str, keywords: Mapping[str, Any]) -> tuple[Samplin
     if kind != "DDPMPrecond":
         small = keywords["img_resolution"] < 64
         steps, because = (18, "EDM's for images below 64 px") if small else (40, "EDM's for images of 64 px and more")
-        return SamplingConfig(num_steps=steps), [Assumed("num_steps", steps, because, "dgfast.sample --steps")]
+        return SamplingConfig(num_steps=steps), [Assumed("num_steps", steps, because, "dgfast sample --steps")]
     authors = "its authors sample so"
     chosen: dict[str, tuple[Any, str]] = {"solver": ("ddpm", authors), "respacing": ("250", authors)}
     if keywords["model_type"] != "DiT":
@@ -46,7 +46,7 @@ def _published_sampling(kind: str, keywords: Mapping[str, Any]) -> tuple[Samplin
     if not keywords.get("learn_sigma", True):
         chosen["fixed_variance"] = "large", "it learns none, and its authors' sigma_small is off by default"
     assumed = [
-        Assumed(name, value, because, f"dgfast.sample --{name.replace('_', '-')}")
+        Assumed(name, value, because, f"dgfast sample --{name.replace('_', '-')}")
         for name, (value, because) in chosen.items()
     ]
     return SamplingConfig(**{name: value for name, (value, _) in chosen.items()}), assumed

@@ -55,7 +55,7 @@ def _labels(rows: int, told: Mapping[str, Any], source: object) -> tuple[dict[st
         null_class = told["label_dim"] != rows
     else:
         null_class = rows > 1
-        because = f'the last of {rows:,} label rows is "no class"' if null_class else "one label row is one class"
+        because = f'label row {rows:,} of {rows:,} is "no class"' if null_class else "one label row is one class"
         value, otherwise = ("above 0", "--set class_dropout_prob=0") if null_class else (0, "")
         assumed = [Assumed("class_dropout_prob", value, because, otherwise)]
     if rows == 1 and null_class:

@@ -22,6 +22,9 @@ _FORMATS = {"snapshot": "snapshot of EDM", "safetensors": "safetensors", "torch"
 _UNSEEN = {"num_heads", "num_head_channels", "use_new_attention_order"}  # raw networks' that change no tensor's shape
 
 
+_OTHERS = {"linear": "cosine", "False": "true"}  # what else a keyword may be, by its value
+
+
 @dataclass(frozen=True)
 class Converted:
     """A network with its weights, and `nets.build`'s arguments for another.
@@ -110,7 +113,7 @@ def _defaults(kind: str, keywords: Mapping[str, Any]) -> list[Assumed]:
         unseen.discard("num_head_channels")
     because = "dgfast's default" if kind == "EncoderUNetModel" else "its authors' default"
     return [
-        Assumed(name, value, because, f"--set {name}={'true' if value is False else '...'}")
+        Assumed(name, value, because, f"--set {name}={_OTHERS.get(str(value), '...')}")
         for name, value in left_out.items()
         if name in unseen - {"learn_sigma"}  # which the last layer shows
     ]
