@@ -49,7 +49,8 @@ class NetSpec:
     Attributes:
         kind, keywords: arguments of `nets.build`.
         file: safetensors file beside `bundle.json`.
-        time_schedule: for noise-aware networks in VP coordinates, the time they read: "linear" or "cosine".
+        time_schedule: for noise-aware networks in VP coordinates, the time they read: "linear" or "cosine". None: that
+            of the bundle's score network if it is of discrete time, else the one of ADM's networks of the same size.
     """
 
     kind: str

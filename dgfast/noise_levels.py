@@ -49,6 +49,11 @@ def cosine_time(sigma: Tensor) -> Tensor:
 TIME_SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {"linear": vp_time, "cosine": cosine_time}
 
 
+def adm_time_schedule(image_size: int) -> str:
+    """The schedule with which ADM's networks of that size, classifiers too, were trained."""
+    return "cosine" if image_size == 64 else "linear"
+
+
 def log_uniform_sigma(u: Tensor, tau_min: float = 1e-5) -> Tensor:
     """Training noise levels of DG's discriminator from u in [0, 1].
 
