@@ -76,6 +76,7 @@ def key(value: Any) -> Any:
     """
     of(value, *_ATOMS)
     require(type(value) is not int or value.bit_length() <= 60, "it has a key that is no reasonable number")
+    require(type(value) is not str or len(value) <= 10_000, "it has a key that is no reasonable name")
     return value
 
 

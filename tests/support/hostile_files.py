@@ -23,6 +23,7 @@ DIT: dict[str, Any] = {
     "img_resolution": 8, "img_channels": 4, "label_dim": 3, "model_type": "DiT", "patch_size": 2, "hidden_size": 16,
     "depth": 1, "num_heads": 2,
 }  # fmt: skip
+_RAW_DIT = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
 UNET: dict[str, Any] = {
     "img_resolution": 8, "img_channels": 1, "label_dim": 0, "model_type": "SongUNet", "model_channels": 8,
     "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8],
@@ -32,19 +33,17 @@ ATTACKS: dict[str, Callable[[Path], Path]] = {}
 
 def read(path: Path) -> None:
     """As a user would who was given the file."""
-    from dgfast import bundle, weights
-    from dgfast.checkpoints import nvidia_pickle, torch_file
-    from dgfast.runtimes.onnx import OnnxEngine
+    from dgfast import bundle
+    from dgfast.checkpoints import network, torch_file
 
     match path.suffix:
         case ".pkl":
-            nvidia_pickle.read(path)
+            network.read(path, "score", None, {}, None)
         case ".pt":
             content = torch_file.read(path)
-            if isinstance(content, dict) and "tensor" in content:
-                weights.build("EDMPrecond", UNET, {name: content["tensor"] for name in content}, path)
-        case ".onnx":
-            OnnxEngine(path, threads=1).self_test()
+            if isinstance(content, dict) and any(isinstance(value, torch.Tensor) for value in content.values()):
+                network.read(path, "score", None, {"num_heads": 2}, None)
+                network.read(path, "classifier", None, {}, None)
         case _:
             found = bundle.read(path)
             found.fingerprint()
@@ -211,8 +210,34 @@ def _many_tensors(folder: Path) -> Path:
 
 @_attack
 def _one_tensor_under_many_names(folder: Path) -> Path:
-    tensor = torch.zeros(2_000_000)
-    torch.save({name: tensor for name in ("tensor", *map(str, range(50_000)))}, folder / "x.pt")
+    from dgfast import nets
+
+    tensors: dict[str, Any] = dict(nets.build("DiT", **_RAW_DIT | {"depth": 200}).state_dict())
+    base = torch.zeros(max(tensor.numel() for tensor in tensors.values()))
+    views = {name: base[: tensor.numel()].view(tensor.shape) for name, tensor in tensors.items()}
+    torch.save(views | {f"pos_embed.{i}": base for i in range(20_000)}, folder / "x.pt")
+    return folder / "x.pt"
+
+
+@_attack
+def _shapes_of_a_huge_dit(folder: Path) -> Path:
+    """Each tensor is small, and the network of such shapes is not."""
+    from dgfast import nets
+
+    tensors = dict(nets.build("DiT", **_RAW_DIT).state_dict())
+    tensors["x_embedder.proj.weight"] = torch.zeros(100_000, 1, 1, 1)
+    tensors["pos_embed"] = torch.zeros(1, 1_000_000, 1)
+    tensors["blocks.0.mlp.fc1.weight"] = torch.zeros(400_000, 1)
+    torch.save(tensors, folder / "x.pt")
+    return folder / "x.pt"
+
+
+@_attack
+def _shapes_of_no_dit(folder: Path) -> Path:
+    from dgfast import nets
+
+    tensors = dict(nets.build("DiT", **_RAW_DIT).state_dict())
+    torch.save({name: tensor[:0] for name, tensor in tensors.items()}, folder / "x.pt")
     return folder / "x.pt"
 
 
