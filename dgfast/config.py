@@ -14,10 +14,10 @@ VARIANCES = ("small", "large")
 REUSES = ("hold", "linear")
 NORMALIZATIONS = ("none", "sample_l2", "channel_l2", "max_abs")
 CLEAN_TIMES = ("t", "0")
-MOST_LEVELS = 20_000
+MOST_LEVELS = 10_000
 """Noise levels of a grid or of a network, far more than any was trained with: a file may ask for a thousand million."""
-MOST_POINTS = 1000
-"""Points of a schedule of weights."""
+MOST_POINTS = 20
+"""Points of a schedule of weights: a plan asks for each of them at every step."""
 KEPT = ("npz", "png", "latents")
 """Formats in which a job keeps its images, see `outputs.FORMATS`."""
 PRODUCTS = ("adm", "grid")
