@@ -23,7 +23,8 @@ from torch.nn import functional as F
 import dgfast
 from benchmarks.quality import judged
 from dgfast import bundle as bundles
-from dgfast.config import NORMALIZATIONS, SOLVERS, GuidanceConfig
+from dgfast.config import SOLVERS, GuidanceConfig
+from dgfast.guidance.gradient import NORMALIZATIONS
 from dgfast.outputs import to_uint8, write_images
 from dgfast.sampler import Sampler
 from dgfast.training.classifier import to_vp

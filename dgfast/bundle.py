@@ -31,7 +31,7 @@ from dgfast import nets
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
 from dgfast.latents import SCALE
-from dgfast.noise_levels import TIME_SCHEDULES
+from dgfast.vp import TIME_SCHEDULES
 
 FORMAT = 1
 ROLES = ("score", "reference", "classifier", "discriminator", "features", "generator")

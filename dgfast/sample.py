@@ -21,7 +21,6 @@ from dgfast.config import (
     GRID_IMAGES,
     KEPT,
     PRODUCTS,
-    REUSES,
     SCALINGS,
     SCHEDULES,
     SOLVERS,
@@ -31,7 +30,7 @@ from dgfast.config import (
 )
 from dgfast.errors import UserError
 from dgfast.files import sha256
-from dgfast.options import NUMBER, Command, Duration, Group, IntegerRanges, guidance_options, option
+from dgfast.options import NUMBER, Duration, Group, GuidedCommand, IntegerRanges, option
 from dgfast.ranges import Ranges
 from dgfast.stopping import interruptible
 
@@ -43,7 +42,7 @@ _SAMPLING = (
 )  # fmt: skip
 
 
-@click.command(cls=Command, help=__doc__)
+@click.command(cls=GuidedCommand, help=__doc__)
 @option(
     "--bundle",
     group=Group.INPUT,
@@ -121,15 +120,6 @@ _SAMPLING = (
 @option(
     "--fixed-variance", group=Group.SOLVER, type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none."
 )
-@guidance_options
-@option(
-    "--dg-every",
-    group=Group.DISCRIMINATOR,
-    type=int,
-    metavar="K",
-    help="Compute the discriminator's gradient at every so many guided calls only.",
-)
-@option("--dg-reuse", group=Group.DISCRIMINATOR, type=click.Choice(REUSES), help="What the calls between use.")
 @option(
     "--dtype",
     group=Group.RUNTIME,
@@ -265,7 +255,8 @@ def _settings(bundle: Any, given: dict[str, Any]) -> tuple[SamplingConfig, Guida
     """
     if given["one_step"]:
         idle = {*_SAMPLING, *asdict(GuidanceConfig())} & {*given}
-        names = [option.opts[0] for option in click.get_current_context().command.params if option.name in idle]
+        context = click.get_current_context()
+        names = [option.opts[0] for option in context.command.get_params(context) if option.name in idle]
         if names:
             raise UserError(f"--one-step has no solver and no guidance: leave out {', '.join(names)}, or --one-step")
         return None

@@ -21,10 +21,11 @@ from dgfast.guidance import (
     guided_posterior,
 )
 from dgfast.networks import Networks, one_hot
-from dgfast.noise_levels import coordinates, sigma_bounds, vp_alpha
+from dgfast.noise_levels import coordinates, sigma_bounds
 from dgfast.plan import Step, class_count, noise_grid, plan
 from dgfast.randomness import SeedStreams
 from dgfast.solvers import ancestral_step, churn, ddim_step, dpmpp_2m_step, euler_step, heun_step
+from dgfast.vp import vp_alpha
 
 Function = Callable[..., tuple[Tensor, ...]]
 Runtime = Callable[[Function, tuple[Tensor | None, ...]], Function]

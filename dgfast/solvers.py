@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dgfast import ops
-from dgfast.noise_levels import Coordinates, vp_alpha
+from dgfast.noise_levels import Coordinates
+from dgfast.vp import vp_alpha
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> the denoised images
 

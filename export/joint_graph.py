@@ -20,7 +20,7 @@ from dgfast.guidance.weights import weights, with_weights
 from dgfast.networks import Networks
 from dgfast.noise_levels import coordinates, sigma_bounds
 from dgfast.one_step import GeneratorNet
-from dgfast.plan import all_guidances, class_count
+from dgfast.plan import all_guidances, boosted, class_count
 from dgfast.sampler import Sampler
 from dgfast.solvers import euler_step, heun_step
 
@@ -42,13 +42,13 @@ def joint(networks: Networks, sampling: SamplingConfig, guidance: GuidanceConfig
     """
     what = what or function_of(sampling.solver)
     plan = Sampler(networks, sampling, guidance).steps
-    first, boosted, second = all_guidances(networks, guidance)
-    predictor = boosted if guidance.boosting else first
+    first, second = all_guidances(networks, guidance)
+    predictor = boosted(first) if guidance.boosting else first
     classes, side = class_count(networks, guidance), networks.denoiser.img_resolution
     labels = ("class_labels",) if classes else ()
     if what == "step":
         _require_plain_steps(sampling, guidance)
-        used = weights(predictor) | (_renamed(weights(second)) if sampling.solver == "heun" else {})
+        used = weights(predictor) | (weights(second, second=True) if sampling.solver == "heun" else {})
         inputs = ("x", "sigma", "sigma_next", *labels, *used)
         function = _step(networks, sampling, predictor, second, inputs)
     else:
@@ -74,11 +74,6 @@ def generator(net: GeneratorNet) -> GeneratorSubject:
     with torch.no_grad():
         image = generate(torch.zeros(1, net.latent_dim), torch.zeros(1, net.label_dim))[0].shape[1:]
     return GeneratorSubject(generate, ("latents", *labels), net.latent_dim, net.label_dim, tuple(image))
-
-
-def _renamed(at_corrector: dict[str, float]) -> dict[str, float]:
-    """The discriminator's weight at the second point has its own name; the others are shared."""
-    return {("dg_weight_2nd" if name == "dg_weight" else name): weight for name, weight in at_corrector.items()}
 
 
 def _guided(
@@ -115,9 +110,8 @@ def _step(
         given = dict(zip(names, arguments, strict=True))
         x, labels = given["x"], given.get("class_labels")
         t, t_next = (given[name].view(-1, 1, 1, 1) for name in ("sigma", "sigma_next"))
-        second = given | ({"dg_weight": given["dg_weight_2nd"]} if "dg_weight_2nd" in given else {})
         first_call = guided_denoiser(net, with_weights(predictor, given), clip)
-        second_call = guided_denoiser(net, with_weights(corrector, second), clip)
+        second_call = guided_denoiser(net, with_weights(corrector, given, second=True), clip)
         denoised, _ = first_call(x, given["sigma"], labels)
         euler = euler_step(x, denoised, t, t_next, coords)
         if sampling.solver == "euler":

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgfast.export.parity import Case, Row, Runs, Tensors, ValueMismatchError
-from dgfast.guidance.weights import OFF
+from dgfast.guidance.declaration import off_values
 from dgfast.noise_levels import posterior_log_variances
 from dgfast.runtimes.agreement import least_sizes
 from dgfast.solvers import ancestral_step, ddim_step
@@ -116,12 +116,12 @@ class Joint:
 
     def amplified(self, name: str, levels: Sequence[float], seed: int) -> Case:
         """A case whose weights make the guidance as large as the image, so that an error in it cannot hide."""
-        usual = self.case(name, levels, seed)
-        off = self.case(name, levels, seed, {key: OFF[key] for key in self.weights})
+        zero, usual = off_values(), self.case(name, levels, seed)
+        off = self.case(name, levels, seed, {key: zero[key] for key in self.weights})
         plain, guided = (self(case.inputs)[self.outputs[0]] for case in (off, usual))
         share = float((guided - plain).abs().max() / plain.abs().max())
         factor = min(1 / share, 1e6) if share else 1.0
-        raised = {k: OFF[k] + factor * (w - OFF[k]) for k, w in self.weights.items() if k != "dg_boost"}
+        raised = {k: zero[k] + factor * (w - zero[k]) for k, w in self.weights.items() if k != "dg_boost"}
         return self.case(name, levels, seed, raised)
 
     def cases(self, batch: int) -> list[Case]:

@@ -23,7 +23,7 @@ from dgfast.errors import UserError
 from dgfast.export import request
 from dgfast.export.engine_builder import HARDWARE, Built, Options, build, parse
 from dgfast.export.request import Request
-from dgfast.options import Command, Group, function_options, option
+from dgfast.options import WHAT, Group, GuidedCommand, option
 from dgfast.runtimes.engine_file import EXECUTED, EngineFile
 from dgfast.runtimes.onnx import files_of, require
 from dgfast.runtimes.tensorrt_library import FLAVORS, find, layer_table
@@ -50,12 +50,12 @@ class BatchRange(click.ParamType):  # type: ignore[type-arg]  # generic only in 
         return (sizes[0], sizes[len(sizes) // 2], sizes[-1])
 
 
-@click.command(cls=Command, help=__doc__)
+@click.command(cls=GuidedCommand, exported=True, help=__doc__)
 @option("--bundle", group=Group.INPUT, help="Folder, or name of a bundle that comes along.")
 @option(
     "--onnx", group=Group.INPUT, type=click.Path(path_type=Path), help="A float32 file of export/to_onnx.py instead."
 )
-@function_options
+@WHAT
 @option(
     "--batch",
     group=Group.OUTPUT,

@@ -16,27 +16,28 @@ HEAVY = {"mlxtend", "torchmetrics", "prdc", "matplotlib", "onnx", "onnxruntime",
 # Room -> the rooms it may import (its own besides), and the packages beyond the standard library.
 ROOMS = {
     "errors": (set(), {"click"}),
-    "config": ({"errors"}, set()),
-    "noise_levels": ({"config", "errors"}, {"torch"}),
+    "config": ({"errors", "guidance"}, set()),
+    "vp": (set(), {"torch"}),
+    "noise_levels": ({"config", "errors", "vp"}, {"torch"}),
     "randomness": ({"errors"}, {"torch"}),
     "kernels": (set(), {"torch", "triton"}),
     "ops": ({"kernels", "errors"}, {"torch"}),
-    "solvers": ({"noise_levels", "ops"}, {"torch"}),
+    "solvers": ({"noise_levels", "ops", "vp"}, {"torch"}),
     "denoiser": ({"noise_levels"}, {"torch"}),
     "nets": ({"denoiser", "errors", "ops"}, {"torch", "numpy"}),
-    "guidance": ({"errors", "noise_levels", "ops"}, {"torch"}),
+    "guidance": ({"errors", "ops", "vp"}, {"torch"}),
     "runtimes": ({"devices", "errors"}, {"torch", "numpy", "onnx", "onnxruntime"}),
     "engines": ({"bundle", "config", "errors", "guidance"}, {"torch"}),
-    "outputs": ({"errors"}, {"torch", "numpy", "PIL"}),
-    "plan": ({"config", "errors", "guidance", "nets", "networks", "noise_levels"}, {"torch"}),
-    "options": ({"config"}, {"click"}),
+    "outputs": ({"errors", "files", "ranges"}, {"torch", "numpy", "PIL"}),
+    "plan": ({"config", "errors", "guidance", "networks", "noise_levels"}, {"torch"}),
+    "options": ({"__version__", "config", "guidance", "ranges"}, {"click"}),
     "one_step": ({"bundle", "devices", "errors", "networks", "plan", "randomness", "sampler"}, {"torch"}),
-    "batches": ({"one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
+    "batches": ({"errors", "one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }
 
 
 def imports(path: Path, whole_file: bool = True) -> Iterator[str]:
-    """Full names of what a module imports; without `whole_file`, only what runs when it is imported itself."""
+    """Full names of what a module imports, but for types; without `whole_file`, only what runs when it is imported."""
     waiting: list[ast.AST] = [ast.parse(path.read_text())]
     while waiting:
         node = waiting.pop()
@@ -47,7 +48,7 @@ def imports(path: Path, whole_file: bool = True) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         typing_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        if whole_file or not (function or typing_only):
+        if not typing_only and (whole_file or not function):
             waiting += ast.iter_child_nodes(node)
 
 

@@ -17,7 +17,7 @@ from dgfast import bundle as bundles
 from dgfast import nets
 from dgfast import noise_levels as nl
 from dgfast.bundle import Bundle
-from dgfast.config import CLEAN_TIMES, NORMALIZATIONS, GuidanceConfig, SamplingConfig
+from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
 from dgfast.guidance import (
     ClassifierGuidance,
@@ -27,7 +27,8 @@ from dgfast.guidance import (
     guided_denoiser,
     guided_posterior,
 )
-from dgfast.guidance.gradient import normalized
+from dgfast.guidance.gradient import NORMALIZATIONS, normalized
+from dgfast.guidance.predicted_clean import CLEAN_TIMES
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.networks import Networks
 from dgfast.runtimes import compiled
