@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from dgfast.runtimes.fusion import regions
-from dgfast.runtimes.graph import lower, trace
+from dgfast.graph.lower import lower
+from dgfast.graph.trace import trace
+from dgfast.runtimes.cpu.fusion import regions
 from tests.support.runtimes import aten
 
 Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor | None]

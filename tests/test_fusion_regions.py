@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from dgfast.runtimes.fusion import regions
-from dgfast.runtimes.graph import lower, trace
+from dgfast.graph.lower import lower
+from dgfast.graph.trace import trace
+from dgfast.runtimes.cpu.fusion import regions
 from tests.support.runtimes import aten
 
 Operation = tuple[str, int, int]

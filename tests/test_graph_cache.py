@@ -17,6 +17,10 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from dgfast import nets, one_step, ops
+from dgfast.graph import Function
+from dgfast.graph import cache as graph_cache
+from dgfast.graph import key as graph_key
+from dgfast.graph.trace import trace
 from dgfast.guidance import (
     Autoguidance,
     ClassifierFreeGuidance,
@@ -34,8 +38,7 @@ from dgfast.nets import blocks
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.nets.generator import Generator
 from dgfast.noise_levels import vp_time
-from dgfast.runtimes import compiled, graph_cache, graph_key
-from dgfast.runtimes.graph import Function, trace
+from dgfast.runtimes.cpu import build as cpu
 
 REPOSITORY = Path(__file__).parents[1]
 Example = tuple[Tensor | None, ...]
@@ -126,8 +129,8 @@ def _forms(value: Any) -> Any:
 def test_graph_cache_serves_compiled_functions(
     small: Function, traced: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled.regions, "fuse", lambda *_: 0)  # takes seconds, and has tests of its own
-    cold, warm = (compiled.build(small, LATENTS) for _ in range(2))
+    monkeypatch.setattr(cpu.regions, "fuse", lambda *_: 0)  # takes seconds, and has tests of its own
+    cold, warm = (cpu.build(small, LATENTS) for _ in range(2))
     assert len(traced) == 1
     assert all(map(torch.equal, cold(*LATENTS), warm(*LATENTS)))
 
@@ -173,7 +176,7 @@ CODE = """
 import torch
 from dgfast import nets
 from dgfast.guidance import guided_denoiser, ClassifierFreeGuidance
-from dgfast.runtimes import graph_cache, graph_key
+from dgfast.graph import cache as graph_cache, key as graph_key
 torch.manual_seed(0)
 net = nets.build("EDMPrecond", model_type="SongUNet", img_resolution=8, img_channels=1, label_dim=3, model_channels=16,
                  channel_mult=[1], num_blocks=1, attn_resolutions=[8]).eval().requires_grad_(False)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from dgfast.runtimes.graph import lower, trace
-from dgfast.runtimes.native import attention, sources
+from dgfast.graph.lower import lower
+from dgfast.graph.trace import trace
+from dgfast.runtimes.cpu.native import attention, sources
 
 _OURS = (attention._FORWARD, attention._BACKWARD)
 

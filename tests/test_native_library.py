@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgfast.errors import UserError
-from dgfast.runtimes.fusion import regions
-from dgfast.runtimes.graph import lower, trace
-from dgfast.runtimes.native import library
+from dgfast.graph.lower import lower
+from dgfast.graph.trace import trace
+from dgfast.runtimes.cpu.fusion import regions
+from dgfast.runtimes.cpu.native import library
 
 
 @pytest.fixture(autouse=True)

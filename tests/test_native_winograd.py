@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from dgfast.runtimes.graph import lower, trace
-from dgfast.runtimes.native import library, sources, winograd
-from dgfast.runtimes.native.sources import lanes, source
+from dgfast.graph.lower import lower
+from dgfast.graph.trace import trace
+from dgfast.runtimes.cpu.native import library, sources, winograd
+from dgfast.runtimes.cpu.native.sources import lanes, source
 
 _MOST = {"MOST_CHANNELS": winograd._MOST_CHANNELS}
 

@@ -14,9 +14,11 @@ from dgfast import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
 from dgfast.guidance import DiscriminatorGuidance, guided_denoiser
 from dgfast.networks import Networks
-from dgfast.runtimes import onnx as runtime
-from dgfast.runtimes.onnx_graph import Batch, OnnxGraph
-from dgfast.runtimes.onnx_writer import convert, operations
+from dgfast.runtimes.onnx import build as runtime
+from dgfast.runtimes.onnx import session
+from dgfast.runtimes.onnx.file import save
+from dgfast.runtimes.onnx.graph import Batch, OnnxGraph
+from dgfast.runtimes.onnx.writer import convert, operations
 from dgfast.sampler import Sampler
 
 NetFactory = Callable[..., Any]
@@ -205,30 +207,30 @@ def test_onnx_refuses_opsets_that_are_too_old() -> None:
 def test_onnx_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"onnxruntime is not installed: pip install 'dgfast\[onnx\]'"):
-        runtime.OnnxEngine(tmp_path / "f.onnx")
+        session.OnnxEngine(tmp_path / "f.onnx")
 
 
 def test_onnx_says_which_provider_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "f.onnx"
-    runtime.save(convert(lambda x: (x + 1,), {"x": image(2, 3)}, ["y"]), path)
+    save(convert(lambda x: (x + 1,), {"x": image(2, 3)}, ["y"]), path)
     with pytest.raises(UserError, match=r"has no tensorrt provider .*cpu.*onnxruntime-gpu"):
-        runtime.OnnxEngine(path, provider="tensorrt")
+        session.OnnxEngine(path, provider="tensorrt")
 
 
 def test_onnx_runtime_on_a_gpu_is_exact_and_never_the_cpu_in_disguise(monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(runtime.PROVIDERS.values()))
-    cuda, tensorrt = runtime.PROVIDERS["cuda"], runtime.PROVIDERS["tensorrt"]
-    found = runtime._providers("tensorrt", torch.device("cuda", 1))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(session.PROVIDERS.values()))
+    cuda, tensorrt = session.PROVIDERS["cuda"], session.PROVIDERS["tensorrt"]
+    found = session.providers("tensorrt", torch.device("cuda", 1))
     assert found == [(tensorrt, {"device_id": 1}), (cuda, {"device_id": 1, "use_tf32": 0})]
     torch.set_float32_matmul_precision("high")
     try:
-        assert runtime._providers("cuda", torch.device("cuda", 0)) == [(cuda, {"device_id": 0, "use_tf32": 1})]
+        assert session.providers("cuda", torch.device("cuda", 0)) == [(cuda, {"device_id": 0, "use_tf32": 1})]
     finally:
         torch.set_float32_matmul_precision("highest")
     with pytest.raises(UserError, match="CUDAExecutionProvider of ONNX Runtime did not start, only CPUExecution"):
-        runtime._require_started(cuda, ["CPUExecutionProvider"])
+        session._require_started(cuda, ["CPUExecutionProvider"])
 
 
 # The runtime ----------------------------------------------------------------------------------------------------------
@@ -295,6 +297,6 @@ def test_onnx_runtime_draws_the_same_images(networks: Networks) -> None:
         return built[-1]
 
     config = SamplingConfig(num_steps=3), GuidanceConfig(cfg_scale=2.0)
-    images = [Sampler(networks, *config, runtime=r)([0, 1], [0, 2]) for r in (None, build)]
+    images = [Sampler(networks, *config, runtime=r)([0, 1], [0, 2]) for r in ("eager", build)]
     assert built and relative(*images) < 2e-4
     assert relative(Sampler(networks, config[0])([0, 1], [0, 2]), images[0]) > 2e-3

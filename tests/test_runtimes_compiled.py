@@ -10,11 +10,15 @@ import pytest
 import torch
 
 from dgfast.errors import UserError
+from dgfast.graph import Function
+from dgfast.graph.lower import lower
+from dgfast.graph.trace import trace
 from dgfast.guidance import DiscriminatorGuidance, guided_denoiser
 from dgfast.nets.discriminator import Discriminator
-from dgfast.runtimes import compiled, onednn
-from dgfast.runtimes.graph import Function, lower, trace
-from dgfast.runtimes.native import library
+from dgfast.runtimes.cpu import build as cpu
+from dgfast.runtimes.cpu import onednn
+from dgfast.runtimes.cpu.native import library
+from dgfast.runtimes.cuda.build import by_inductor
 from tests.support.runtimes import FLOAT32_TOL, LEVELS, WINDOW, NetFactory, at_levels, largest_error
 
 Build = Callable[[float, str], tuple[Function, Function]]
@@ -27,7 +31,7 @@ def build(tiny_net: NetFactory, small_discriminator: Callable[[int], Discriminat
     def build(weight: float, prefix: str) -> tuple[Function, Function]:
         guidance = DiscriminatorGuidance(small_discriminator(0), weight, WINDOW)
         function = guided_denoiser(tiny_net(prefix=prefix), [guidance])
-        return function, compiled.build(function, (*at_levels(2, seed=0, first=2), None))
+        return function, cpu.build(function, (*at_levels(2, seed=0, first=2), None))
 
     return build
 
@@ -81,9 +85,9 @@ def test_runtimes_compiled_code_serves_every_batch_size(
     first_build: tuple[Function, Function], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     function, _ = first_build
-    compiled.build(function, (*at_levels(6, seed=0, first=2), None))  # enough pixels for Winograd, as 5 samples have
+    cpu.build(function, (*at_levels(6, seed=0, first=2), None))  # enough pixels for Winograd, as 5 samples have
     monkeypatch.setattr(library, "_compile", lambda *_: pytest.fail("compiled again"))
-    run = compiled.build(function, (*at_levels(5, seed=0, first=2), None))
+    run = cpu.build(function, (*at_levels(5, seed=0, first=2), None))
     x, sigma = at_levels(5, seed=41, first=1)
     with torch.no_grad():
         reference, _ = function(x, sigma, None)
@@ -96,7 +100,7 @@ def test_runtimes_compiling_without_a_compiler_says_what_to_install(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError) as error:
-        compiled.build(lambda x: (x * 2,), [None, torch.ones(2)])
+        cpu.build(lambda x: (x * 2,), [None, torch.ones(2)])
     message = str(error.value.message)
     assert "needs a C++ compiler" in message and "apt install g++" in message and "--compile=try" in message
     assert "\n" not in message
@@ -112,18 +116,19 @@ def test_runtimes_inductor_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "compile", lambda graph, **keywords: compile_(graph, backend=broken, **keywords))
     graph = lower(trace(lambda x: (x * 2,), [torch.ones(2)]), [torch.ones(2)])
     with pytest.raises(UserError, match=r"torch.compile failed: .*; run without --compile, or with --compile=try"):
-        compiled.by_inductor(graph)(torch.ones(2))
+        by_inductor(graph)(torch.ones(2))
 
 
 _ON_CUDA = """
+import torch
 from dgfast.errors import UserError
-from dgfast.runtimes import compiled
+from dgfast.runtimes import RUNTIMES
 
 class OnCuda:  # all that `build` asks of its example before it asks for Triton
-    is_cuda = True
+    device = torch.device("cuda")
 
 try:
-    compiled.build(lambda x: (x,), [OnCuda()])
+    RUNTIMES["compiled"].build(lambda x: (x,), [OnCuda()])
 except UserError as error:
     print(error.message)
 """

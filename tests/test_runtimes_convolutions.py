@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgfast.errors import UserError
-from dgfast.runtimes import onednn
-from dgfast.runtimes.graph import lower, trace
+from dgfast.graph.lower import lower
+from dgfast.graph.trace import trace
+from dgfast.runtimes.cpu import onednn
 from tests.support.runtimes import aten
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from dgfast.graph.lower import lower
+from dgfast.graph.trace import trace
 from dgfast.guidance import DiscriminatorGuidance, guided_denoiser
 from dgfast.nets.discriminator import Discriminator
-from dgfast.runtimes import onednn
-from dgfast.runtimes.fusion import regions
-from dgfast.runtimes.graph import lower, trace
+from dgfast.runtimes.cpu import onednn
+from dgfast.runtimes.cpu.fusion import regions
 from tests.support.runtimes import (
     CASES,
     FLOAT32_TOL,

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.graph import Function
 from dgfast.nets.discriminator import Discriminator
 from dgfast.networks import Networks
-from dgfast.runtimes import cuda_graph
-from dgfast.runtimes.graph import Function
+from dgfast.runtimes import RUNTIMES, Build, Runtime
+from dgfast.runtimes.cuda.capture import capture
 from dgfast.sampler import Sampler
 from tests.support.runtimes import ON_CUDA, WINDOW, Example, NetFactory
 
@@ -43,6 +45,11 @@ class Recording:
         return run
 
 
+def of_steps(capture: Build) -> Runtime:
+    """Eager calls in captured steps."""
+    return replace(RUNTIMES["eager"], capture=lambda device: capture)
+
+
 @pytest.mark.parametrize(
     ("sampling", "guidance"),
     [
@@ -62,7 +69,7 @@ def test_runtimes_of_whole_steps_change_nothing(
     """And each different step is built once a size, by `prepare`: sampling builds none."""
     networks = Networks(tiny_net(label_dim=3, channel_mult=[1]), small_discriminator(3))
     runtime, of_denoiser = Recording(), Recording()
-    sampler = Sampler(networks, sampling, guidance, step_runtime=runtime, runtime=of_denoiser)
+    sampler = Sampler(networks, sampling, guidance, runtime=Runtime("recording", of_denoiser, lambda _: runtime))
     multistep = sampling.solver == "dpmpp-2m"  # whose first step knows no last one
     kinds = len({(step.predictor, step.corrector, multistep and step.index == 0) for step in sampler.steps})
     calls_of_net = {call for step in sampler.steps for call in (step.predictor, step.corrector) if call is not None}
@@ -85,7 +92,12 @@ def test_runtimes_of_whole_steps_are_left_out_under_reuse(
     """What is carried over lives outside of any one step; the results are those without the runtime."""
     networks, runtime = Networks(tiny_net(), small_discriminator(0)), Recording()
     guidance = GuidanceConfig(dg_weight=1.0, dg_weight_2nd=1.0, dg_every=2)
-    sampler = Sampler(networks, SamplingConfig(num_steps=5), guidance, step_runtime=runtime)
+    sampler = Sampler(
+        networks,
+        SamplingConfig(num_steps=5),
+        guidance,
+        runtime=of_steps(runtime),
+    )
     sampler.prepare(2)
     assert torch.equal(sampler([4, 5]), Sampler(networks, SamplingConfig(num_steps=5), guidance)([4, 5]))
     assert runtime.built == 0
@@ -111,7 +123,7 @@ def test_runtimes_cuda_graph_computes_with_what_it_is_given() -> None:
         return torch.randn(4, 6, device="cuda", generator=generator), None, torch.full((), seed + 1.0, device="cuda")
 
     example = inputs(0)
-    run = cuda_graph.build(function, example)
+    run = capture(function, example)
     results = [run(*inputs(seed)) for seed in (1, 2)]  # the second must not overwrite the first
     for seed, result in zip((1, 2), results, strict=True):
         torch.testing.assert_close(result, function(*inputs(seed)))
@@ -126,7 +138,7 @@ def test_runtimes_cuda_graph_of_whole_steps_equals_eager(
     net, discriminator = (copy.deepcopy(n).cuda() for n in (tiny_net(label_dim=3), small_discriminator(3)))
     sampling, guidance = SamplingConfig(num_steps=5, solver=solver, S_churn=0.0), GuidanceConfig(1.0, 0.5)
     networks = Networks(net, discriminator)
-    sampler = Sampler(networks, sampling, guidance, step_runtime=cuda_graph.build)
+    sampler = Sampler(networks, sampling, guidance, runtime=of_steps(capture))
     sampler.prepare(2)
     images = [sampler([1, 2]), sampler([3, 4])]
     plain = Sampler(networks, sampling, guidance)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
+from dgfast.graph.lower import lower
+from dgfast.graph.trace import trace
 from dgfast.guidance import DiscriminatorGuidance, guided_denoiser
 from dgfast.nets.discriminator import Discriminator
-from dgfast.runtimes import streams
-from dgfast.runtimes.graph import lower, trace
+from dgfast.runtimes.cuda import streams
 from tests.support.runtimes import WINDOW, NetFactory, at_levels
 
 LEFT, RIGHT = (torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(k)) / 6 for k in range(2))

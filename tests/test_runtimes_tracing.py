@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgfast.errors import UserError
-from dgfast.runtimes.graph import trace
+from dgfast.graph.trace import trace
 
 
 class BranchesOnValue(nn.Module):
