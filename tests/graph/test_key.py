@@ -1,4 +1,4 @@
-"""Graphs kept across runs: a hit is the graph that would have been traced, and nothing else is a hit."""
+"""The name of all that a trace depends on: whatever changes it has another name, or none."""
 
 import copy
 import os
@@ -13,14 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from dgfast import nets, one_step, ops
+from dgfast import nets, ops
 from dgfast.graph import Function
-from dgfast.graph import cache as graph_cache
 from dgfast.graph import key as graph_key
-from dgfast.graph.trace import trace
 from dgfast.guidance import (
     Autoguidance,
     ClassifierFreeGuidance,
@@ -33,107 +30,15 @@ from dgfast.guidance import (
     guided_posterior,
 )
 from dgfast.guidance import discriminator as discriminator_module
+from dgfast.guidance.guided import Guided
 from dgfast.guidance.reuse import gradient_keeping_denoiser
 from dgfast.nets import blocks
 from dgfast.nets.discriminator import NoisyClassifier
-from dgfast.nets.generator import Generator
 from dgfast.noise_levels import vp_time
-from dgfast.runtimes.cpu import build as cpu
+from tests.support.graphs import Nets, example, guided, key
 
-REPOSITORY = Path(__file__).parents[1]
-Example = tuple[Tensor | None, ...]
-Nets = dict[str, Any]
-LATENTS = (torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), None)
-GUIDANCE = {"weight": 2.0, "window": (0.1, 0.9)}
-
-
-def example(batch: int = 2, dtype: torch.dtype = torch.float64, classes: int = 3) -> Example:
-    x = torch.randn(batch, 1, 8, 8, dtype=dtype, generator=torch.Generator().manual_seed(batch))
-    return x, torch.linspace(0.5, 3, batch, dtype=dtype), F.one_hot(torch.arange(batch) % classes, classes).float()
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DGFAST_CACHE_DIR", str(tmp_path))
-    return tmp_path / "graphs"
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry a trace."""
-    calls: list[int] = []
-
-    def counted(*arguments: Any) -> GraphModule:
-        calls.append(1)
-        return trace(*arguments)
-
-    monkeypatch.setattr(graph_cache, "trace", counted)
-    return calls
-
-
-@pytest.fixture(scope="module")
-def masters(tiny_net: Callable[..., Any], tiny_discriminator: Callable[..., Any]) -> Nets:
-    return {"net": tiny_net(3), "discriminator": tiny_discriminator(3)}
-
-
-@pytest.fixture
-def tiny(masters: Nets) -> Nets:
-    """Networks that a test may change."""
-    return copy.deepcopy(masters)
-
-
-@pytest.fixture
-def small() -> Function:
-    """A function that is traced in no time."""
-    generator = Generator(8, 1, latent_dim=4, style_dim=8, channels=(8, 8)).eval().requires_grad_(False)
-    return partial(one_step._forward, generator)
-
-
-def guided(chosen: Nets, net: Any = None, **changes: Any) -> Function:
-    net = chosen["net"] if net is None else net
-    return guided_denoiser(net, [DiscriminatorGuidance(chosen["discriminator"], **GUIDANCE | changes)])
-
-
-def key(function: Function, arguments: Example | None = None) -> str | None:
-    path, _ = graph_cache._named(function, arguments or example())
-    return None if path is None else path.stem
-
-
-# Hits -----------------------------------------------------------------------------------------------------------------
-def test_graph_cache_hit_is_the_graph_that_was_traced(tiny: Nets, traced: list[int]) -> None:
-    """Operation by operation and bit for bit; it reads the networks of the hit, for others may have changed since."""
-    twin = copy.deepcopy(tiny)
-    first = graph_cache.lowered(guided(tiny), example())
-    x, sigma, labels = example()
-    inputs = 3 * x.flip(-1), sigma.flip(0), labels.flip(0)
-    wanted = first(*inputs)
-    for parameter in (*tiny["net"].parameters(), *tiny["discriminator"].parameters()):
-        parameter.zero_()
-    second = graph_cache.lowered(guided(twin), example())
-    assert len(traced) == 1, "the second was traced"
-    assert all(map(torch.equal, second(*inputs), wanted))
-    for node, other in zip(first.graph.nodes, second.graph.nodes, strict=True):
-        assert (node.name, node.op) == (other.name, other.op)
-        assert node.op == "get_attr" or node.target == other.target
-        assert repr((node.args, node.kwargs)) == repr((other.args, other.kwargs))
-        assert _forms(node.meta.get("val")) == _forms(other.meta.get("val"))
-
-
-def _forms(value: Any) -> Any:
-    """How a result lies in memory: what fusing asks of a graph."""
-    if isinstance(value, list | tuple):
-        return list(map(_forms, value))
-    return value if value is None else (value.shape, value.stride(), value.dtype)
-
-
-def test_graph_cache_serves_compiled_functions(
-    small: Function, traced: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu.regions, "fuse", lambda *_: 0)  # takes seconds, and has tests of its own
-    cold, warm = (cpu.build(small, LATENTS) for _ in range(2))
-    assert len(traced) == 1
-    assert all(map(torch.equal, cold(*LATENTS), warm(*LATENTS)))
-
+REPOSITORY = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("folder")
 
 SCORES: dict[str, tuple[str, dict[str, Any]]] = {
     kind: (kind, {"model_type": "SongUNet", "model_channels": 16, "channel_mult": [1], "num_blocks": 1})
@@ -165,8 +70,8 @@ def test_graph_cache_knows_every_network_and_guidance_by_name(masters: Nets, nam
         PredictedCleanGuidance(classifier, 0.1, **time),
     ]  # fmt: skip
     functions = [
-        guided_denoiser(net, [*others, discriminator]), guided_posterior(net, [*others, discriminator]),
-        gradient_keeping_denoiser(net, others, discriminator),
+        Guided(guided_denoiser(net, [*others, discriminator]), (*others, discriminator)),  # as a sampler has it
+        guided_posterior(net, [*others, discriminator]), gradient_keeping_denoiser(net, others, discriminator),
     ]  # fmt: skip
     keys = {key(function) for function in functions}
     assert len(keys) == 3 and None not in keys
@@ -372,13 +277,6 @@ def test_graph_cache_keeps_nothing_of_a_user(tiny: Nets, monkeypatch: pytest.Mon
         assert key(make(tiny, patch)) is None
 
 
-def test_graph_cache_traces_what_has_no_name(traced: list[int], folder: Path) -> None:
-    function = guided_denoiser(Mine(), [])
-    for _ in range(2):
-        graph_cache.lowered(function, example())
-    assert len(traced) == 2 and not folder.exists()
-
-
 def test_graph_cache_keeps_nothing_of_a_function_that_holds_its_argument(tiny: Nets) -> None:
     x, sigma, labels = example()
     tiny["net"].last = x
@@ -389,64 +287,3 @@ def test_graph_cache_keeps_nothing_of_a_function_that_holds_its_argument(tiny: N
 def test_graph_cache_keeps_nothing_under_a_mode() -> None:
     with torch.device("cpu"), pytest.raises(graph_key.NamelessError, match="modes"):
         graph_key.environment(torch.device("cpu"))
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-def _cut(text: str) -> str:
-    return text[: len(text) // 2]
-
-
-def _altered(text: str) -> str:
-    """Valid JSON still, and another function."""
-    changed = text.replace('"aten.add.Tensor"', '"aten.sub.Tensor"')
-    assert changed != text
-    return changed
-
-
-@pytest.mark.parametrize("damage", [_cut, _altered, lambda text: "", lambda text: text.replace("\n", "")])
-def test_graph_cache_traces_anew_what_is_damaged(
-    small: Function, traced: list[int], folder: Path, damage: Callable[[str], str]
-) -> None:
-    wanted = graph_cache.lowered(small, LATENTS)(*LATENTS)
-    (path,) = folder.iterdir()
-    whole = path.read_text()
-    path.write_text(damage(whole))
-    assert all(map(torch.equal, graph_cache.lowered(small, LATENTS)(*LATENTS), wanted))
-    assert len(traced) == 2 and path.read_text() == whole
-
-
-def test_graph_cache_reads_no_file_under_another_name(small: Function, folder: Path, traced: list[int]) -> None:
-    graph_cache.lowered(small, LATENTS)
-    (path,) = folder.iterdir()
-    larger = (torch.cat([LATENTS[0]] * 2), None)
-    path.rename(folder / f"{key(small, larger)}.json")
-    graph_cache.lowered(small, larger)
-    assert len(traced) == 2
-
-
-def test_graph_cache_calls_nothing_but_aten() -> None:
-    for name in ("aten.add", "aten.__class__.mro", "debugprims.delete_tensor.default", "os.system.default"):
-        with pytest.raises((ValueError, AttributeError)):
-            graph_cache._operation(name)
-
-
-def test_graph_cache_keeps_constants_and_infinite_numbers(folder: Path) -> None:
-    def function(x: Tensor) -> tuple[Tensor, ...]:
-        return x.clamp(-torch.inf, 0.1) + torch.tensor([1.0, torch.nan]), x.bfloat16() * torch.tensor(3)
-
-    x = torch.arange(6.0).view(3, 2)
-    graph = trace(function, (x,))
-    encoded = graph_cache._encoded(graph, [])
-    for mine, wanted in zip(graph_cache._decoded(encoded, [])(x), function(x), strict=True):
-        assert mine.dtype == wanted.dtype and torch.equal(mine.nan_to_num(), wanted.nan_to_num())
-    weights = torch.zeros(1 << 21)
-    large = trace(lambda x: (x + weights,), (torch.zeros(1),))
-    with pytest.raises(graph_key.NamelessError, match="constants"):
-        graph_cache._encoded(large, [])
-
-
-def test_graph_cache_lives_without_a_folder(small: Function, folder: Path, traced: list[int]) -> None:
-    folder.write_text("a file stands where the folder should be")
-    for _ in range(2):
-        graph_cache.lowered(small, LATENTS)
-    assert len(traced) == 2
