@@ -1,7 +1,7 @@
 """Exported files as a sampler's guided denoiser: do they fit the job, and what do they return for which guidances?"""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +12,12 @@ from torch import Tensor
 from dgfast.bundle import Bundle
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
+from dgfast.graph import Function
 from dgfast.guidance import OUTSIDE_WINDOW, DiscriminatorGuidance, Guidance
 from dgfast.guidance.declaration import all_options, guiding, off_values
+from dgfast.guidance.guided import Guided
 from dgfast.guidance.weights import weights
-
-Function = Callable[..., tuple[Tensor, ...]]
+from dgfast.runtimes import Runtime
 
 DENOISER = ("x", "sigma", "class_labels")
 """What a sampler calls a guided denoiser with, by the names that an exported file has for it."""
@@ -49,6 +50,22 @@ class Engine(Protocol):
     def batch(self) -> int | None: ...
 
     def __call__(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+def runtime_of(engine: Engine) -> Runtime:
+    """The file as a sampler's runtime. What it builds is the file's, whatever the shapes: only the weights differ.
+
+    Its `build` raises UserError for a guidance that the file has no input for.
+    """
+
+    def build(function: Function, example: Sequence[Tensor | None]) -> Function:
+        if "latents" in engine.inputs:
+            return generated_by(engine)
+        if not isinstance(function, Guided):
+            raise UserError(f"{engine.path} holds a guided function, which stands in for no other")
+        return guided_by(engine)(function.guidances)
+
+    return Runtime(str(engine.path), build)
 
 
 def guided_by(engine: Engine) -> Callable[[tuple[Guidance, ...]], Function]:

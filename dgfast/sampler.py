@@ -12,6 +12,7 @@ from torch import Tensor
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.devices import device_of, seconds_of
 from dgfast.errors import UserError
+from dgfast.graph import Function
 from dgfast.guidance import (
     CarriedGradient,
     DiscriminatorGuidance,
@@ -20,16 +21,15 @@ from dgfast.guidance import (
     guided_denoiser,
     guided_posterior,
 )
+from dgfast.guidance.guided import Guided
 from dgfast.networks import Networks, one_hot
 from dgfast.noise_levels import coordinates, sigma_bounds
 from dgfast.plan import Step, class_count, noise_grid, plan
 from dgfast.randomness import SeedStreams
+from dgfast.runtimes import RuntimeLike, chosen, form
 from dgfast.solvers import ancestral_step, churn, ddim_step, dpmpp_2m_step, euler_step, heun_step
 from dgfast.vp import vp_alpha
 
-Function = Callable[..., tuple[Tensor, ...]]
-Runtime = Callable[[Function, tuple[Tensor | None, ...]], Function]
-"""Makes a faster callable of a pure function of tensors (or None), for the shapes of the example."""
 Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 OnStep = Callable[[Step, Tensor, Tensor, Tensor], Tensor | None]
 """See `Sampler.integrate`."""
@@ -54,28 +54,25 @@ class Sampler:
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
         guidance: GuidanceConfig = GuidanceConfig(),  # noqa: B008 - frozen
         device: torch.device | str | None = None,
-        runtime: Runtime | None = None,
+        runtime: RuntimeLike = "eager",
         state_dtype: torch.dtype = torch.float64,
-        step_runtime: Runtime | None = None,
-        engine: Callable[[tuple[Guidance, ...]], Function] | None = None,
     ) -> None:
         """
         Args:
             device: where to sample; None: where the denoiser's weights are.
-            runtime: makes a faster callable of the guided denoiser for one shape, such as `runtimes.compiled.build`;
-                None runs it as it is.
-            step_runtime: the same for a whole step of the solver, such as `runtimes.cuda_graph.build`.
+            runtime: what executes the guided denoiser: the name of one of `runtimes.RUNTIMES`; a `runtimes.Runtime`,
+                such as `engines.runtime_of` an opened engine file; or a function (function, example) -> function that
+                makes a faster callable of a pure one for arguments of the example's shapes.
             state_dtype: type of the solver's state; float64 as EDM's.
-            engine: gives the guided denoiser for these guidances, such as `engines.guided_by`, instead of making it
-                from the networks.
 
         Raises:
-            UserError: a guidance whose network is missing, or a grid that does not exist.
+            UserError: a guidance whose network is missing, a grid that does not exist, or no runtime of that name.
         """
         self.networks, self.guidance = networks, guidance
         net = networks.denoiser
         self.device, self.state_dtype = device_of(net) if device is None else torch.device(device), state_dtype
-        self._runtime, self._step_runtime, self._engine = runtime, step_runtime, engine
+        self._runtime = chosen(runtime)
+        self._capture = self._runtime.capture(self.device)
         self._functions: dict[tuple[object, ...], Function] = {}
         low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
         self.coordinates = coordinates(sampling, low, high)
@@ -204,7 +201,7 @@ class Sampler:
         """Build every function that the plan calls for batches of this size, so that sampling itself compiles none."""
         for call, _ in self._calls(batch):
             call()
-        if self._step_runtime is not None:
+        if self._capture is not None:
             x, _, labels = self._example(batch)
             self.integrate(x.float(), labels, lambda: torch.zeros_like(x))
 
@@ -283,11 +280,11 @@ class Sampler:
                 )
             return x.to(self.state_dtype), denoised, log_ratio
 
-        if self._step_runtime is None or carried is not None:  # what is carried lives outside of any one step
+        if self._capture is None or carried is not None:  # what is carried lives outside of any one step
             return advance
-        key = ("step", step.predictor, step.corrector, tuple(None if a is None else a.shape for a in example))
+        key = ("step", step.predictor, step.corrector, form(example))
         if key not in self._functions:
-            self._functions[key] = self._step_runtime(advance, example)
+            self._functions[key] = self._capture(advance, example)
         return self._functions[key]
 
     def _denoise(
@@ -315,22 +312,22 @@ class Sampler:
     def _function(
         self, guidances: tuple[Guidance, ...], example: tuple[Tensor | None, ...], keep: bool = False
     ) -> Function:
-        """The guided denoiser, or posterior, for these guidances in this sampler's runtime, built once a shape.
+        """The function of these guidances in this sampler's runtime, built once for each form of its arguments."""
+        key = (guidances, keep, form(example))
+        if key not in self._functions:
+            self._functions[key] = self._runtime.build(self._pure(guidances, keep), example)
+        return self._functions[key]
+
+    def _pure(self, guidances: tuple[Guidance, ...], keep: bool) -> Guided:
+        """The guided denoiser, or posterior, for these guidances.
 
         Args:
             keep: return the discriminator's gradient too, where there is one.
         """
-        key = (guidances, example[0].shape if self._runtime and example[0] is not None else None)
-        if key not in self._functions and self._engine is not None:
-            self._functions[key] = self._engine(guidances)
-        if key not in self._functions:
-            net, clip = self.networks.denoiser, self.sampling.clip_denoised
-            function: Function = guided_denoiser(net, guidances, clip)
-            if self.sampling.solver == "ddpm":
-                function = guided_posterior(net, guidances, clip)
-            discriminator = next((g for g in guidances if isinstance(g, DiscriminatorGuidance)), None)
-            if keep and discriminator is not None:
-                others = [g for g in guidances if g is not discriminator]
-                function = gradient_keeping_denoiser(net, others, discriminator, clip)
-            self._functions[key] = self._runtime(function, example) if self._runtime else function
-        return self._functions[key]
+        net, clip = self.networks.denoiser, self.sampling.clip_denoised
+        discriminator = next((g for g in guidances if isinstance(g, DiscriminatorGuidance)), None)
+        if keep and discriminator is not None:
+            others = [g for g in guidances if g is not discriminator]
+            return Guided(gradient_keeping_denoiser(net, others, discriminator, clip), guidances)
+        make = guided_posterior if self.sampling.solver == "ddpm" else guided_denoiser
+        return Guided(make(net, guidances, clip), guidances)

@@ -1,7 +1,7 @@
 """What is exported: the guided denoiser or posterior, or a whole step, with guidance weights as inputs.
 
 Each is one pure function of named tensors, gradient and window included, so that one file serves every noise level and
-every weight. Lowering its gradient to inference operations is `dgfast.runtimes.graph` and `dgfast.runtimes.onnx_ops`.
+every weight. Lowering its gradient to inference operations is `dgfast.graph` and `dgfast.runtimes.onnx.operations`.
 """
 
 from collections.abc import Callable, Sequence

@@ -18,8 +18,8 @@ from dgfast.errors import UserError
 from dgfast.export.joint_graph import generator, joint
 from dgfast.export.onnx_file import OPSET, export
 from dgfast.export.subject import Joint, Subject
+from dgfast.graph.agreement import PREDICTS_NOISE
 from dgfast.networks import load
-from dgfast.runtimes.agreement import PREDICTS_NOISE
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dgfast.export.parity import Case, Tensors
-from dgfast.runtimes.agreement import PREDICTS_NOISE, least_sizes
-from dgfast.runtimes.onnx import OnnxEngine
+from dgfast.graph.agreement import PREDICTS_NOISE, least_sizes
+from dgfast.runtimes.onnx.session import OnnxEngine
 
 _LEVELS = (0.5, 3.0, 0.01, 20.0, 80.0, 1.2)  # of sigma: inside of guidance's window, below it and above
 MOST = len(_LEVELS)
@@ -37,7 +37,7 @@ def case(onnx: OnnxEngine, batch: int, seed: int = 0) -> Case:
 
 
 def save(path: Path, inputs: Tensors, outputs: Tensors) -> None:
-    """Write what `dgfast.runtimes.tensorrt.read_self_test` reads."""
+    """Write what `dgfast.runtimes.tensorrt.engine.read_self_test` reads."""
     sides: dict[str, Tensor] = {f"input/{name}": x for name, x in inputs.items()}
     sides |= {f"output/{name}": x for name, x in outputs.items()}
     with path.open("wb") as file:

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgfast.export.parity import Case, Row, Runs, Tensors, ValueMismatchError
+from dgfast.graph.agreement import least_sizes
 from dgfast.guidance.declaration import off_values
 from dgfast.noise_levels import posterior_log_variances
-from dgfast.runtimes.agreement import least_sizes
 from dgfast.solvers import ancestral_step, ddim_step
 
 Function = Callable[..., tuple[Tensor, ...]]

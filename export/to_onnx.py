@@ -63,10 +63,11 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in c
 )
 def main(bundle: str, batch: int | None, dtype: str, opset: int, target: str, out: Path, **options: Any) -> None:
     from dgfast.export import request
-    from dgfast.runtimes.onnx import files_of, require
+    from dgfast.runtimes.onnx.file import files_of
+    from dgfast.runtimes.onnx.session import require_package
 
     for package in ("onnx", "onnxruntime"):
-        require(package)
+        require_package(package)
     asked = request.read(bundle, options)
     request.make_folder(out)
     began = time.perf_counter()

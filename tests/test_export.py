@@ -28,7 +28,8 @@ from dgfast.export.parity import Case, Row, compare, signature
 from dgfast.export.subject import Joint
 from dgfast.image_folder import read_images
 from dgfast.networks import load
-from dgfast.runtimes.onnx import OnnxEngine, save
+from dgfast.runtimes.onnx.file import save
+from dgfast.runtimes.onnx.session import OnnxEngine
 from dgfast.sample import main as sample
 
 ROOT = Path(__file__).parents[1]
