@@ -15,8 +15,8 @@ from dgfast.guidance import (
     PredictedCleanGuidance,
 )
 from dgfast.guidance.declaration import all_options
+from dgfast.solvers import SOLVERS
 
-SOLVERS = ("heun", "euler", "dpmpp-2m", "ddpm", "ddim")
 DISCRETIZATIONS = ("edm", "vp", "ve", "iddpm")
 SCHEDULES = ("linear", "vp", "ve")
 SCALINGS = ("none", "vp")
@@ -77,7 +77,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("solver", SOLVERS),
+            ("solver", tuple(SOLVERS)),
             ("discretization", DISCRETIZATIONS),
             ("schedule", SCHEDULES),
             ("scaling", SCALINGS),
@@ -91,16 +91,14 @@ class SamplingConfig:
             raise UserError("epsilon_s must lie between 0 and 1, S_min and S_max must be numbers")
         if not self.rho > 0 or not 0 < self.alpha <= 1 or not self.S_churn >= 0 or not self.S_noise >= 0:
             raise UserError("rho must be above 0, alpha in (0, 1], S_churn and S_noise at least 0")
-        if not 0 <= self.eta <= 1 or (self.eta and self.solver != "ddim"):
-            raise UserError(f"eta {self.eta} must lie between 0 and 1, and is for the solver ddim alone")
-        special = self.solver in ("dpmpp-2m", "ddpm", "ddim")
-        if special and (self.S_churn or self.schedule != "linear" or self.scaling != "none"):
-            raise UserError(f"{self.solver} takes no churn and only the linear schedule without scaling")
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"eta {self.eta} must lie between 0 and 1")
+        SOLVERS[self.solver].check(self)
 
     @property
     def score_evaluations(self) -> int:
         """Score-network forwards of one image, without guidance."""
-        return 2 * self.num_steps - 1 if self.solver == "heun" else self.num_steps
+        return SOLVERS[self.solver].points * (self.num_steps - 1) + 1
 
     def gamma(self, sigma: float) -> float:
         """Relative rise of the noise level before the step at `sigma` (EDM, algorithm 2)."""

@@ -18,16 +18,12 @@ from dgfast.guidance.declaration import all_options, guiding, off_values
 from dgfast.guidance.guided import Guided
 from dgfast.guidance.weights import weights
 from dgfast.runtimes import Runtime
+from dgfast.solvers import SOLVERS
 
 DENOISER = ("x", "sigma", "class_labels")
 """What a sampler calls a guided denoiser with, by the names that an exported file has for it."""
 POSTERIOR = (*DENOISER, "log_least", "log_most")
 """The same for what an ancestral solver calls, see `guidance.guided_posterior`."""
-
-
-def function_of(solver: str) -> str:
-    """Which function a solver calls: "posterior" for the ancestral one, else "denoiser"."""
-    return "posterior" if solver == "ddpm" else "denoiser"
 
 
 class Engine(Protocol):
@@ -116,7 +112,7 @@ def _called(engine: Engine, arguments: Mapping[str, Tensor | None]) -> tuple[Ten
 
 def require_fit(engine: Engine, bundle: Bundle, sampling: SamplingConfig, guidance: GuidanceConfig) -> None:
     """Raises UserError if the file is not what this bundle's sampler calls under these settings."""
-    _require(engine, bundle, function_of(sampling.solver))
+    _require(engine, bundle, SOLVERS[sampling.solver].function)
     if guidance.dg_every > 1:
         raise UserError("--dg-every needs the gradient itself, which no exported file returns")
     try:

@@ -249,7 +249,7 @@ def _guidance_options(exported: bool) -> Iterator[Option]:
 
 WHAT = option(
     "--what", group=Group.INPUT, type=click.Choice(["denoiser", "posterior", "step", "generator"]),
-    help="The guided denoiser; what the ddpm solver calls in its place; a whole step of heun or euler; the one-step "
+    help="The guided denoiser; what the ddpm solver calls in its place; a whole step of the solver; the one-step "
     "generator.  [default: what the bundle's solver calls]",
 )  # fmt: skip
 """Which function of a bundle to export."""

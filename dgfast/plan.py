@@ -15,6 +15,7 @@ from dgfast.guidance import DiscriminatorGuidance, Guidance
 from dgfast.guidance.declaration import guiding
 from dgfast.networks import Networks
 from dgfast.noise_levels import Coordinates, posterior_log_variances, respaced_levels, sigma_grid
+from dgfast.solvers import SOLVERS
 
 # DG's boosting (arXiv 2211.17091, published code): every 5th step churns, every 2nd doubles the guidance.
 _BOOST_CHURN, _BOOST_CHURN_PERIOD = 4.0, 5
@@ -66,7 +67,8 @@ def plan(
     Raises:
         UserError: a guidance whose network is missing or does not fit.
     """
-    if config.solver in ("ddpm", "ddim") and (guidance.boosting or (config.solver == "ddpm" and guidance.dg_every > 1)):
+    solver = SOLVERS[config.solver]
+    if (solver.unit_start and guidance.boosting) or (solver.function == "posterior" and guidance.dg_every > 1):
         raise UserError(f"boosting does not go with {config.solver}, nor dg_every above 1 with ddpm")
     net = networks.denoiser
     levels = net.round_sigma(sigmas).cpu()
@@ -83,7 +85,7 @@ def plan(
         raised = float(net.round_sigma(highest.to(sigmas.device)))
         usual = doubled if guidance.boosting and i % _BOOST_WEIGHT_PERIOD == 0 else predictors
         corrector = None
-        if config.solver == "heun" and i < len(sigmas) - 1:
+        if solver.points == 2 and i < len(sigmas) - 1:
             t_prime = torch.tensor([t + config.alpha * (t_next - t)], dtype=torch.float64)
             # Churn moves the second point between t_hat and t_next; only alpha < 1 makes it depend on t_hat.
             low = float(coordinates.sigma(t_prime))
@@ -103,7 +105,7 @@ def class_count(networks: Networks, guidance: GuidanceConfig) -> int:
 
 def _log_variances(networks: Networks, config: SamplingConfig, levels: Tensor) -> list[tuple[float, float]]:
     """Logarithms of the ancestral steps' least and most variance; the same one twice where the network learns none."""
-    if config.solver == "ddpm" and not bool((levels.diff() < 0).all()):
+    if SOLVERS[config.solver].function == "posterior" and not bool((levels.diff() < 0).all()):
         raise UserError("two of the steps round to one noise level of the network: use --respacing, or fewer --steps")
     bounds = posterior_log_variances(levels)
     if getattr(networks.denoiser, "learn_sigma", False):

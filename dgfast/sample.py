@@ -23,7 +23,6 @@ from dgfast.config import (
     PRODUCTS,
     SCALINGS,
     SCHEDULES,
-    SOLVERS,
     VARIANCES,
     GuidanceConfig,
     SamplingConfig,
@@ -33,6 +32,7 @@ from dgfast.files import sha256
 from dgfast.options import NUMBER, Duration, Group, GuidedCommand, IntegerRanges, option
 from dgfast.ranges import Ranges
 from dgfast.runtimes import PRECISIONS, RUNTIMES, Runtime
+from dgfast.solvers import SOLVERS
 from dgfast.stopping import interruptible
 
 PROVIDERS = ("cpu", "cuda", "tensorrt")
@@ -74,7 +74,7 @@ _SAMPLING = (
     help="One forward of the bundle's generator, without solver and guidance.",
 )
 @option("--steps", "num_steps", group=Group.SOLVER, type=int, metavar="N", help="Noise levels above 0.")
-@option("--solver", group=Group.SOLVER, type=click.Choice(SOLVERS), help="What integrates the ODE or SDE.")
+@option("--solver", group=Group.SOLVER, type=click.Choice(tuple(SOLVERS)), help="What integrates the ODE or SDE.")
 @option(
     "--grid",
     "discretization",

@@ -27,10 +27,8 @@ from dgfast.noise_levels import coordinates, sigma_bounds
 from dgfast.plan import Step, class_count, noise_grid, plan
 from dgfast.randomness import SeedStreams
 from dgfast.runtimes import RuntimeLike, chosen, form
-from dgfast.solvers import ancestral_step, churn, ddim_step, dpmpp_2m_step, euler_step, heun_step
-from dgfast.vp import vp_alpha
+from dgfast.solvers import LAST, SOLVERS, Call, churn
 
-Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 OnStep = Callable[[Step, Tensor, Tensor, Tensor], Tensor | None]
 """See `Sampler.integrate`."""
 
@@ -78,6 +76,7 @@ class Sampler:
         self.coordinates = coordinates(sampling, low, high)
         grid = noise_grid(networks, sampling, low, high).to(self.device)
         self.sampling = sampling = replace(sampling, num_steps=len(grid))
+        self._solver = SOLVERS[sampling.solver](sampling, self.coordinates)
         self.classes = class_count(networks, guidance)
         self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
         self.steps = plan(networks, sampling, guidance, grid, self.coordinates)
@@ -158,17 +157,15 @@ class Sampler:
 
         log_ratio = torch.full((batch,), torch.inf, dtype=torch.float64, device=latents.device)
         first_bad = torch.full((), len(self.steps), device=latents.device)  # on the device: looking would wait for it
-        previous: tuple[Tensor, Tensor] | None = None
+        last = torch.zeros_like(latents, dtype=self.state_dtype), time(torch.inf)
         carried = CarriedGradient(self.guidance.dg_reuse) if self.guidance.dg_every > 1 else None
         x = self.first_state(latents)
         for step in self.steps:
             t, t_next = time(step.t), time(step.t_next)
             t_hat, x_hat = self._churn(step, x, t, log_ratio, noise)
-            fresh = self._fresh_noise(step, x_hat, noise)
-            arguments = (x_hat, t_hat, t_next, class_labels, *fresh, *(previous or ()))
+            arguments = (x_hat, t_hat, t_next, class_labels, *self._more(step, last, noise))
             x, denoised, log_ratio = self._step_function(step, arguments, carried)(*arguments)
-            if self.sampling.solver == "dpmpp-2m":
-                previous = denoised, t_hat
+            last = denoised, t_hat
             changed = None if on_step is None else on_step(step, x, denoised, log_ratio)
             if changed is not None:
                 x = self._accepted(changed, x)
@@ -185,10 +182,7 @@ class Sampler:
     def first_state(self, latents: Tensor) -> Tensor:
         """The state [B, C, H, W] in `state_dtype` at the highest noise level, of unit normal latents [B, C, H, W]."""
         t = torch.full((len(latents), 1, 1, 1), self.steps[0].t, dtype=torch.float64, device=latents.device)
-        scale = self.coordinates.sigma(t) * self.coordinates.s(t)
-        if self.sampling.solver in ("ddpm", "ddim"):  # DDPM starts at unit variance, as if it were all noise
-            scale = 1 / vp_alpha(self.coordinates.sigma(t))
-        return latents.to(self.state_dtype) * scale.to(self.state_dtype)
+        return latents.to(self.state_dtype) * self._solver.scale_of_first_state(t).to(self.state_dtype)
 
     def _accepted(self, changed: Tensor, x: Tensor) -> Tensor:
         """What `on_step` returned in the place of the state x, as such a state."""
@@ -212,7 +206,8 @@ class Sampler:
     def _calls(self, batch: int) -> Iterator[tuple[Callable[[], object], int]]:
         """Each function of the plan, called with zeros, and how often the plan calls it."""
         x, sigma, labels = self._example(batch)
-        example = (x, sigma, labels, *self._fresh_noise(self.steps[0], x, lambda: x)[1:])
+        bounds = self._log_variances(self.steps[0], batch).unbind() if self._solver.function == "posterior" else ()
+        example = (x, sigma, labels, *bounds)
         calls = Counter(g for step in self.steps for g in (step.predictor, step.corrector) if g is not None)
         with torch.no_grad():
             for guidances, count in calls.items():
@@ -241,43 +236,32 @@ class Sampler:
         t_hat = coords.sigma_inv(self.networks.denoiser.round_sigma(sigma + gamma * sigma))
         return t_hat, churn(x, t, t_hat, noise(), S_noise, coords)
 
-    def _fresh_noise(self, step: Step, x: Tensor, noise: Callable[[], Tensor] | None) -> tuple[Tensor, ...]:
-        """The step's noise, for solvers that add some, and for the ancestral one its log-variances [B] too."""
-        if self.sampling.solver != "ddpm" and not self.sampling.eta:
-            return ()
-        assert noise is not None, "the ddpm solver and eta need noise"
-        bounds = torch.tensor([step.log_variances] * len(x), dtype=torch.float64).to(x.device)
-        return (noise(),) if self.sampling.solver == "ddim" else (noise(), *bounds.unbind(dim=1))
+    def _more(self, step: Step, last: tuple[Tensor, Tensor], noise: Callable[[], Tensor] | None) -> tuple[Tensor, ...]:
+        """What the solver's step needs beyond state, times and labels: its `inputs`."""
+        values, names = dict(zip(LAST, last, strict=True)), self._solver.inputs
+        if "noise" in names:
+            assert noise is not None, "the ddpm solver and eta need noise"
+            values["noise"] = noise()
+        if "log_least" in names:
+            values["log_least"], values["log_most"] = self._log_variances(step, len(last[0]))
+        return tuple(values[name] for name in names)
+
+    def _log_variances(self, step: Step, batch: int) -> Tensor:
+        """The step's log-variances for every sample: [2, B]."""
+        return torch.tensor([[bound] * batch for bound in step.log_variances], dtype=torch.float64).to(self.device)
 
     def _step_function(
         self, step: Step, example: tuple[Tensor | None, ...], carried: CarriedGradient | None
     ) -> Function:
-        """(x_hat, t_hat, t_next, class_labels, further) -> (x_next, denoised, log_ratio).
+        """(x_hat, t_hat, t_next, class_labels, *more) -> (x_next, denoised, log_ratio)."""
 
-        Further arguments: the last denoised images and time for the second-order multistep solver, but in its first
-        step; what `_fresh_noise` returns for those with noise.
-        """
-        solver = self.sampling.solver
-
-        def advance(x_hat: Tensor, t_hat: Tensor, t_next: Tensor, labels: Tensor | None, *further: Tensor) -> Any:
-            if solver == "ddpm":
-                example = (x_hat, t_hat.flatten(), labels, *further[1:])
-                denoised, shift, variance, log_ratio = self._function(step.predictor, example)(*example)
-                x = ancestral_step(x_hat, denoised, shift, variance, t_hat, t_next, further[0])
-                return x.to(self.state_dtype), denoised, log_ratio
-            predict = self._denoise(step.predictor, labels, step.carried[0], carried)
-            denoised, log_ratio = predict(x_hat, t_hat)
-            if solver == "dpmpp-2m":
-                x = dpmpp_2m_step(x_hat, denoised, t_hat, t_next, (further[0], further[1]) if further else None)
-            elif solver == "ddim":
-                x = ddim_step(x_hat, denoised, t_hat, t_next, further[0] if further else None, self.sampling.eta)
-            elif step.corrector is None:
-                x = euler_step(x_hat, denoised, t_hat, t_next, self.coordinates)
-            else:
-                correct = self._denoise(step.corrector, labels, step.carried[1], carried)
-                x = heun_step(
-                    x_hat, denoised, t_hat, t_next, lambda x, t: correct(x, t)[0], self.coordinates, self.sampling.alpha
-                )
+        def advance(x_hat: Tensor, t_hat: Tensor, t_next: Tensor, labels: Tensor | None, *more: Tensor) -> Any:
+            predict = self._call(step.predictor, labels, step.carried[0], carried)
+            correct = None
+            if step.corrector is not None:
+                correct = self._call(step.corrector, labels, step.carried[1], carried)
+            named = dict(zip(self._solver.inputs, more, strict=True))
+            x, denoised, log_ratio = self._solver.step(x_hat, t_hat, t_next, predict, correct, named)
             return x.to(self.state_dtype), denoised, log_ratio
 
         if self._capture is None or carried is not None:  # what is carried lives outside of any one step
@@ -287,27 +271,30 @@ class Sampler:
             self._functions[key] = self._capture(advance, example)
         return self._functions[key]
 
-    def _denoise(
+    def _call(
         self,
         guidances: tuple[Guidance, ...],
         class_labels: Tensor | None,
         reusing: DiscriminatorGuidance | None = None,
         carried: CarriedGradient | None = None,
-    ) -> Denoise:
-        """(x, t) -> denoised images and log-ratio under the given guidances."""
+    ) -> Call:
+        """The solver's function under the given guidances."""
         coords = self.coordinates
 
-        def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        def call(x: Tensor, t: Tensor, *bounds: Tensor) -> tuple[Tensor, ...]:
             sigma = coords.sigma(t).flatten()
-            arguments = (x / coords.s(t)).to(self.state_dtype), sigma, class_labels
-            denoised, log_ratio, *gradient = self._function(guidances, arguments, carried is not None)(*arguments)
-            if carried is not None and gradient:
+            arguments = (x / coords.s(t)).to(self.state_dtype), sigma, class_labels, *bounds
+            results = self._function(guidances, arguments, carried is not None)(*arguments)
+            if carried is None:
+                return results
+            denoised, log_ratio, *gradient = results
+            if gradient:
                 carried.keep(sigma, gradient[0])
-            if carried is not None and reusing is not None:
+            if reusing is not None:
                 denoised = denoised + carried.correction(sigma, reusing.weight_at(sigma)).to(denoised.dtype)
             return denoised, log_ratio
 
-        return denoise
+        return call
 
     def _function(
         self, guidances: tuple[Guidance, ...], example: tuple[Tensor | None, ...], keep: bool = False
@@ -329,5 +316,5 @@ class Sampler:
         if keep and discriminator is not None:
             others = [g for g in guidances if g is not discriminator]
             return Guided(gradient_keeping_denoiser(net, others, discriminator, clip), guidances)
-        make = guided_posterior if self.sampling.solver == "ddpm" else guided_denoiser
+        make = guided_posterior if self._solver.function == "posterior" else guided_denoiser
         return Guided(make(net, guidances, clip), guidances)

@@ -11,6 +11,7 @@ from dgfast.graph.agreement import PREDICTS_NOISE, least_sizes
 from dgfast.runtimes.onnx.session import OnnxEngine
 
 _LEVELS = (0.5, 3.0, 0.01, 20.0, 80.0, 1.2)  # of sigma: inside of guidance's window, below it and above
+_LEVEL_FACTORS = {"sigma": 1.0, "sigma_next": 0.8, "sigma_last": 1.25}
 MOST = len(_LEVELS)
 """More samples than that test nothing new."""
 
@@ -22,8 +23,8 @@ def case(onnx: OnnxEngine, batch: int, seed: int = 0) -> Case:
     inputs = {}
     for name, (sizes, _) in onnx.inputs.items():
         shape = [batch if isinstance(size, str) else size for size in sizes]
-        if name in ("sigma", "sigma_next"):
-            inputs[name] = sigma if name == "sigma" else 0.8 * sigma
+        if name in _LEVEL_FACTORS:
+            inputs[name] = _LEVEL_FACTORS[name] * sigma
         elif name == "class_labels":
             inputs[name] = torch.eye(shape[1])[torch.arange(shape[0]) % shape[1]]
         elif name in ("log_least", "log_most"):
