@@ -21,8 +21,9 @@ _CPU = torch.device("cpu")
 def bench_export(benchmark: Any, workload_name: str) -> None:
     """One export of the guided denoiser with an open batch, once; the file is held against eager."""
     from dgfast.export.joint_graph import joint
-    from dgfast.runtimes.onnx import OnnxEngine, save
-    from dgfast.runtimes.onnx_writer import convert, operations
+    from dgfast.runtimes.onnx.file import save
+    from dgfast.runtimes.onnx.session import OnnxEngine
+    from dgfast.runtimes.onnx.writer import convert, operations
 
     workload = WORKLOADS[workload_name]()
     subject = joint(workload.load(_CPU, torch.float32), workload.sampling, workload.guidance, "denoiser")

@@ -11,11 +11,13 @@ from torch import Tensor
 from dgfast import bundle as bundles
 from dgfast.devices import device_of, seconds_of
 from dgfast.errors import UserError
+from dgfast.graph import Function
 from dgfast.guidance import OUTSIDE_WINDOW
 from dgfast.networks import described, one_hot
 from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
-from dgfast.sampler import Function, OnStep, Runtime
+from dgfast.runtimes import RuntimeLike, chosen, form
+from dgfast.sampler import OnStep
 
 
 class GeneratorNet(Protocol):
@@ -53,23 +55,20 @@ class OneStep:
         self,
         generator: GeneratorNet,
         device: torch.device | str | None = None,
-        runtime: Runtime | None = None,
-        step_runtime: Runtime | None = None,
-        engine: Function | None = None,
+        runtime: RuntimeLike = "eager",
     ) -> None:
         """
         Args:
             device: where to draw; None: where the generator's weights are.
-            runtime, step_runtime: make a faster callable of the generator for one shape, such as
-                `runtimes.compiled.build`, and another of that, such as `runtimes.cuda_graph.build`.
-            engine: (latents, class_labels) -> (images,) that takes the generator's place, such as
-                `engines.generated_by` gives.
+            runtime: what executes the generator; see `Sampler`.
+
+        Raises:
+            UserError: no runtime of that name.
         """
         self.generator = generator
         self.device = device_of(generator) if device is None else torch.device(device)
-        self._engine = engine
-        self._runtimes = [make for make in (runtime, step_runtime) if make is not None]
-        self._functions: dict[torch.Size, Function] = {}
+        self._runtime = chosen(runtime)
+        self._functions: dict[tuple[object, ...], Function] = {}
 
     @classmethod
     def load(
@@ -77,8 +76,7 @@ class OneStep:
         bundle: str | Path | bundles.Bundle = bundles.DEFAULT,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        runtime: Runtime | None = None,
-        step_runtime: Runtime | None = None,
+        runtime: RuntimeLike = "eager",
     ) -> "OneStep":
         """The generator of a bundle, as `networks.load` finds bundles.
 
@@ -87,7 +85,7 @@ class OneStep:
         """
         found = bundle if isinstance(bundle, bundles.Bundle) else bundles.read(bundle)
         generator = found.load("generator", device, dtype)
-        return cls(generator, device, runtime, step_runtime)  # type: ignore[arg-type]  # a module types no attributes
+        return cls(generator, device, runtime)  # type: ignore[arg-type]  # a module types no attributes
 
     def __repr__(self) -> str:
         """Two lines: the generator, cost and device."""
@@ -152,15 +150,12 @@ class OneStep:
         return latents, streams.labels(classes) if classes else None
 
     def _function(self, latents: Tensor, class_labels: Tensor | None) -> Function:
-        """(latents, class_labels) -> (images,), in this sampler's runtimes, built once a shape."""
-        function: Function = self._engine or partial(_forward, self.generator)
-        if self._engine is not None or not self._runtimes:
-            return function
-        if latents.shape not in self._functions:
-            for make in self._runtimes:
-                function = make(function, (latents, class_labels))
-            self._functions[latents.shape] = function
-        return self._functions[latents.shape]
+        """(latents, class_labels) -> (images,), in this sampler's runtime, built once for each form of arguments."""
+        example = latents, class_labels
+        key = form(example)
+        if key not in self._functions:
+            self._functions[key] = self._runtime.whole(partial(_forward, self.generator), example)
+        return self._functions[key]
 
 
 def _forward(generator: GeneratorNet, latents: Tensor, class_labels: Tensor | None) -> tuple[Tensor, ...]:

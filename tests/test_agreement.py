@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dgfast.runtimes.agreement import least_sizes, relative_error
+from dgfast.graph.agreement import least_sizes, relative_error
 
 
 def test_relative_error_is_a_share_of_the_same_sample() -> None:

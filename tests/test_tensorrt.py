@@ -21,16 +21,19 @@ from onnx import TensorProto, helper, numpy_helper
 import dgfast
 from dgfast import bundle, sample
 from dgfast.errors import UserError
-from dgfast.export import engine_builder, self_test, to_trt
-from dgfast.export.engine_builder import Options, build, parse
+from dgfast.export import self_test, to_trt
 from dgfast.export.half_products import PRODUCTS, half_products, product_type, round_on_a_cpu
 from dgfast.export.joint_graph import joint
-from dgfast.runtimes import engine_file, tensorrt, tensorrt_library
-from dgfast.runtimes.agreement import relative_error
-from dgfast.runtimes.engine_file import NEVER_EXECUTED, EngineFile
-from dgfast.runtimes.onnx import OnnxEngine
-from dgfast.runtimes.onnx_writer import convert
-from dgfast.runtimes.tensorrt_library import deserialize, find, layers, listener, obstacles
+from dgfast.graph.agreement import relative_error
+from dgfast.runtimes.onnx.session import OnnxEngine
+from dgfast.runtimes.onnx.writer import convert
+from dgfast.runtimes.tensorrt import builder as engine_builder
+from dgfast.runtimes.tensorrt import engine as tensorrt
+from dgfast.runtimes.tensorrt import file as engine_file
+from dgfast.runtimes.tensorrt import library as tensorrt_library
+from dgfast.runtimes.tensorrt.builder import Options, build, parse
+from dgfast.runtimes.tensorrt.file import NEVER_EXECUTED, EngineFile
+from dgfast.runtimes.tensorrt.library import deserialize, find, layers, listener, obstacles
 
 REPOSITORY = Path(__file__).parents[1]
 BATCH = Options((1, 4, 8))

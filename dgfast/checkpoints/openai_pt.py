@@ -21,7 +21,7 @@ from dgfast.checkpoints.wrappers import StateDict, unwrap
 from dgfast.denoiser import PRECONDITIONERS
 from dgfast.errors import UserError
 from dgfast.nets.adm_unet import PUBLISHED
-from dgfast.noise_levels import adm_time_schedule
+from dgfast.vp import adm_time_schedule
 
 # OpenAI's 64, 128, 256 and 512, DG's trunk for 32 and its discriminator on 8 x 8 features, each with either depth.
 _IMAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)

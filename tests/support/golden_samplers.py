@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgfast import noise_levels as nl
-from dgfast import sampler as sampler_module
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.denoiser import DDPMPrecond
 from dgfast.guidance import OUTSIDE_WINDOW, ClassifierGuidance, DiscriminatorGuidance
@@ -16,6 +15,7 @@ from dgfast.guidance.gradient import denoiser_gate
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.networks import Networks
 from dgfast.sampler import Sampler
+from dgfast.solvers import ddim, ddpm
 from tests.support.golden import ADM_FRACTION, NET_TOL, SAMPLER_TOL, SIGMA_TOL, VE_SCHEDULE_TOL, Golden
 from tests.support.golden_networks import level_tol
 
@@ -203,9 +203,9 @@ def judge_adm_loop(
 
     with monkeypatch.context() as patch:
         patch.setattr(ClassifierGuidance, "correct", recording)
-        for step in ("ancestral_step", "ddim_step"):
-            real = getattr(sampler_module, step)
-            patch.setattr(sampler_module, step, lambda x, d, *rest, real=real: denoised.append(d) or real(x, d, *rest))
+        for module, step in ((ddpm, "ancestral_step"), (ddim, "ddim_step")):
+            real = getattr(module, step)
+            patch.setattr(module, step, lambda x, d, *rest, real=real: denoised.append(d) or real(x, d, *rest))
         sampler = Sampler(networks, sampling, GuidanceConfig(classifier_scale=scale))
         sigmas = torch.tensor([step.sigma for step in sampler.steps], dtype=torch.float64)
         states: list[Tensor] = []
