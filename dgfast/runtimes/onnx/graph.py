@@ -1,7 +1,7 @@
 """An ONNX graph while it is written: shared subexpressions, folded constants and no reshape or transpose twice.
 
 Operations are recorded in order. One that was recorded before is not recorded again, one of constants is computed at
-once, and what nobody reads is left out at the end: so the table of operations (`onnx_ops`) may write down each one
+once, and what nobody reads is left out at the end: so the table of operations (`operations`) may write down each one
 plainly, and look through what stands before it.
 """
 

@@ -12,7 +12,7 @@ TABLE: dict[Any, Entry] = {}
 
 
 class NoFormError(Exception):
-    """An operation, or these options of one, that the table cannot write: users hear of it from `onnx_writer`."""
+    """An operation, or these options of one, that the table cannot write: users hear of it from `writer`."""
 
 
 class Out(tuple[Any, Any]):
