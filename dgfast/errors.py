@@ -23,3 +23,8 @@ class StorageError(UserError):
     """A full disk, a folder that is read-only or gone. The command line exits with code 4."""
 
     exit_code = 4
+
+
+def one_line(text: object, most: int = 300) -> str:
+    """What an error says, fit for a terminal: it may quote a file, control characters included."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)[:most]).split())

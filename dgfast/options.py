@@ -3,7 +3,6 @@
 A formula's symbol is the metavar of its option. Behind an option's help stands what a bundle says where it is left out.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from typing import Any
 
 import click
 
-from dgfast import __version__
+from dgfast import __version__, bounds
 from dgfast.config import CLEAN_TIMES, NORMALIZATIONS, GuidanceConfig, SamplingConfig
 from dgfast.ranges import Ranges
 
@@ -101,10 +100,10 @@ _BUNDLE = "mnist32"
 def _defaults(path: Path) -> Mapping[str, Any]:
     """Sampling and guidance of a `bundle.json`; nothing where it can't be read, for help needs no bundle."""
     try:
-        bundle = json.loads(path.read_text())
+        bundle = bounds.read_json(path)
         own = bundle.get("sampling", {}) | bundle.get("guidance", {})
         return asdict(SamplingConfig()) | asdict(GuidanceConfig()) | own
-    except (OSError, AttributeError, TypeError, ValueError, RecursionError):
+    except (AttributeError, TypeError, ValueError):
         return {}
 
 

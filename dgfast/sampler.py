@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.devices import device_of, require_float64, seconds_of
@@ -192,9 +192,18 @@ class Sampler:
         if failed < len(self.steps):
             raise UserError(
                 f"the images became NaN or infinite at step {failed} of {len(self.steps)}, "
-                f"sigma {self.steps[failed].sigma:.4g}; lower the guidance weights or use --dtype float32"
+                f"sigma {self.steps[failed].sigma:.4g}; {self._remedy()}"
             )
         return x
+
+    def _remedy(self) -> str:
+        """What a user can do about images that are not finite."""
+        net = self.networks.denoiser
+        half = isinstance(net, nn.Module) and any(p.dtype != torch.float32 for p in net.parameters())
+        remedies = ["use --dtype float32"] if half else []
+        if any(step.predictor or step.corrector for step in self.steps):
+            remedies.insert(0, "lower the guidance weights")
+        return " or ".join(remedies) or "no guidance acted: the score network itself returns them, look at its weights"
 
     def first_state(self, latents: Tensor) -> Tensor:
         """The state [B, C, H, W] in `state_dtype` at the highest noise level, of unit normal latents [B, C, H, W]."""

@@ -31,7 +31,7 @@ ROOMS = {
     "engines": ({"bundle", "config", "errors", "guidance"}, {"torch"}),
     "outputs": ({"errors"}, {"torch", "numpy", "PIL"}),
     "plan": ({"config", "errors", "guidance", "nets", "networks", "noise_levels"}, {"torch"}),
-    "options": ({"__version__", "config"}, {"click"}),
+    "options": ({"__version__", "bounds", "config"}, {"click"}),
     "one_step": ({"bundle", "devices", "errors", "networks", "plan", "randomness", "sampler"}, {"torch"}),
     "batches": ({"one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }

@@ -318,11 +318,22 @@ def test_state_dicts_are_read_exactly(tmp_path: Path, legacy: bool) -> None:
     assert list(found) == list(tensors) and all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
+def test_state_dicts_hold_views_that_are_no_larger_than_their_storage(tmp_path: Path) -> None:
+    tensors = {"row": torch.arange(12.0).view(3, 4)[1], "turned": torch.arange(12.0).view(3, 4).T}
+    tensors["all of it"] = torch.arange(10.0).as_strided((2, 5), (0, 1))
+    torch.save(tensors, tmp_path / "x.pt")
+    found = openai_pt.read(tmp_path / "x.pt").tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
         pytest.param([torch.zeros(2)], "holds a list", id="list"),
         pytest.param({"a": torch.zeros(2, dtype=torch.int64)}, "'a' is not a dense tensor of floats", id="integers"),
+        # 16 floats of a storage of 10: fewer than its 40 bytes, more than it has floats
+        pytest.param({"a": torch.ones(10).as_strided((2, 8), (0, 1))}, "a tensor that is not dense", id="overlapping"),
+        pytest.param({"a": torch.ones(10).half().as_strided((11,), (0,))}, "a tensor that is not dense", id="one_more"),
         pytest.param({"a": torch.zeros(1).expand(10**9)}, r"only a \(a tensor that is not dense\)", id="stride_0"),
         pytest.param({"a": torch.eye(3).to_sparse()}, "no tensors by name, only a ", id="sparse"),
         pytest.param({"step": 3}, r"no tensors by name, only step \(int\)", id="no_tensors"),

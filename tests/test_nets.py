@@ -45,17 +45,41 @@ CLASSIFIER = {
 }
 RECIPES = [("EDMPrecond", EDM), ("EncoderUNetModel", ENCODER), ("create_classifier", CLASSIFIER)]
 
+SHAPES = [(2, 3, 8, 8), (2, 5), (2, 1000)]
+
 
 def without(keywords: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in keywords.items() if key != name}
 
 
 # Building -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("kind", "keywords"), RECIPES)
-def test_nets_build_gives_what_it_is_asked_for(kind: str, keywords: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("kind", "keywords", "shape"), [(*r, s) for r, s in zip(RECIPES, SHAPES, strict=True)])
+def test_nets_build_gives_what_it_is_asked_for(kind: str, keywords: dict[str, Any], shape: tuple[int, ...]) -> None:
     net = nets.build(kind, **keywords)
-    sigma = torch.ones(2)
-    assert net(torch.zeros(2, 3, 8, 8), sigma).shape[0] == 2
+    out = net(torch.zeros(2, 3, 8, 8), torch.ones(2))
+    assert out.shape == shape and out.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("keywords", "layer", "shape"),
+    [
+        ({"model_channels": 24}, "enc.8x8_conv.weight", (24, 3, 3, 3)),
+        ({"channel_mult": [1, 3]}, "enc.4x4_block0.conv0.weight", (48, 16, 3, 3)),
+        ({"num_blocks": 2}, "enc.8x8_block1.conv0.weight", (16, 16, 3, 3)),
+        ({"attn_resolutions": [8]}, "enc.8x8_block0.qkv.weight", (48, 16, 1, 1)),
+        ({"label_dim": 5}, "map_label.weight", (16, 5)),
+        ({"augment_dim": 9}, "map_augment.weight", (16, 9)),
+        ({"channel_mult_emb": 2}, "map_layer1.weight", (32, 32)),
+        ({"channel_mult_noise": 2}, "map_layer0.weight", (64, 32)),
+        ({"img_channels": 4}, "dec.8x8_aux_conv.weight", (4, 16, 3, 3)),
+        ({"img_resolution": 32}, "enc.16x16_down.conv0.weight", (16, 16, 3, 3)),
+    ],
+)
+def test_nets_build_hears_every_keyword(keywords: dict[str, Any], layer: str, shape: tuple[int, ...]) -> None:
+    """Each layer of a size that the default has not."""
+    sizes = [dict(nets.build("EDMPrecond", **EDM | own).model.named_parameters()) for own in ({}, keywords)]
+    assert layer not in sizes[0] or sizes[0][layer].shape != shape
+    assert tuple(sizes[1][layer].shape) == shape
 
 
 @pytest.mark.parametrize(

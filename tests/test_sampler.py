@@ -1,5 +1,6 @@
 """The sampler as a whole: every image from its own seed, every network call accounted for, errors at the door."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -128,6 +129,27 @@ def test_sampler_goes_on_from_the_state_that_a_callback_returns(tiny_net: NetFac
     torch.testing.assert_close(images, states[-1], rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match=r"must return a state of shape \[1, 1, 8, 8\] or None; it returned \[1\]"):
         sampler.integrate(first, on_step=lambda *_: torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "dtype", "remedy"),
+    [
+        (GuidanceConfig(), torch.float32, "no guidance acted: the score network itself returns them"),
+        (GuidanceConfig(), torch.bfloat16, "use --dtype float32"),
+        (GuidanceConfig(dg_weight=1e300), torch.float32, "lower the guidance weights"),
+        (GuidanceConfig(dg_weight=1e300), torch.bfloat16, "lower the guidance weights or use --dtype float32"),
+    ],
+)
+def test_sampler_advises_what_can_help_against_nan(
+    tiny_net: NetFactory, tiny_discriminator: NetFactory, guidance: GuidanceConfig, dtype: torch.dtype, remedy: str
+) -> None:
+    net = copy.deepcopy(tiny_net())
+    for parameter in net.parameters():
+        parameter.data = parameter.data.to(dtype) * math.nan
+    sampler = Sampler(Networks(net, tiny_discriminator()), SamplingConfig(num_steps=3), guidance)
+    with pytest.raises(UserError) as error:
+        sampler([0])
+    assert error.value.message.partition("; ")[2].startswith(remedy)
 
 
 # Accounts -------------------------------------------------------------------------------------------------------------

@@ -141,7 +141,8 @@ def test_training_split_is_fixed_and_disjoint() -> None:
     data = ImageSet(np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1), np.arange(100))
     train, held_out = split(data, 30)
     assert sorted([*train.labels, *held_out.labels]) == list(range(100)) and len(held_out) == 30
-    assert split(data, 30)[1].labels.tolist() == held_out.labels.tolist()
+    # The very images, for numbers of held-out ones are published, and a training goes on another day.
+    assert held_out.labels.tolist()[:12] == [78, 2, 37, 92, 72, 63, 58, 8, 60, 13, 87, 80]
     assert np.array_equal(train.images.ravel(), train.labels)
     with pytest.raises(UserError, match="leaves nothing"):
         split(data, 100)

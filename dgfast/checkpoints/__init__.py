@@ -5,11 +5,8 @@
 `dit`: DiT's. `wrappers`: where in a training checkpoint they lie. `foreign`: what is not read, by its name.
 """
 
+from dgfast.errors import one_line as one_line
+
 DENOISERS = ("score", "reference")
 ENCODERS = ("classifier", "discriminator")
 """Roles in a bundle, by what kind of network has them."""
-
-
-def one_line(text: object, most: int = 300) -> str:
-    """What an error says, fit for a terminal: it may quote the file, control characters included."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)[:most]).split())
