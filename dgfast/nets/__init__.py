@@ -74,13 +74,13 @@ def build(kind: str, **keywords: Any) -> nn.Module:
 
 def defaults(kind: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
     """What the constructors of such a network take for those of their keywords that are left out."""
-    raw = {**_RAW, "create_model": create_model, "DiT": DiT}.get(keywords.get("model_type", ""))
-    constructors = [constructor for constructor in (denoiser.PRECONDITIONERS.get(kind, _PLAIN.get(kind)), raw)]
-    parameters = [inspect.signature(constructor).parameters for constructor in constructors if constructor]
+    raw = {**_RAW, "create_model": create_model, "DiT": DiT}.get(str(keywords.get("model_type")))
+    constructors = (denoiser.PRECONDITIONERS.get(kind) or _PLAIN.get(kind), raw)
     return {
         name: parameter.default
-        for signature in parameters
-        for name, parameter in signature.items()
+        for constructor in constructors
+        if constructor
+        for name, parameter in inspect.signature(constructor).parameters.items()
         if parameter.default is not parameter.empty and name not in keywords
     }
 
