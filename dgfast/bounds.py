@@ -19,7 +19,7 @@ JSON_ITEMS, JSON_NESTING = 1_000_000, 20
 """Brackets and commas in a text of JSON; lists and objects within one another."""
 
 PICKLE_STEPS = 4_000_000
-"""Of all programs in one file. A tensor takes about 30; what a step makes takes about 200 bytes at most."""
+"""Of all programs in one file. A tensor takes about 50; what a step makes takes 150 bytes at most."""
 
 PICKLE_TEXT = 64 * 2**20
 """Bytes of text in all programs of one file; in memory a letter takes up to four."""

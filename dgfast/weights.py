@@ -8,6 +8,7 @@ import itertools
 import math
 import struct
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,7 +88,8 @@ def check(kind: str, keywords: Mapping[str, Any], tensors: Mapping[str, Tensor],
     """
     try:
         bounds.check_keywords(keywords)
-        with torch.device("meta"), _at_most(len(tensors) + bounds.MISSING_TENSORS):
+        with warnings.catch_warnings(), torch.device("meta"), _at_most(len(tensors) + bounds.MISSING_TENSORS):
+            warnings.simplefilter("ignore")  # torch's, of sizes of 0
             wanted = nets.build(kind, **keywords).state_dict()
     except _UNBUILDABLE as error:
         raise UserError(f"{source}: its keywords make no {one_line(kind, 80)} ({one_line(error)})") from error
@@ -128,7 +130,7 @@ def _listed(what: str, names: list[str], most: int = 5) -> list[str]:
     if not names:
         return []
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return [f"{what} {', '.join(name[:_LONGEST_NAME] for name in names[:most])}{more}"]
+    return [f"{what} {', '.join(one_line(name) for name in names[:most])}{more}"]
 
 
 @contextmanager

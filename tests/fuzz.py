@@ -1,4 +1,5 @@
-"""python -m tests.fuzz --files 10000: hostile files for every reader, and what became of each kind.
+"""python -m tests.fuzz --files 10000: hostile files for every reader, and what became of each kind; --by-hand: those
+of `tests.support.hostile_files`, one by one.
 
 A file is an honest one with some of its structure changed, and payloads among the changes. A reader may read it or end
 with a `UserError`; it may execute nothing, raise nothing else, and stay within the limits that SECURITY.md states.
@@ -19,6 +20,8 @@ from pathlib import Path
 import click
 
 from dgfast.errors import UserError
+from tests.support import hostile_files
+from tests.support.hostile_files import ATTACKS
 from tests.support.hostile_formats import FORMATS, Format
 from tests.support.mutations import CANARY
 
@@ -159,26 +162,46 @@ def _memory(what: str) -> float:
     return int(line.split()[1]) * 1024
 
 
+def by_hand() -> list[tuple[str, int, Outcome]]:
+    """Name, bytes and outcome of each attack written by hand."""
+    outcomes = []
+    for name, write in ATTACKS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = write(Path(folder))
+            size = sum(file.stat().st_size for file in (path, *path.glob("*")) if file.is_file())
+            outcomes.append((name, size, read(hostile_files.read, path, [])))
+    return outcomes
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows, aligned, with a head and their sum."""
     total = Row("all", [outcome for row in rows for outcome in row.outcomes])
     head = ["format", "files", "refused", "accepted", "slowest", "most memory", "executed", "other failures"]
-    cells = [head, *(row.cells() for row in (*rows, total))]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return _aligned([head, *(row.cells() for row in (*rows, total))])
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 @click.command(help=__doc__)
 @click.option("--files", default=1000, show_default=True, help="How many files to read.")
 @click.option("--seed", default=0, show_default=True, help="Another seed, other files.")
 @click.option("--only", help="The name of one format.")
-def main(files: int, seed: int, only: str | None) -> None:
+@click.option("--by-hand", "hand", is_flag=True, help="Read the files written by hand instead.")
+def main(files: int, seed: int, only: str | None, hand: bool) -> None:
+    if hand:
+        lines = [[name, f"{size / 1e6:.2f} MB", o.verdict, f"{o.seconds:.1f} s", f"{o.peak / 1e6:.0f} MB", o.told[:150]]
+                 for name, size, o in by_hand()]  # fmt: skip
+        click.echo(_aligned([["attack", "file", "verdict", "time", "memory", "told"], *lines]))
+        sys.exit(any(line[2] not in ("accepted", "refused") for line in lines))
     formats = [a_format for a_format in FORMATS if only in (None, a_format.name)]
     rows = fuzz(files, seed, formats)
     click.echo(table(rows))
     for row in rows:
         for index, outcome in row.bad:
-            click.echo(f"{row.name} {index}: {outcome.verdict}, {outcome.told[:300]}")
+            click.echo(f"{row.name} {index}: {outcome.verdict}, {outcome.told[:300]!a}")
     sys.exit(any(row.bad for row in rows))
 
 

@@ -61,11 +61,11 @@ def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: 
     kinds = tuple(PRECONDITIONERS) if role in DENOISERS else _ENCODER_KINDS
     if kind not in kinds:
         raise UserError(f"a {role} network cannot be of the kind {kind!r}; use {', '.join(kinds)}")
-    _require_finite(state.tensors, file)
     try:
         net = weights.build(kind, keywords, _as_in_a_bundle(state.tensors, kind), file)
     except UserError as error:
         raise UserError(f"{error.message}; mend its keywords with --set") if told_kind else error from error
+    _require_finite(state.tensors, file)
     told_too = {name: value for name, value in keywords.items() if name in told}
     assumed_too = {entry.name for entry in assumed}
     seen = {name: value for name, value in keywords.items() if name not in told and name not in assumed_too}

@@ -76,6 +76,7 @@ def key(value: Any) -> Any:
     """
     of(value, *_ATOMS)
     require(type(value) is not int or value.bit_length() <= 60, "it has a key that is no reasonable number")
+    require(type(value) is not str or len(value) <= 10_000, "it has a key that is no reasonable name")
     return value
 
 
@@ -84,6 +85,7 @@ def any_key(value: Any) -> Any:
     return key(value) if type(value) in _ATOMS else Opaque(type(value).__name__)
 
 
+_COSTLY = 8  # steps that a set, a name or a call costs beside its own: each takes more time or memory than others
 _ATOMS: tuple[type, ...] = (str, int, float, bool, bytes, type(None))
 
 
@@ -203,7 +205,7 @@ class Machine:
         return items
 
     def new_set(self) -> set[Any]:
-        self.budget.pay(steps=3)  # it is by far the largest of what one byte makes
+        self.budget.pay(steps=_COSTLY)
         return set()
 
     def extend(self, items: Any) -> None:
@@ -224,6 +226,7 @@ class Machine:
 
     def find(self, module: Any, name: Any) -> Opaque:
         place = of(module, str), of(name, str)
+        self.budget.pay(steps=_COSTLY)
         if place in self.known:
             return Global(".".join(place), self.known[place])
         if self.unknown is None:
@@ -234,7 +237,7 @@ class Machine:
         function, arguments = self.last(2)
         if self._ignores(function):
             return function
-        self.budget.pay(steps=4)
+        self.budget.pay(steps=_COSTLY)
         return of(function, Global).meaning(*of(arguments, tuple))
 
     def give_state(self) -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PAIR = tuple[float, float]
 POINTS = tuple[tuple[float, float], ...]
+MOST_POINTS = 1000
+"""Points of a schedule of weights, far more than anyone draws: a file may bring a million."""
 GUIDANCES: list[type[Guidance]] = []
 """All that are declared: the order of their sections in `--help`, of their inputs in a file, and of what they add."""
 
@@ -71,8 +73,11 @@ class Option:
             raise UserError(f"{self.name} {value}: give two numbers, the first below the second")
         if self.kind == POINTS:
             numbers = all(len(point) == 2 and all(map(math.isfinite, point)) for point in value)
-            if not numbers or any(later[0] < point[0] for point, later in pairwise(value)):
-                raise UserError(f"{self.name} {value}: give pairs of numbers, time tau and factor, by rising tau")
+            if not numbers or len(value) > MOST_POINTS or any(b[0] < a[0] for a, b in pairwise(value)):
+                raise UserError(
+                    f"{self.name} {str(value)[:80]}: give at most {MOST_POINTS} pairs of numbers, time tau and factor, by "
+                    "rising tau"
+                )
 
 
 def option(

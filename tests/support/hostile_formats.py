@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dgfast import bundle as bundles
-from dgfast import nets, weights
-from dgfast.checkpoints import nvidia_pickle, torch_file
+from dgfast import nets
+from dgfast.checkpoints import network, torch_file
 from dgfast.checkpoints.torch_file import Opaque
 from dgfast.runtimes.onnx.session import OnnxEngine, stored_tensor
 from dgfast.runtimes.tensorrt import file as engine_file
@@ -28,6 +28,10 @@ from tests.support import mutations, mutations_onnx
 TINY: dict[str, Any] = {
     "img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_type": "SongUNet", "model_channels": 8,
     "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8], "resample_filter": [1, 3, 3, 1],
+}  # fmt: skip
+DIT: dict[str, Any] = {
+    "model_type": "DiT", "img_resolution": 8, "img_channels": 4, "label_dim": 3, "patch_size": 2, "hidden_size": 16,
+    "depth": 2, "num_heads": 2,
 }  # fmt: skip
 _PLAIN = (dict, list, tuple, set, str, bytes, int, float, bool, type(None), Tensor)
 
@@ -64,8 +68,13 @@ def _of_bytes(
 
 @cache
 def _tensors() -> dict[str, Tensor]:
+    """A DiT's, which `convert` knows by their shapes."""
     torch.manual_seed(0)
-    return nets.build("EDMPrecond", **TINY).state_dict()
+    return nets.build("DDPMPrecond", **DIT).state_dict()
+
+
+def _convert(path: Path) -> None:
+    network.read(path, "score", None, {} if path.suffix == ".pkl" else {"num_heads": 2}, None)
 
 
 # Snapshots and torch.save's files -------------------------------------------------------------------------------------
@@ -74,18 +83,13 @@ def _snapshot() -> bytes:
     return (Path(__file__).parents[1] / "golden" / "edm_tiny.pkl").read_bytes()
 
 
-def _read_snapshot(path: Path) -> None:
-    snapshot = nvidia_pickle.read(path)
-    weights.build(snapshot.kind, snapshot.keywords, snapshot.tensors, path)
-
-
 @cache
 def _saved(zipped: bool) -> tuple[bytes, ...]:
     """A state dict and a training checkpoint."""
-    net = nets.build("EDMPrecond", **TINY)
+    net = nets.build("DDPMPrecond", **DIT)
     optimizer = torch.optim.AdamW(net.parameters())
-    loss = net(torch.zeros(1, 1, 8, 8), torch.ones(1)).square().sum()
-    loss.backward()
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     arguments = argparse.Namespace(lr=1e-4, device=torch.device("cpu"), results=Path("x"))
     wrapped = {"model": net.state_dict(), "ema": _tensors(), "opt": optimizer.state_dict(), "args": arguments}
@@ -134,10 +138,8 @@ def _other_legacy(rng: random.Random) -> bytes:
 
 
 def _read_torch_file(path: Path) -> None:
-    content = torch_file.read(path)
-    _assert_plain(content)
-    if isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values()):
-        weights.build("EDMPrecond", TINY, content, path)
+    _assert_plain(torch_file.read(path))
+    _convert(path)
 
 
 def _assert_plain(content: object) -> None:
@@ -162,10 +164,6 @@ def _honest_safetensors() -> bytes:
     return safetensors.torch.save(_tensors())
 
 
-def _read_safetensors(path: Path) -> None:
-    weights.build("EDMPrecond", TINY, weights.read_tensors(path), path)
-
-
 @cache
 def _bundle_json() -> str:
     raw: dict[str, Any] = {
@@ -179,10 +177,15 @@ def _bundle_json() -> str:
     return json.dumps(raw)
 
 
+@cache
+def _weights() -> bytes:
+    return safetensors.torch.save(nets.build("EDMPrecond", **TINY).state_dict())
+
+
 def _write_bundle(folder: Path, content: bytes) -> Path:
     small = folder / "small"
     small.mkdir(exist_ok=True)
-    (small / "score.safetensors").write_bytes(_honest_safetensors())
+    (small / "score.safetensors").write_bytes(_weights())
     (small / "bundle.json").write_bytes(content)
     return small / "bundle.json"
 
@@ -257,11 +260,11 @@ def _other_engine_json(rng: random.Random) -> bytes:
 
 
 FORMATS = (
-    _of_bytes("snapshot", "x.pkl", _snapshot, lambda rng: mutations.pickle(rng, _snapshot()), _read_snapshot),
+    _of_bytes("snapshot", "x.pkl", _snapshot, lambda rng: mutations.pickle(rng, _snapshot()), _convert),
     _of_bytes("pickle in .pt", "x.pt", lambda: _saved(True)[1], _other_program, _read_torch_file),
     _of_bytes("older .pt", "y.pt", lambda: _saved(False)[1], _other_legacy, _read_torch_file),
     _of_bytes("zip", "z.pt", lambda: _saved(True)[0], _other_zip, _read_torch_file),
-    _of_bytes("safetensors", "x.safetensors", _honest_safetensors, _other_safetensors, _read_safetensors),
+    _of_bytes("safetensors", "x.safetensors", _honest_safetensors, _other_safetensors, _convert),
     Format("bundle.json", lambda folder: _write_bundle(folder, _bundle_json().encode()), _other_bundle, _read_bundle),
     _of_bytes("engine.json", "engine.json", lambda: _engine_json().encode(), _other_engine_json, _read_engine_json),
     _of_bytes("onnx", "x.onnx", _onnx, lambda rng: mutations_onnx.model(rng, _onnx()), _read_onnx),

@@ -80,7 +80,7 @@ def test_trt_script_refuses_in_a_line(arguments: list[str], message: str, tmp_pa
     [
         ((), "--runtime tensorrt needs --engine FILE"),
         (("--engine", "{folder}/model.engine"), "engines run on NVIDIA GPUs only"),
-        (("--engine", "nowhere/model.engine"), "can't be read"),
+        (("--engine", "nowhere/model.engine"), "cannot read"),
     ],
 )
 def test_trt_sampling_without_what_it_needs_ends_in_a_line(
