@@ -75,8 +75,8 @@ class Option:
             numbers = all(len(point) == 2 and all(map(math.isfinite, point)) for point in value)
             if not numbers or len(value) > MOST_POINTS or any(b[0] < a[0] for a, b in pairwise(value)):
                 raise UserError(
-                    f"{self.name} {str(value)[:80]}: give at most {MOST_POINTS} pairs of numbers, time tau and factor, by "
-                    "rising tau"
+                    f"{self.name} {str(value)[:80]}: give at most {MOST_POINTS} pairs of numbers, time tau and factor, "
+                    "by rising tau"
                 )
 
 

@@ -20,7 +20,7 @@ from dgfast.runtimes.tensorrt.library import deserialize, find, listener, obstac
 
 
 class TensorRTEngine:
-    """A loaded engine: {name: tensor} -> {name: tensor}, as `dgfast.runtimes.onnx.session.OnnxEngine` is. Not for threads.
+    """A loaded engine: {name: tensor} -> {name: tensor}, as `runtimes.onnx.session.OnnxEngine` is. Not for threads.
 
     Attributes:
         file: what stands beside it on disk. metadata: what the ONNX file said that it was made from.
