@@ -1,7 +1,7 @@
 """Exported files as a sampler's guided denoiser: do they fit the job, and what do they return for which guidances?"""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,37 +52,32 @@ def runtime_of(engine: Engine) -> Runtime:
     def build(function: Function, example: Sequence[Tensor | None]) -> Function:
         if not isinstance(function, PureFunction):
             raise UserError(f"{engine.path} holds a function of a job, which stands in for no other")
-        return generated_by(engine) if function.name == "generator" else guided_by(engine)(function)
+        return generated_by(engine) if function.name == "generator" else guided_by(engine, function)
 
     return Runtime(str(engine.path), build)
 
 
-def guided_by(engine: Engine) -> Callable[[PureFunction], Function]:
+def guided_by(engine: Engine, replaced: PureFunction) -> Function:
     """The file in the place of a guided denoiser, or posterior: guidances left out get the weight that is off.
 
     It computes what it computes whatever the weight, so calls outside of a window cost as much as those inside.
+
+    Raises:
+        UserError: a guidance that the file has no input for.
     """
+    own = weights(replaced.guidances)
+    for missing in (one for one in all_options() if one.input in own.keys() - engine.inputs.keys()):
+        option = missing.name.replace("_", "-")
+        raise UserError(f"{engine.path} has no {missing.input}: export it with --{option}, or sample without")
+    off = {name: value for name, value in off_values().items() if name in engine.inputs}
+    values = {name: torch.tensor([float(own.get(name, value))]) for name, value in off.items()}
+    judged = any(isinstance(guidance, DiscriminatorGuidance) for guidance in replaced.guidances)
 
-    def guided(replaced: PureFunction) -> Function:
-        own = weights(replaced.guidances)
-        for missing in (one for one in all_options() if one.input in own.keys() - engine.inputs.keys()):
-            option = missing.name.replace("_", "-")
-            raise UserError(f"{engine.path} has no {missing.input}: export it with --{option}, or sample without")
-        values = {
-            name: torch.tensor([float(own.get(name, off))])
-            for name, off in off_values().items()
-            if name in engine.inputs
-        }
-        judged = any(isinstance(guidance, DiscriminatorGuidance) for guidance in replaced.guidances)
+    def function(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+        *results, log_ratio = _called(engine, {**dict(zip(replaced.inputs, arguments, strict=True)), **values})
+        return *results, log_ratio if judged else torch.full_like(log_ratio, OUTSIDE_WINDOW)
 
-        def function(*arguments: Tensor | None) -> tuple[Tensor, ...]:
-            named = dict(zip(replaced.inputs, arguments, strict=True))
-            *results, log_ratio = _called(engine, {**named, **values})
-            return *results, log_ratio if judged else torch.full_like(log_ratio, OUTSIDE_WINDOW)
-
-        return function
-
-    return guided
+    return function
 
 
 def generated_by(engine: Engine) -> Function:
