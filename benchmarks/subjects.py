@@ -1,7 +1,6 @@
 """The two things whose speed matters: one call of the guided denoiser, and a whole sampling run."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from benchmarks.measure import Call
 from benchmarks.workloads import Workload, flops
 from dgfast import GuidanceConfig, Networks, Sampler
 from dgfast.graph import Function
-from dgfast.guidance import guided_denoiser
+from dgfast.job import Job
+from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
 from dgfast.runtimes import RUNTIMES, Runtime
 
@@ -21,12 +21,13 @@ Arguments = tuple[Tensor, Tensor, Tensor | None]
 
 def guided_function(workload: Workload, networks: Networks, guided: bool, device: torch.device) -> Function:
     """The function that a sampler calls in its guided steps, or the same without guidance."""
-    return guided_denoiser(networks.denoiser, _guided_steps(workload, networks, device)[0].predictor if guided else ())
+    job = Job(networks, workload.sampling, workload.guidance, device)
+    return job.guided("denoiser", _guided_steps(job)[0].predictor if guided else ())
 
 
 def guided_levels(workload: Workload, networks: Networks, device: torch.device) -> list[float]:
     """The noise levels at which a sampler calls it."""
-    return [step.sigma for step in _guided_steps(workload, networks, device)]
+    return [step.sigma for step in _guided_steps(Job(networks, workload.sampling, workload.guidance, device))]
 
 
 def noise_at(levels: Sequence[float], networks: Networks, seeds: Sequence[int], device: torch.device) -> Arguments:
@@ -39,10 +40,9 @@ def noise_at(levels: Sequence[float], networks: Networks, seeds: Sequence[int], 
     return sigma.view(-1, 1, 1, 1) * noise, sigma, one_hot
 
 
-def _guided_steps(workload: Workload, networks: Networks, device: torch.device) -> list[Any]:
+def _guided_steps(job: Job) -> list[Step]:
     """Steps of the plan whose first call is guided."""
-    sampler = Sampler(networks, workload.sampling, workload.guidance, device)
-    return [step for step in sampler.steps if step.predictor]
+    return [step for step in job.steps if step.predictor]
 
 
 def _guided_call(

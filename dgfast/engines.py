@@ -1,7 +1,7 @@
 """Exported files as a sampler's guided denoiser: do they fit the job, and what do they return for which guidances?"""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,15 +15,10 @@ from dgfast.errors import UserError
 from dgfast.graph import Function
 from dgfast.guidance import OUTSIDE_WINDOW, DiscriminatorGuidance, Guidance
 from dgfast.guidance.declaration import all_options, guiding, off_values
-from dgfast.guidance.guided import Guided
 from dgfast.guidance.weights import weights
+from dgfast.job import PureFunction
 from dgfast.runtimes import Runtime
 from dgfast.solvers import SOLVERS
-
-DENOISER = ("x", "sigma", "class_labels")
-"""What a sampler calls a guided denoiser with, by the names that an exported file has for it."""
-POSTERIOR = (*DENOISER, "log_least", "log_most")
-"""The same for what an ancestral solver calls, see `guidance.guided_posterior`."""
 
 
 class Engine(Protocol):
@@ -55,41 +50,34 @@ def runtime_of(engine: Engine) -> Runtime:
     """
 
     def build(function: Function, example: Sequence[Tensor | None]) -> Function:
-        if "latents" in engine.inputs:
-            return generated_by(engine)
-        if not isinstance(function, Guided):
-            raise UserError(f"{engine.path} holds a guided function, which stands in for no other")
-        return guided_by(engine)(function.guidances)
+        if not isinstance(function, PureFunction):
+            raise UserError(f"{engine.path} holds a function of a job, which stands in for no other")
+        return generated_by(engine) if function.name == "generator" else guided_by(engine, function)
 
     return Runtime(str(engine.path), build)
 
 
-def guided_by(engine: Engine) -> Callable[[tuple[Guidance, ...]], Function]:
-    """The file's guided denoiser, or posterior, for each set of guidances: those left out get the weight that is off.
+def guided_by(engine: Engine, replaced: PureFunction) -> Function:
+    """The file in the place of a guided denoiser, or posterior: guidances left out get the weight that is off.
 
     It computes what it computes whatever the weight, so calls outside of a window cost as much as those inside.
+
+    Raises:
+        UserError: a guidance that the file has no input for.
     """
+    own = weights(replaced.guidances)
+    for missing in (one for one in all_options() if one.input in own.keys() - engine.inputs.keys()):
+        option = missing.name.replace("_", "-")
+        raise UserError(f"{engine.path} has no {missing.input}: export it with --{option}, or sample without")
+    off = {name: value for name, value in off_values().items() if name in engine.inputs}
+    values = {name: torch.tensor([float(own.get(name, value))]) for name, value in off.items()}
+    judged = any(isinstance(guidance, DiscriminatorGuidance) for guidance in replaced.guidances)
 
-    def guided(guidances: tuple[Guidance, ...]) -> Function:
-        own = weights(guidances)
-        for missing in (one for one in all_options() if one.input in own.keys() - engine.inputs.keys()):
-            option = missing.name.replace("_", "-")
-            raise UserError(f"{engine.path} has no {missing.input}: export it with --{option}, or sample without")
-        values = {
-            name: torch.tensor([float(own.get(name, off))])
-            for name, off in off_values().items()
-            if name in engine.inputs
-        }
-        judged = any(isinstance(guidance, DiscriminatorGuidance) for guidance in guidances)
+    def function(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+        *results, log_ratio = _called(engine, {**dict(zip(replaced.inputs, arguments, strict=True)), **values})
+        return *results, log_ratio if judged else torch.full_like(log_ratio, OUTSIDE_WINDOW)
 
-        def function(x: Tensor, sigma: Tensor, *further: Tensor | None) -> tuple[Tensor, ...]:
-            arguments = dict(zip(POSTERIOR, (x, sigma, *further), strict=False))
-            *results, log_ratio = _called(engine, {**arguments, **values})
-            return *results, log_ratio if judged else torch.full_like(log_ratio, OUTSIDE_WINDOW)
-
-        return function
-
-    return guided
+    return function
 
 
 def generated_by(engine: Engine) -> Function:

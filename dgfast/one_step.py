@@ -1,9 +1,7 @@
 """One forward an image: a generator in the place of a denoiser, a solver and its steps."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,26 +11,12 @@ from dgfast.devices import device_of, seconds_of
 from dgfast.errors import UserError
 from dgfast.graph import Function
 from dgfast.guidance import OUTSIDE_WINDOW
+from dgfast.job import GeneratorNet, generator
 from dgfast.networks import described, one_hot
 from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
 from dgfast.runtimes import RuntimeLike, chosen, form
 from dgfast.sampler import OnStep
-
-
-class GeneratorNet(Protocol):
-    """What is asked of a generator; `dgfast.nets.generator.Generator` provides it.
-
-    Called with latents [B, latent_dim] and class_labels [B, label_dim] or None, it returns images [B, C, R, R].
-
-    Attributes:
-        latent_dim: width of its latents. label_dim: number of its classes, 0 if unconditional.
-    """
-
-    latent_dim: int
-    label_dim: int
-
-    def __call__(self, latents: Tensor, class_labels: Tensor | None, /) -> Tensor: ...
 
 
 class OneStep:
@@ -154,10 +138,5 @@ class OneStep:
         example = latents, class_labels
         key = form(example)
         if key not in self._functions:
-            self._functions[key] = self._runtime.whole(partial(_forward, self.generator), example)
+            self._functions[key] = self._runtime.whole(generator(self.generator), example)
         return self._functions[key]
-
-
-def _forward(generator: GeneratorNet, latents: Tensor, class_labels: Tensor | None) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return (generator(latents, class_labels),)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -13,21 +13,13 @@ from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.devices import device_of, require_float64, seconds_of
 from dgfast.errors import UserError
 from dgfast.graph import Function
-from dgfast.guidance import (
-    CarriedGradient,
-    DiscriminatorGuidance,
-    Guidance,
-    gradient_keeping_denoiser,
-    guided_denoiser,
-    guided_posterior,
-)
-from dgfast.guidance.guided import Guided
+from dgfast.guidance import CarriedGradient, DiscriminatorGuidance, Guidance
+from dgfast.job import Job
 from dgfast.networks import Networks, one_hot
-from dgfast.noise_levels import coordinates, sigma_bounds
-from dgfast.plan import Step, class_count, noise_grid, plan
+from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
 from dgfast.runtimes import RuntimeLike, chosen, form
-from dgfast.solvers import LAST, SOLVERS, Call, churn
+from dgfast.solvers import LAST, Call, churn
 
 OnStep = Callable[[Step, Tensor, Tensor, Tensor], Tensor | None]
 """See `Sampler.integrate`."""
@@ -42,7 +34,8 @@ class Sampler:
     ```
 
     Attributes:
-        steps: the plan. score_evaluations, guidance_gradients: network calls that one image costs.
+        job: what it draws, with the functions that it calls. steps: the plan.
+        score_evaluations, guidance_gradients: network calls that one image costs.
         classes: number of classes among which a label chooses, 0 for none. shape: of one image, [C, H, W].
     """
 
@@ -67,21 +60,15 @@ class Sampler:
             UserError: a guidance whose network is missing, a grid that does not exist, no runtime of that name, or a
                 device without float64.
         """
-        self.networks, self.guidance = networks, guidance
-        net = networks.denoiser
-        self.device, self.state_dtype = device_of(net) if device is None else torch.device(device), state_dtype
+        self.device = device_of(networks.denoiser) if device is None else torch.device(device)
         require_float64(self.device)
+        self.job = job = Job(networks, sampling, guidance, self.device)
+        self.networks, self.guidance, self.sampling = networks, guidance, job.sampling
+        self.coordinates, self.steps, self.classes, self.shape = job.coordinates, job.steps, job.classes, job.shape
+        self.state_dtype, self._solver = state_dtype, job.solver
         self._runtime = chosen(runtime)
         self._capture = self._runtime.capture(self.device)
         self._functions: dict[tuple[object, ...], Function] = {}
-        low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
-        self.coordinates = coordinates(sampling, low, high)
-        grid = noise_grid(networks, sampling, low, high).to(self.device)
-        self.sampling = sampling = replace(sampling, num_steps=len(grid))
-        self._solver = SOLVERS[sampling.solver](sampling, self.coordinates)
-        self.classes = class_count(networks, guidance)
-        self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        self.steps = plan(networks, sampling, guidance, grid, self.coordinates)
         calls = [g for step in self.steps for g in (step.predictor, step.corrector) if g is not None]
         self.score_evaluations = sum(1 + sum(guidance.evaluations for guidance in call) for call in calls)
         self.guidance_gradients = sum(guidance.gradients for call in calls for guidance in call)
@@ -321,22 +308,13 @@ class Sampler:
     def _function(
         self, guidances: tuple[Guidance, ...], example: tuple[Tensor | None, ...], keep: bool = False
     ) -> Function:
-        """The function of these guidances in this sampler's runtime, built once for each form of its arguments."""
-        key = (guidances, keep, form(example))
-        if key not in self._functions:
-            self._functions[key] = self._runtime.build(self._pure(guidances, keep), example)
-        return self._functions[key]
-
-    def _pure(self, guidances: tuple[Guidance, ...], keep: bool) -> Guided:
-        """The guided denoiser, or posterior, for these guidances.
+        """The job's function of these guidances in this sampler's runtime, built once for each form of its arguments.
 
         Args:
             keep: return the discriminator's gradient too, where there is one.
         """
-        net, clip = self.networks.denoiser, self.sampling.clip_denoised
-        discriminator = next((g for g in guidances if isinstance(g, DiscriminatorGuidance)), None)
-        if keep and discriminator is not None:
-            others = [g for g in guidances if g is not discriminator]
-            return Guided(gradient_keeping_denoiser(net, others, discriminator, clip), guidances)
-        make = guided_posterior if self._solver.function == "posterior" else guided_denoiser
-        return Guided(make(net, guidances, clip), guidances)
+        function = self.job.called(guidances, keep)
+        key = (*function.identity, form(example))
+        if key not in self._functions:
+            self._functions[key] = self._runtime.build(function, example)
+        return self._functions[key]

@@ -35,15 +35,25 @@ ROOMS = {
     "solvers": ({"errors", "ops", "vp"}, {"torch"}),
     "denoiser": ({"noise_levels"}, {"torch"}),
     "nets": ({"denoiser", "errors", "ops"}, {"torch", "numpy"}),
-    "guidance": ({"errors", "graph", "ops", "vp"}, {"torch"}),
+    "guidance": ({"errors", "ops", "vp"}, {"torch"}),
     "graph": ({"errors"}, {"torch"}),
     "runtimes": ({"bounds", "devices", "errors", "extras", "graph"}, {"torch", "numpy", "onnx", "onnxruntime"}),
-    "engines": ({"bundle", "config", "errors", "graph", "guidance", "runtimes", "solvers"}, {"torch"}),
+    "job": (
+        {"config", "devices", "errors", "graph", "guidance", "networks", "noise_levels", "plan", "solvers"},
+        {"torch"},
+    ),
+    "sampler": (
+        {"config", "devices", "errors", "graph", "guidance", "job", "networks", "plan", "randomness", "runtimes"}
+        | {"solvers"},
+        {"torch"},
+    ),
+    "engines": ({"bundle", "config", "errors", "graph", "guidance", "job", "runtimes", "solvers"}, {"torch"}),
     "outputs": ({"errors", "files", "ranges"}, {"torch", "numpy", "PIL"}),
     "plan": ({"config", "errors", "guidance", "networks", "noise_levels", "solvers"}, {"torch"}),
     "options": ({"__version__", "bounds", "config", "guidance", "ranges"}, {"click"}),
     "one_step": (
-        {"bundle", "devices", "errors", "graph", "guidance", "networks", "plan", "randomness", "runtimes", "sampler"},
+        {"bundle", "devices", "errors", "graph", "guidance", "job", "networks", "plan", "randomness", "runtimes"}
+        | {"sampler"},
         {"torch"},
     ),
     "batches": ({"errors", "one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),

@@ -171,11 +171,11 @@ def test_guidance_config_refuses_what_makes_no_schedule(wrong: dict[str, Any], s
         GuidanceConfig(**wrong)
 
 
-def test_guidance_config_knows_whether_classifier_free_guidance_acts() -> None:
-    assert GuidanceConfig(cfg_scale_low=3.0, cfg_branch=0.5).classifier_free
-    assert GuidanceConfig(cfg_scale=2.0).classifier_free
-    assert not GuidanceConfig(cfg_scale_low=1.0, cfg_branch=0.5).classifier_free
-    assert not GuidanceConfig(cfg_channels=3).classifier_free
+def test_classifier_free_guidance_is_on_at_either_scale() -> None:
+    assert ClassifierFreeGuidance.on(GuidanceConfig(cfg_scale_low=3.0, cfg_branch=0.5))
+    assert ClassifierFreeGuidance.on(GuidanceConfig(cfg_scale=2.0))
+    assert not ClassifierFreeGuidance.on(GuidanceConfig(cfg_scale_low=1.0, cfg_branch=0.5))
+    assert not ClassifierFreeGuidance.on(GuidanceConfig(cfg_channels=3))
 
 
 # Guided sampling ------------------------------------------------------------------------------------------------------

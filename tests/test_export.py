@@ -27,6 +27,7 @@ from dgfast.export.joint_graph import joint
 from dgfast.export.parity import Case, Row, compare, signature
 from dgfast.export.subject import Joint
 from dgfast.image_folder import read_images
+from dgfast.job import Job
 from dgfast.networks import load
 from dgfast.runtimes.onnx.file import save
 from dgfast.runtimes.onnx.session import OnnxEngine
@@ -356,7 +357,8 @@ def test_engine_refuses_another_job(bundle: Bundle, denoiser_file: Path, step_fi
     assert classifier_free.weights == {"cfg_scale": 2.0}
     done = _sample(bundle, tmp_path / "out", "--runtime", "onnx", "--engine", str(denoiser_file), "--cfg-scale", "2")
     assert done.exit_code == 2 and "has no cfg_scale: export it with --cfg-scale" in done.output
-    assert guided_by(engine)(())
+    unguided = Job(load(bundle), bundle.sampling, GuidanceConfig()).called(())
+    assert guided_by(engine, unguided)
 
 
 def test_engine_options_must_agree(bundle: Bundle, tmp_path: Path) -> None:

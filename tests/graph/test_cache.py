@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dgfast import one_step
+from dgfast import job
 from dgfast.graph import Function
 from dgfast.graph import cache as graph_cache
 from dgfast.graph import key as graph_key
@@ -28,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("folder")
 def small() -> Function:
     """A function that is traced in no time."""
     generator = Generator(8, 1, latent_dim=4, style_dim=8, channels=(8, 8)).eval().requires_grad_(False)
-    return partial(one_step._forward, generator)
+    return job.generator(generator)
 
 
 # Hits -----------------------------------------------------------------------------------------------------------------

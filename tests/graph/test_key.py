@@ -30,8 +30,8 @@ from dgfast.guidance import (
     guided_posterior,
 )
 from dgfast.guidance import discriminator as discriminator_module
-from dgfast.guidance.guided import Guided
 from dgfast.guidance.reuse import gradient_keeping_denoiser
+from dgfast.job import PureFunction
 from dgfast.nets import blocks
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.noise_levels import vp_time
@@ -70,7 +70,10 @@ def test_graph_cache_knows_every_network_and_guidance_by_name(masters: Nets, nam
         PredictedCleanGuidance(classifier, 0.1, **time),
     ]  # fmt: skip
     functions = [
-        Guided(guided_denoiser(net, [*others, discriminator]), (*others, discriminator)),  # as a sampler has it
+        PureFunction(  # as a sampler has it
+            "denoiser", guided_denoiser(net, [*others, discriminator]), ("x", "sigma", "class_labels"), (),
+            (*others, discriminator),
+        ),
         guided_posterior(net, [*others, discriminator]), gradient_keeping_denoiser(net, others, discriminator),
     ]  # fmt: skip
     keys = {key(function) for function in functions}

@@ -46,7 +46,7 @@ def judge_edm_sampler(golden: Golden) -> None:
             latents,
             golden.labels() if recorder.label_dim else None,
             iter(noises).__next__,
-            lambda _, x, states=states: states.append(x),
+            lambda _, x, *rest, states=states: states.append(x),
         )
         # The reference itself moves by 3e-4 there: sigma = sqrt(t) on a grid made for another schedule.
         loose = config.solver == "heun" and config.schedule == "ve" and config.discretization != "ve"
@@ -88,7 +88,7 @@ def judge_dg_sampler(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     if "noises" in golden.arrays:
         noises[golden.tensor("noise_steps")] = golden.tensor("noises").double()
     states: list[Tensor] = []
-    x = sampler.integrate(latents, golden.labels(), iter(noises).__next__, lambda _, x: states.append(x))
+    x = sampler.integrate(latents, golden.labels(), iter(noises).__next__, lambda _, x, *rest: states.append(x))
 
     golden.judge("x", x, SAMPLER_TOL)
     golden.judge_all("x_steps", torch.stack(states), SAMPLER_TOL)
@@ -213,7 +213,7 @@ def judge_adm_loop(
             golden.tensor("x_T"),
             F.one_hot(golden.tensor("y"), 1000).float(),
             iter(golden.tensor("noises").double()).__next__,
-            lambda _, x: states.append(x),
+            lambda _, x, *rest: states.append(x),
         )
     after = (
         torch.stack([*states[1:], x]) * nl.vp_alpha(torch.cat([sigmas[1:], torch.zeros(1)]))[:, None, None, None, None]
