@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dgfast.errors import UserError
+from dgfast.vp import vp_alpha
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +69,7 @@ class Solver:
     def scale_of_first_state(self, t: Tensor) -> Tensor:
         """The factor on unit normal latents that makes them the state at time t."""
         if self.unit_start:
-            return (1 + self.coords.sigma(t) ** 2).sqrt()
+            return 1 / vp_alpha(self.coords.sigma(t))
         return self.coords.sigma(t) * self.coords.s(t)
 
     def step(

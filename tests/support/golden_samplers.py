@@ -42,7 +42,8 @@ def judge_edm_sampler(golden: Golden) -> None:
         recorder = Recorder(golden.filled_net(case["net_class"], case["net_config"], case["prefix"]))
         config = SamplingConfig(**case["kwargs"])
         states: list[Tensor] = []
-        x = Sampler(Networks(recorder), config).integrate(
+        sampler = Sampler(Networks(recorder), config)
+        x = sampler.integrate(
             latents,
             golden.labels() if recorder.label_dim else None,
             iter(noises).__next__,
@@ -54,7 +55,7 @@ def judge_edm_sampler(golden: Golden) -> None:
         golden.judge(f"{tag}/x", x, tol)
         sigmas = torch.stack([one_level(sigma) for sigma in recorder.sigmas])
         golden.judge(f"{tag}/sigma_calls", sigmas, level_tol(recorder.net, config.discretization), "relative")
-        golden.judge_all(f"{tag}/x_steps", torch.stack(states), tol)
+        golden.judge_all(f"{tag}/x_steps", torch.stack([sampler.first_state(latents), *states[:-1]]), tol)
 
 
 def judge_dg_sampler(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +68,9 @@ def judge_dg_sampler(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def recording(self: DiscriminatorGuidance, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         direction, gate, log_ratio = correct(self, *arguments)
-        weight = self.weight * torch.where(log_ratio < 0, self.boost, 1.0)  # DG recorded it without weight and boost
+        weight = self.weight * torch.where(
+            log_ratio < 0, self.boost or 1.0, 1.0
+        )  # DG recorded it without weight and boost
         guidances[len(recorder.sigmas) - 1] = -(gate / weight).view(-1, 1, 1, 1) * direction, log_ratio
         return direction, gate, log_ratio
 
@@ -91,7 +94,7 @@ def judge_dg_sampler(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     x = sampler.integrate(latents, golden.labels(), iter(noises).__next__, lambda _, x, *rest: states.append(x))
 
     golden.judge("x", x, SAMPLER_TOL)
-    golden.judge_all("x_steps", torch.stack(states), SAMPLER_TOL)
+    golden.judge_all("x_steps", torch.stack([sampler.first_state(latents), *states[:-1]]), SAMPLER_TOL)
     golden.judge("t_hat", torch.stack(recorder.sigmas[0::2]), SIGMA_TOL, "relative")
     golden.judge("t_next", torch.stack([one_level(s) for s in recorder.sigmas[1::2]]), SIGMA_TOL, "relative")
     for name, calls in (("", range(0, len(recorder.sigmas), 2)), ("2", range(1, len(recorder.sigmas), 2))):
@@ -215,9 +218,8 @@ def judge_adm_loop(
             iter(golden.tensor("noises").double()).__next__,
             lambda _, x, *rest: states.append(x),
         )
-    after = (
-        torch.stack([*states[1:], x]) * nl.vp_alpha(torch.cat([sigmas[1:], torch.zeros(1)]))[:, None, None, None, None]
-    )
+    alphas = nl.vp_alpha(torch.cat([sigmas[1:], torch.zeros(1)]))
+    after = torch.stack(states) * alphas[:, None, None, None, None]
     golden.judged.add(f"{tag}/steps")  # says which of them the file keeps
     recorded = golden.tensor(f"{tag}/steps")
     bounds = nl.posterior_log_variances(sigmas).flip(0)
