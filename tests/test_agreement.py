@@ -51,10 +51,11 @@ def test_relative_error_takes_the_least_size_where_a_sample_is_smaller() -> None
     assert relative_error(wrong, reference, torch.tensor([0.01, 0.01])) == pytest.approx(1.0)
 
 
-def test_least_size_is_a_hundredth_of_the_noisy_image_where_an_output_is_a_difference_of_such() -> None:
+def test_least_size_of_a_difference_of_noisy_images_is_a_hundredth_of_them() -> None:
+    """Of every step's result, and of the denoised image of a network that predicts noise."""
     x = torch.stack([torch.full((1, 2, 2), -80.0), torch.full((1, 2, 2), 3.0)])
-    for predicts_noise, outputs in ((True, {"denoised", "x_next"}), (False, {"x_next"})):
-        sizes = least_sizes(predicts_noise, {"x": x})
-        assert sizes.keys() == outputs
-        assert all(size.tolist() == pytest.approx([0.8, 0.03]) for size in sizes.values())
-    assert least_sizes(True, {"latents": x}) == {}
+    for predicts_noise, outputs in ((True, {"x_next", "denoised"}), (False, {"x_next"})):
+        least = least_sizes(predicts_noise, {"x": x})
+        assert least.keys() == outputs
+        assert all(sizes.tolist() == pytest.approx([0.8, 0.03]) for sizes in least.values())
+        assert least_sizes(predicts_noise, {"latents": x}) == {}
