@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.conftest import parametrize_none
 from benchmarks.measure import check, relative_error
 from benchmarks.workloads import WORKLOADS
 
@@ -48,5 +49,7 @@ def bench_export(benchmark: Any, workload_name: str) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The shipped model, or what was asked for: the full-size ones take minutes."""
     option = metafunc.config.getoption
-    wanted = option("workload") or ["mnist32"]
-    metafunc.parametrize("workload_name", wanted if "onnx" in (option("runtime") or ["onnx"]) else [])
+    if "onnx" in (option("runtime") or ["onnx"]):
+        metafunc.parametrize("workload_name", option("workload") or ["mnist32"])
+    else:
+        parametrize_none(metafunc, "workload_name")

@@ -40,7 +40,7 @@ def test_runtimes_return_what_the_function_returns(name: str) -> None:
 def test_runtimes_say_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("dgfast.extras.find_spec", lambda name: None)
     missing = {name: runtime.missing(CPU) or "" for name, runtime in RUNTIMES.items()}
     assert missing["eager"] == "" and missing["tensorrt"] == "TensorRT runs on CUDA only"
     assert "apt install g++" in missing["compiled"] and "pip install 'dgfast[onnx]'" in missing["onnx"]
