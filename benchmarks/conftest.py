@@ -63,7 +63,7 @@ def lab(device: torch.device, pytestconfig: pytest.Config) -> Lab:
 
 
 def parametrize_none(metafunc: pytest.Metafunc, name: str) -> None:
-    """What was asked for leaves no case of this benchmark: seen as skipped, since an empty list is an error in tests."""
+    """What was asked for leaves no case of this benchmark: seen as skipped; an empty list is an error in tests."""
     metafunc.parametrize(name, [pytest.param(None, marks=pytest.mark.skip(reason="nothing asked for is of this kind"))])
 
 
