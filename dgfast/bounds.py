@@ -5,6 +5,7 @@ proportional to that size. Honest files stay far below each of the numbers.
 """
 
 import json
+import math
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ JSON_ITEMS, JSON_NESTING = 1_000_000, 20
 
 PICKLE_STEPS = 4_000_000
 """Of all programs in one file. A tensor takes about 50; what a step makes takes 150 bytes at most."""
+
+PICKLE_BYTES = 256 * 2**20
+"""Of the program in a zip file, whose tensors lie outside it."""
 
 PICKLE_TEXT = 64 * 2**20
 """Bytes of text in all programs of one file; in memory a letter takes up to four."""
@@ -107,12 +111,26 @@ def check_keywords(keywords: Mapping[str, Any]) -> None:
         plain = len(items) <= KEYWORD_LIST and all(type(item) in (type(None), bool, int, float, str) for item in items)
         if not plain:
             raise ValueError(f"{name!r:.80} is not a number, a word or a short list of them")
-        most = IMAGE_SIZE if name in ("img_resolution", "image_size", "input_size") else KEYWORD_NUMBER
         for item in items:
-            size = len(item) if isinstance(item, str) else 0
-            if size > KEYWORD_TEXT or (isinstance(item, int) and abs(item) > most):
-                what = f"{size} letters" if size else f"{item:,}"
-                raise ValueError(f"{name!r:.80} is {what[:80]}, and {KEYWORD_TEXT if size else most:,} is the most")
+            _check_item(name, item)
+
+
+def _check_item(name: str, item: Any) -> None:
+    most = IMAGE_SIZE if name in ("img_resolution", "image_size", "input_size") else KEYWORD_NUMBER
+    if isinstance(item, str) and len(item) > KEYWORD_TEXT:
+        raise ValueError(f"{name!r:.80} has {len(item):,} letters, and {KEYWORD_TEXT} is the most")
+    if isinstance(item, str) and not item.isprintable():
+        raise ValueError(f"{name!r:.80} is {item!r}, which cannot be shown")
+    if isinstance(item, float) and not math.isfinite(item):
+        raise ValueError(f"{name!r:.80} is {item}, not a finite number")
+    if isinstance(item, int) and item > most:
+        raise ValueError(f"{name!r:.80} is {str(item)[:40]}, and {most:,} is the most")
+    if (
+        isinstance(item, int)
+        and item < 0
+        and (item, name) not in {(-1, "num_head_channels"), (-1, "num_heads_upsample")}
+    ):
+        raise ValueError(f"{name!r:.80} is negative")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

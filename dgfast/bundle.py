@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from dgfast import bounds, weights
 from dgfast.checkpoints import one_line
 from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.denoiser import PRECONDITIONERS
 from dgfast.errors import UserError
 from dgfast.latents import SCALE
 from dgfast.vp import TIME_SCHEDULES
@@ -37,6 +38,11 @@ from dgfast.weights import read_tensors as read_tensors
 
 FORMAT = 1
 ROLES = ("score", "reference", "classifier", "discriminator", "features", "generator")
+_ENCODERS = ("EncoderUNetModel", "create_classifier")
+_KINDS = {
+    "score": tuple(PRECONDITIONERS), "reference": tuple(PRECONDITIONERS), "generator": ("Generator",),
+    "features": ("FeatureNet",), "discriminator": _ENCODERS, "classifier": (*_ENCODERS, "FeatureNet"),
+}  # fmt: skip
 DEFAULT = "mnist32"
 _ASSETS = Path(__file__).parent / "assets"
 _PIECE = 2**20  # bytes of a file that are hashed at once
@@ -190,6 +196,8 @@ def _checked(role: str, spec: NetSpec, path: Path) -> NetSpec:
         raise UserError(f"{path}: unknown role {role!r:.80}; roles: {', '.join(ROLES)}")
     if not isinstance(spec.kind, str) or not isinstance(spec.keywords, dict):
         raise UserError(f"{path}: {role} needs a kind by name and keywords as an object")
+    if spec.kind not in _KINDS[role]:
+        raise UserError(f"{path}: {role} cannot be of the kind {spec.kind!r:.80}; use {', '.join(_KINDS[role])}")
     if not isinstance(spec.file, str) or Path(spec.file).name != spec.file or not spec.file.isprintable():
         raise UserError(f"{path}: {role} names the file {spec.file!r:.80}, which is not beside bundle.json")
     if spec.time_schedule not in (None, *TIME_SCHEDULES):

@@ -88,6 +88,7 @@ def check(kind: str, keywords: Mapping[str, Any], tensors: Mapping[str, Tensor],
     """
     try:
         bounds.check_keywords(keywords)
+        nets.check_types(kind, keywords)
         with warnings.catch_warnings(), torch.device("meta"), _at_most(len(tensors) + bounds.MISSING_TENSORS):
             warnings.simplefilter("ignore")  # torch's, of sizes of 0
             wanted = nets.build(kind, **keywords).state_dict()

@@ -67,11 +67,11 @@ class Row:
 def fuzz(files: int, seed: int = 0, formats: Sequence[Format] = FORMATS) -> list[Row]:
     """Read that many files, as many of each format."""
     rows = [Row(a_format.name) for a_format in formats]
-    jobs = [(i % len(formats), i // len(formats)) for i in range(files)]
+    jobs = [(FORMATS.index(formats[i % len(formats)]), i // len(formats)) for i in range(files)]
     done = 0
     while done < len(jobs):
-        for (number, _), outcome in zip(jobs[done:], _outcomes(jobs[done:], seed), strict=False):
-            rows[number].outcomes.append(outcome)
+        for outcome in _outcomes(jobs[done:], seed):
+            rows[done % len(formats)].outcomes.append(outcome)
             done += 1
     return rows
 

@@ -157,9 +157,6 @@ def _plain(name: str, value: Any) -> Any:
         bounds.check_keywords({name: value})
     except ValueError as error:
         raise RefusedError(f"its constructor argument {error}") from error
-    items = value if type(value) is list else [value]
-    finite = all(math.isfinite(item) for item in items if type(item) is float)
-    require(finite, f"its constructor argument {name!r:.80} is not a finite number")
     return value
 
 
@@ -180,4 +177,5 @@ def _walk(module: PersistentObject, prefix: str, seen: set[int], budget: Budget)
                 yield from _walk(of(value, PersistentObject), f"{prefix}{name}.", seen, budget)
             else:
                 require(of(value, Tensor).is_floating_point(), "it has a tensor that is not of floats")
+                budget.pay(text=len(prefix) + len(name))
                 yield f"{prefix}{name}", value

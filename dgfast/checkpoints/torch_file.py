@@ -74,9 +74,11 @@ def _read_zip(stream: IO[bytes], budget: Budget) -> Any:
     folder = programs[0].removesuffix(b"data.pkl")
     if folder + b"constants.pkl" in members:
         raise RefusedError("it is a program (TorchScript); save net.state_dict() of the network it was made from")
-    if folder + b"byteorder" in members:
-        order = bytes(stored_zip.read(stream, members[folder + b"byteorder"]))
-        require(order == b"little", "it was not written on a little-endian machine")
+    order = members.get(folder + b"byteorder")
+    if order is not None:
+        little = order.size == 6 and stored_zip.read(stream, order).numpy().tobytes() == b"little"
+        require(little, "it was not written on a little-endian machine")
+    require(members[programs[0]].size <= bounds.PICKLE_BYTES, "its data.pkl is larger than that of any checkpoint")
     program = io.BytesIO(stored_zip.read(stream, members[programs[0]]).numpy().data)
 
     def load(name: str, count: int, size: int) -> Tensor:

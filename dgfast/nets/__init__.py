@@ -44,6 +44,7 @@ _PLAIN: dict[str, Callable[..., nn.Module]] = {
     "NoisePredictor": NoisePredictor,
 }
 KINDS = (*denoiser.PRECONDITIONERS, *_PLAIN)
+_TYPES = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
 _LISTS = ("channel_mult", "attn_resolutions", "attention_resolutions", "resample_filter")
 
 
@@ -74,15 +75,30 @@ def build(kind: str, **keywords: Any) -> nn.Module:
 
 def defaults(kind: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
     """What the constructors of such a network take for those of their keywords that are left out."""
-    raw = {**_RAW, "create_model": create_model, "DiT": DiT}.get(str(keywords.get("model_type")))
-    constructors = (denoiser.PRECONDITIONERS.get(kind) or _PLAIN.get(kind), raw)
     return {
-        name: parameter.default
-        for constructor in constructors
-        if constructor
-        for name, parameter in inspect.signature(constructor).parameters.items()
-        if parameter.default is not parameter.empty and name not in keywords
+        parameter.name: parameter.default
+        for parameter in _parameters(kind, keywords)
+        if parameter.default is not parameter.empty and parameter.name not in keywords
     }
+
+
+def check_types(kind: str, keywords: Mapping[str, Any]) -> None:
+    """Compare keywords with the constructors' annotations: a constructor may keep what only its forward trips over.
+
+    Raises:
+        ValueError: text, a number or a truth value where another of them belongs.
+    """
+    for parameter in _parameters(kind, keywords):
+        value, allowed = keywords.get(parameter.name, parameter.default), _TYPES.get(parameter.annotation)
+        if allowed and parameter.name in keywords and type(value) not in allowed:
+            raise ValueError(f"{parameter.name} {value!r:.80} is not of the type {parameter.annotation.__name__}")
+
+
+def _parameters(kind: str, keywords: Mapping[str, Any]) -> list[inspect.Parameter]:
+    raw = {**_RAW, "create_model": create_model, "DiT": DiT}.get(keywords.get("model_type", ""))
+    constructors = [denoiser.PRECONDITIONERS.get(kind, _PLAIN.get(kind)), raw]
+    signatures = [inspect.signature(constructor) for constructor in constructors if constructor]
+    return [parameter for signature in signatures for parameter in signature.parameters.values()]
 
 
 def _build_denoiser(

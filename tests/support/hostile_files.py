@@ -72,7 +72,7 @@ def _pkl(folder: Path, program: bytes) -> Path:
 
 
 def _pt(folder: Path, program: bytes, storages: dict[str, bytes] | None = None) -> Path:
-    content = {"x/data.pkl": b"\x80\x02" + program + b".", "x/byteorder": b"little"}
+    content = {"x/data.pkl": b"\x80\x02" + program + b".", "x/byteorder": b"little", "x/version": b"3\n"}
     path = folder / "x.pt"
     path.write_bytes(zipped(members(content | {f"x/data/{key}": raw for key, raw in (storages or {}).items()})))
     return path
@@ -161,7 +161,7 @@ def _one_dict_of_names_in_many_modules(folder: Path) -> Path:
 @_attack
 def _one_storage_many_times(folder: Path) -> Path:
     buffer = io.BytesIO()
-    torch.save(torch.zeros(10**6).untyped_storage(), buffer, _use_new_zipfile_serialization=False)
+    torch.save(torch.zeros(10**6)._typed_storage(), buffer, _use_new_zipfile_serialization=False)
     load = b"ctorch.storage\n_load_from_bytes\nq\x00" + _blob(buffer.getvalue()) + b"\x85q\x01"
     return _pkl(folder, load + b"](" + b"h\x00h\x01R" * 50_000 + b"e")
 
@@ -187,6 +187,20 @@ def _deep_modules(folder: Path) -> Path:
     raw = before * 20_000 + _object("SongUNet", b"}") + after * 20_000
     net = _object("EDMPrecond", _entries(_init_kwargs=b"}", _modules=_entries(model=raw)))
     return _pkl(folder, _entries(b=_OBJECT + b"q\x02", ema=net))
+
+
+@_attack
+def _long_names_of_many_tensors(folder: Path) -> Path:
+    """Modules within modules, and in the last of them many tensors, each with all of their names in its own."""
+    storage = io.BytesIO()
+    torch.save(torch.zeros(1)._typed_storage(), storage, _use_new_zipfile_serialization=False)
+    load = b"ctorch.storage\n_load_from_bytes\n" + _blob(storage.getvalue()) + b"\x85R"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + load + b"K\x00))\x89NtRq\x03"
+    tensors = b"}(" + b"".join(_text(str(i)) + b"h\x03" for i in range(200_000)) + b"u"
+    before, after = _object("A", _entries(_modules=b"}" + _text("a" * 80) + b"|s")).split(b"|")
+    raw = before * 300 + _object("SongUNet", _entries(_parameters=tensors)) + after * 300
+    net = _object("EDMPrecond", _entries(_init_kwargs=b"}", _modules=_entries(model=raw)))
+    return _pkl(folder, _entries(a=tensor, b=_OBJECT + b"q\x02", ema=net))
 
 
 @_attack
@@ -282,6 +296,14 @@ def _bomb_of_8_megabytes(folder: Path) -> Path:
     bomb |= {"data": deflated, "method": 8, "local_method": 8, "packed": len(deflated), "size": 2**32 - 1}
     bomb |= {"extra": struct.pack("<2HQ", 1, 8, 2**33)}
     (folder / "x.pt").write_bytes(zipped(entries))
+    return folder / "x.pt"
+
+
+@_attack
+def _long_byteorder(folder: Path) -> Path:
+    content = _saved(folder)
+    content["honest/byteorder"] = bytes(10**7)
+    (folder / "x.pt").write_bytes(zipped(members(content)))
     return folder / "x.pt"
 
 

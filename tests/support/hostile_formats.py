@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dgfast import Sampler, nets, networks
 from dgfast import bundle as bundles
-from dgfast import nets
 from dgfast.checkpoints import network, torch_file
 from dgfast.checkpoints.torch_file import Opaque
 from dgfast.runtimes.onnx.session import OnnxEngine, stored_tensor
@@ -28,11 +28,17 @@ from tests.support import mutations, mutations_onnx
 TINY: dict[str, Any] = {
     "img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_type": "SongUNet", "model_channels": 8,
     "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8], "resample_filter": [1, 3, 3, 1],
+    "sigma_min": 0, "sigma_max": 80.0, "sigma_data": 0.5, "dropout": 0.1, "label_dropout": 0.0,
 }  # fmt: skip
 DIT: dict[str, Any] = {
     "model_type": "DiT", "img_resolution": 8, "img_channels": 4, "label_dim": 3, "patch_size": 2, "hidden_size": 16,
     "depth": 2, "num_heads": 2,
 }  # fmt: skip
+TRUNK: dict[str, Any] = {
+    "image_size": 8, "in_channels": 1, "model_channels": 32, "out_channels": 3, "num_res_blocks": 1,
+    "attention_resolutions": [], "channel_mult": [1], "num_head_channels": 32,
+}  # fmt: skip
+HEAD = TRUNK | {"in_channels": 32, "out_channels": 1}
 _PLAIN = (dict, list, tuple, set, str, bytes, int, float, bool, type(None), Tensor)
 
 
@@ -168,9 +174,14 @@ def _honest_safetensors() -> bytes:
 def _bundle_json() -> str:
     raw: dict[str, Any] = {
         "format": 1, "name": "small",
-        "nets": {"score": {"kind": "EDMPrecond", "keywords": TINY, "file": "score.safetensors"}},
+        "nets": {
+            "score": {"kind": "EDMPrecond", "keywords": TINY, "file": "score.safetensors"},
+            "classifier": {"kind": "EncoderUNetModel", "keywords": TRUNK, "file": "classifier.safetensors"},
+            "discriminator": {"kind": "EncoderUNetModel", "keywords": HEAD, "file": "discriminator.safetensors"},
+        },
         "sampling": {"num_steps": 9, "solver": "euler", "sigma_max": 60.0, "discretization": "iddpm", "M": 1000},
-        "guidance": {"dg_window": [0.02, 0.9], "guidance_interval": [0.3, "inf"], "dg_schedule": [[0.1, 1], [0.5, 2]]},
+        "guidance": {"dg_window": [0.02, 0.9], "guidance_interval": [0.3, "inf"], "dg_schedule": [[0.1, 1], [0.5, 2]]}
+        | {"dg_weight": 1.0, "dg_every": 2, "classifier_scale": 0.5},
         "class_names": ["a", "b", "c"], "provenance": "x", "license": "MIT", "metrics": {"fid": 1.5, "by": [1, 2]},
         "vae": {"source": "vae", "scale": 0.2},
     }  # fmt: skip
@@ -178,14 +189,18 @@ def _bundle_json() -> str:
 
 
 @cache
-def _weights() -> bytes:
-    return safetensors.torch.save(nets.build("EDMPrecond", **TINY).state_dict())
+def _weights() -> dict[str, bytes]:
+    torch.manual_seed(0)
+    specs = json.loads(_bundle_json())["nets"]
+    built = {spec["file"]: nets.build(spec["kind"], **spec["keywords"]) for spec in specs.values()}
+    return {file: safetensors.torch.save(net.state_dict()) for file, net in built.items()}
 
 
 def _write_bundle(folder: Path, content: bytes) -> Path:
     small = folder / "small"
     small.mkdir(exist_ok=True)
-    (small / "score.safetensors").write_bytes(_weights())
+    for file, weights in _weights().items():
+        (small / file).write_bytes(weights)
     (small / "bundle.json").write_bytes(content)
     return small / "bundle.json"
 
@@ -193,8 +208,7 @@ def _write_bundle(folder: Path, content: bytes) -> Path:
 def _read_bundle(path: Path) -> None:
     bundle = bundles.read(path.parent)
     bundle.fingerprint()
-    for role in bundle.nets:
-        bundle.load(role)
+    Sampler(networks.load(bundle), bundle.sampling, bundle.guidance)
 
 
 # Engines --------------------------------------------------------------------------------------------------------------

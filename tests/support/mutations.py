@@ -212,7 +212,9 @@ def json_value(rng: random.Random, value: Any) -> Any:
         case 1 if isinstance(holder, dict):
             holder[rng.choice((*TEXTS, "keywords", "kind", "file", "__metadata__"))] = inner
         case 2 if isinstance(inner, int | float):
-            holder[key] = rng.choice((-inner, inner * 1000, inner + 1, float(inner), str(inner), [inner]))
+            holder[key] = rng.choice(
+                (-inner, inner * 1000, inner + 1, inner + 0.5 if abs(inner) < 2**53 else 0.5, f"{inner}", [inner])
+            )
         case _:
             holder[key] = _values(rng)
     return value
