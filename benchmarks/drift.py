@@ -13,6 +13,7 @@ from benchmarks.workloads import WORKLOADS
 from dgfast.devices import pick_device
 from dgfast.guidance import guided_denoiser
 from dgfast.plan import Step
+from dgfast.randomness import SeedStreams
 from dgfast.sampler import Sampler
 
 _PIXEL_RANGE = 2.0
@@ -43,12 +44,13 @@ def _run(sampler: Sampler, name: str, count: int) -> list[Tensor]:
     """The state before every step, and the images."""
     states: list[Tensor] = []
 
-    def keep(step: Step, x: Tensor) -> None:
+    def keep(step: Step, x: Tensor, denoised: Tensor, log_ratio: Tensor) -> None:
         states.append(x.clone())
 
     with precision(name):
         images = sampler(range(count), on_step=keep)
-    return [*states, images]
+    first = SeedStreams(range(count)).normal(sampler.shape, torch.float32, sampler.device)
+    return [sampler.first_state(first), *states[:-1], images]
 
 
 def _call_error(samplers: list[Sampler], name: str, index: int, x: Tensor) -> float:

@@ -24,7 +24,7 @@ from dgfast.devices import keep_freed_memory, pick_device
 from dgfast.engines import guided_by
 from dgfast.export.half_products import half_products, round_on_a_cpu
 from dgfast.export.joint_graph import joint
-from dgfast.outputs import Writer, to_uint8
+from dgfast.outputs import to_uint8, write_images
 from dgfast.runtimes.onnx import OnnxEngine, save
 from dgfast.runtimes.onnx_writer import convert
 from dgfast.sampler import Sampler
@@ -67,7 +67,7 @@ def _measure(bundle: Bundle, at: torch.device, count: int, batch: int, scratch: 
         wanted = images if wanted is None else wanted
         labels = sampler.draw_labels(range(first, first + count))
         assert labels is not None
-        Writer(scratch / name, ["npz"]).add(to_uint8(images), range(count), labels.numpy())
+        write_images(scratch / name, to_uint8(images), range(count), labels.numpy())
         drift = {"median drift": "", "largest drift": ""} if first else _drift(images, wanted)
         rows.append({"format": name, "seconds": round(seconds), **drift})
         click.echo(f"{name}: {seconds:.0f} s", err=True)

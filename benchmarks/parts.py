@@ -167,9 +167,10 @@ def _trajectory(
 ) -> dict[float, list[Tensor]]:
     """Noise level -> the solver's state when it arrives there, 0 for the images."""
     sampler = Sampler(networks, workload.sampling, workload.guidance, device, **runtime.keywords(device))
+    levels = [*(step.sigma for step in sampler.steps[1:]), 0.0]
     states: dict[float, list[Tensor]] = {}
-    images = sampler(seeds, on_step=lambda step, x: states.update({step.sigma: [x.clone()]}))
-    return states | {0.0: [images]}
+    sampler(seeds, on_step=lambda step, x, *_: states.update({levels[step.index]: [x.clone()]}))
+    return states
 
 
 def _errors(tried: dict[float, list[Tensor]], truth: dict[float, list[Tensor]]) -> list[float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def judged(folders: Sequence[Path], names: Sequence[str]) -> list[dict[str, float]]:
-    """Those metrics of each folder of `dgfast.outputs.Writer`; the report lies beside the first."""
+    """Those metrics of each folder that `dgfast.outputs.write_images` wrote; the report lies beside the first."""
     report = folders[0].parent / "quality.json"
     command = [sys.executable, "-m", "dgfast.evaluate", *map(str, folders), "--json", str(report)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -25,7 +25,7 @@ from benchmarks.quality import judged
 from dgfast import bundle as bundles
 from dgfast.config import NORMALIZATIONS, SOLVERS, GuidanceConfig
 from dgfast.extras import require
-from dgfast.outputs import Writer, to_uint8
+from dgfast.outputs import to_uint8, write_images
 from dgfast.sampler import Sampler
 from dgfast.training.classifier import to_vp
 from dgfast.training.data import load_images, split
@@ -88,7 +88,7 @@ def _measure(
         click.echo(f"a, b, DG {name}: {cost['seconds']:.0f} s", err=True)
     rows = []
     for name, (images, classes, cost) in sets.items():
-        Writer(scratch / name, ["npz"]).add(images, range(len(images)), classes)
+        write_images(scratch / name, images, range(len(images)), classes)
         a, b, dg = ("", "", "") if name == YARDSTICK else name.split()
         rows.append({"a": a or YARDSTICK, "b": b, "DG": dg, **_confidence(networks, features, images, classes), **cost})
     quality = judged([scratch / name for name in sets], QUALITY)

@@ -20,7 +20,7 @@ import dgfast
 from benchmarks.quality import judged
 from dgfast import bundle as bundles
 from dgfast.extras import require
-from dgfast.outputs import Writer, to_uint8
+from dgfast.outputs import to_uint8, write_images
 from dgfast.runtimes import compiled
 from dgfast.sampler import Sampler
 
@@ -62,8 +62,8 @@ def _measure(count: int, batch: int, scratch: Path) -> list[dict[str, Any]]:
         images = torch.cat(parts)
         wanted = images if wanted is None else wanted
         folder = scratch / f"{every}-{reuse}"
-        writer = Writer(folder, ["npz"])
-        writer.add(to_uint8(images), range(count), sampler.draw_labels(range(count)).numpy())  # type: ignore[union-attr]
+        labels = sampler.draw_labels(range(count))
+        write_images(folder, to_uint8(images), range(count), None if labels is None else labels.numpy())
         rows.append(
             {
                 "every": every,

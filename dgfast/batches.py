@@ -1,85 +1,116 @@
-"""Many seeds through one sampler: batch by batch, images written while the next batch is sampled."""
+"""Many seeds through one sampler: chunk by chunk, images written while the next chunk is sampled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dgfast.errors import UserError
 from dgfast.one_step import OneStep
-from dgfast.outputs import fetch_uint8
-from dgfast.plan import Step
-from dgfast.sampler import Sampler
-
-Write = Callable[[np.ndarray, list[int], np.ndarray | None], None]
+from dgfast.outputs import Chunk, Drawn, Fetcher
+from dgfast.sampler import OnStep, Sampler
 
 
 def draw(
     sampler: Sampler | OneStep,
-    seeds: Sequence[int],
-    labels: Sequence[int] | None,
+    chunks: Iterable[Chunk],
     batch: int,
-    write: Write,
+    write: Callable[[Drawn], None],
     *,
-    decode: Callable[[Tensor], Tensor] | None = None,
+    fetcher: Fetcher = Fetcher(),  # noqa: B008 - frozen
     static: bool = False,
-    on_step: Callable[[Step, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
     on_smaller_batch: Callable[[int], None] | None = None,
 ) -> None:
-    """Sample all seeds and give them to `write`, in order.
+    """Sample all chunks and give them to `write`, in order; the next is taken once the one before is sampled.
 
     Out of memory, the batch is halved and sampling goes on; nothing that was made is lost.
 
     Args:
-        labels: one class index a seed; None takes those that the seeds give.
-        write: gets uint8 images [N, H, W, C], their seeds, and their class indices [N] or None.
-        decode: makes images of what the sampler draws, where those are latents.
-        static: fill the last batch up, with copies of its last image, so that every batch has one shape.
+        batch: images that are sampled at once; a chunk of more is sampled in parts and written as a whole.
+        write: called in a thread of its own, with one chunk after the other.
+        fetcher: makes the arrays that `write` gets of what the sampler draws.
+        static: fill small chunks up, with copies of their last image, so that every batch has one shape.
         on_step: see `Sampler.integrate`. on_smaller_batch: called with the new batch.
 
     Raises:
-        UserError: see `Sampler.__call__`. torch.OutOfMemoryError: not even one image fits.
+        UserError: see `Sampler.__call__`; not even one image fits into memory. And what `write` raises.
     """
-    done = 0
     pending: Future[None] | None = None
     with ThreadPoolExecutor(max_workers=1) as pool:
-        while done < len(seeds):
-            chunk = list(seeds[done : done + batch])
-            filled = chunk + chunk[-1:] * (batch - len(chunk)) if static else chunk
-            try:
-                classes = _classes(sampler, filled, labels, done)
-                drawn = sampler(filled, classes, on_step)[: len(chunk)]
-                fetch = fetch_uint8(drawn if decode is None else decode(drawn))
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error) or len(filled) == 1:
-                    raise
-            else:
-                known = None if classes is None else classes.cpu().numpy()[: len(chunk)]
+        try:
+            for chunk in chunks:
+                parts, batch = _parts(sampler, chunk, batch, fetcher, static, on_step, on_smaller_batch)
                 if pending is not None:
                     pending.result()
-                pending = pool.submit(_write, write, fetch, chunk, known)
-                done += len(chunk)
-                continue
-            # Outside of the handler, whose traceback holds the tensors of the batch that did not fit.
-            batch = (len(filled) + 1) // 2
-            if sampler.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if on_smaller_batch is not None:
-                on_smaller_batch(batch)
+                pending = pool.submit(_write, write, chunk, parts)
+        except BaseException as error:
+            failed = pending.exception() if pending is not None else None
+            if failed is not None and failed is not error:
+                raise failed from error  # what could not be written would otherwise be lost without a word
+            raise
         if pending is not None:
             pending.result()
 
 
-def _classes(sampler: Sampler | OneStep, seeds: list[int], labels: Sequence[int] | None, start: int) -> Tensor | None:
-    if labels is None:
-        return sampler.draw_labels(seeds)
-    given = list(labels[start : start + len(seeds)])
-    return torch.tensor(given + given[-1:] * (len(seeds) - len(given)))
+_Part = tuple[dict[str, Callable[[], np.ndarray]], np.ndarray | None]
 
 
-def _write(write: Write, fetch: Callable[[], np.ndarray], seeds: list[int], labels: np.ndarray | None) -> None:
-    write(fetch(), seeds, labels)
+def _parts(
+    sampler: Sampler | OneStep,
+    chunk: Chunk,
+    batch: int,
+    fetcher: Fetcher,
+    static: bool,
+    on_step: OnStep | None,
+    on_smaller_batch: Callable[[int], None] | None,
+) -> tuple[list[_Part], int]:
+    """The chunk in parts of at most `batch` images, and the batch that fitted into memory."""
+    parts: list[_Part] = []
+    done = 0
+    while done < len(chunk.seeds):
+        labels = None if chunk.labels is None else chunk.labels[done : done + batch]
+        part = Chunk(chunk.index, chunk.seeds[done : done + batch], labels)
+        size = batch if static else len(part.seeds)
+        try:
+            parts.append(_sampled(sampler, part, size, fetcher, on_step))
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise UserError(
+                    "out of memory: not even one image fits; try --dtype bf16, or another device"
+                ) from error
+        else:
+            done += len(part.seeds)
+            continue
+        # Outside of the handler, whose traceback holds the tensors of the batch that did not fit.
+        batch = (size + 1) // 2
+        if sampler.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if on_smaller_batch is not None:
+            on_smaller_batch(batch)
+    return parts, batch
+
+
+def _sampled(sampler: Sampler | OneStep, part: Chunk, size: int, fetcher: Fetcher, on_step: OnStep | None) -> _Part:
+    """The arrays of a chunk, on their way to the host, and its class indices; sampled in a batch of `size`."""
+    count = len(part.seeds)
+    seeds = [*part.seeds, *[part.seeds[-1]] * (size - count)]
+    if part.labels is None:
+        classes = sampler.draw_labels(seeds)
+    else:
+        classes = torch.tensor([*part.labels, *[part.labels[-1]] * (size - count)])
+    drawn: Tensor = sampler(seeds, classes, on_step)[:count]
+    return fetcher(drawn), None if classes is None else classes.cpu().numpy()[:count]
+
+
+def _write(write: Callable[[Drawn], None], chunk: Chunk, parts: list[_Part]) -> None:
+    arrays = {name: np.concatenate([waits[name]() for waits, _ in parts]) for name in parts[0][0]}
+    labels = [classes for _, classes in parts if classes is not None]
+    write(Drawn(chunk, np.concatenate(labels) if labels else None, arrays))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -17,26 +17,29 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from dgfast import nets
+from dgfast import bounds, weights
+from dgfast.checkpoints import one_line
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
 from dgfast.latents import SCALE
 from dgfast.noise_levels import TIME_SCHEDULES
+from dgfast.weights import load_state as load_state
+from dgfast.weights import read_tensors as read_tensors
 
 FORMAT = 1
 ROLES = ("score", "reference", "classifier", "discriminator", "features", "generator")
 DEFAULT = "mnist32"
 _ASSETS = Path(__file__).parent / "assets"
+_PIECE = 2**20  # bytes of a file that are hashed at once
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class NetSpec:
     Attributes:
         kind, keywords: arguments of `nets.build`.
         file: safetensors file beside `bundle.json`.
-        time_schedule: for noise-aware networks in VP coordinates, the time they read: "linear" or "cosine".
+        time_schedule: for noise-aware networks in VP coordinates, the time they read: "linear" or "cosine". None: that
+            of the bundle's score network if it is of discrete time, else the one of ADM's networks of the same size.
     """
 
     kind: str
@@ -68,9 +72,10 @@ class VaeSpec:
     scale: float = SCALE
 
     def __post_init__(self) -> None:
-        if not isinstance(self.source, str) or not self.source or not 0 < self.scale < math.inf:
+        named = isinstance(self.source, str) and self.source and self.source.isprintable()
+        if not named or not 0 < self.scale < math.inf:
             raise UserError(
-                f"vae: source {self.source!r} must be a folder or name, scale {self.scale} a number above 0"
+                f"vae: source {self.source!r:.80} must be a folder or name, scale {self.scale} a number above 0"
             )
 
 
@@ -109,27 +114,26 @@ class Bundle:
                 misshapen tensors.
         """
         spec = self.spec(role)
-        try:
-            net = nets.build(spec.kind, **spec.keywords)
-        except ValueError as error:
-            raise UserError(f"bundle {self.name}, {role}: {error}") from error
-        load_state(net, read_tensors(self.folder / spec.file), self.folder / spec.file)
+        path = self.folder / spec.file
+        net = weights.build(spec.kind, spec.keywords, weights.read_tensors(path), path)
         net.eval().requires_grad_(False)
         for parameter in net.parameters():
             parameter.data = parameter.data.to(dtype)
         return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the networks that sampling may use: their kinds, keywords and files.
+    def fingerprint(self, roles: Collection[str] | None = None) -> str:
+        """SHA-256 over the networks of these roles: their kinds, keywords and files; None: all that sampling may use.
 
         Raises:
             UserError: a file that cannot be read.
         """
         digest = hashlib.sha256()
         for role, spec in sorted(self.nets.items()):
-            if role != "features":
+            if role != "features" if roles is None else role in roles:
                 digest.update(json.dumps([role, asdict(spec)], sort_keys=True).encode())
-                digest.update(_bytes(self.folder / spec.file))
+                with bounds.open_file(self.folder / spec.file) as stream:
+                    while piece := stream.read(_PIECE):
+                        digest.update(piece)
         return digest.hexdigest()
 
 
@@ -147,39 +151,53 @@ def read(bundle: str | Path) -> Bundle:
         shipped = ", ".join(sorted(p.name for p in _ASSETS.iterdir() if p.is_dir()))
         raise UserError(f"unknown bundle {str(bundle)!r}: no {path}; bundles that come with dgfast: {shipped}")
     try:
-        raw = json.loads(path.read_text())
+        raw = bounds.read_json(path)
         if raw["format"] != FORMAT:
-            raise UserError(f"{path}: format {raw['format']}, this dgfast reads format {FORMAT}")
-        specs = {role: _checked(role, NetSpec(**spec), path) for role, spec in raw["nets"].items()}
-        bundle_ = Bundle(
+            raise UserError(f"{path}: format {raw['format']!r:.80}, this dgfast reads format {FORMAT}")
+        return Bundle(
             folder=folder,
-            name=raw["name"],
-            nets=specs,
+            name=_text(raw["name"], "name"),
+            nets={role: _checked(role, NetSpec(**spec), path) for role, spec in raw["nets"].items()},
             sampling=SamplingConfig(**raw.get("sampling", {})),
             guidance=GuidanceConfig(**_from_json(raw.get("guidance", {}))),
-            class_names=tuple(raw.get("class_names", ())),
-            provenance=raw.get("provenance", ""),
-            license=raw.get("license", ""),
-            metrics=raw.get("metrics", {}),
+            class_names=tuple(_text(name, "class name") for name in raw.get("class_names", ())),
+            provenance=_text(raw.get("provenance", ""), "provenance", lines=True),
+            license=_text(raw.get("license", ""), "license", lines=True),
+            metrics=dict(raw.get("metrics", {})),
             vae=VaeSpec(**raw["vae"]) if "vae" in raw else None,
         )
     except UserError as error:
-        raise UserError(error.message if str(path) in error.message else f"{path}: {error.message}") from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is not a bundle description: {error!r}") from error
-    return bundle_
+        told = error.message if str(path) in error.message else f"{path}: {one_line(error.message)}"
+        raise UserError(told) from error
+    except (ArithmeticError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is not a bundle description: {error!r:.300}") from error
+
+
+def _text(value: Any, what: str, lines: bool = False) -> str:
+    """The text, if it may be shown in a terminal as it is; `lines`: if its lines may.
+
+    Raises:
+        ValueError: something else, or text with control characters.
+    """
+    if not isinstance(value, str) or not (value.replace("\n", "") if lines else value).isprintable():
+        raise ValueError(f"{what} {value!r:.80} is not a text that can be shown")
+    return value
 
 
 def _checked(role: str, spec: NetSpec, path: Path) -> NetSpec:
     """The spec, if it may stand in the `bundle.json` at `path`."""
     if role not in ROLES:
-        raise UserError(f"{path}: unknown role {role!r}; roles: {', '.join(ROLES)}")
+        raise UserError(f"{path}: unknown role {role!r:.80}; roles: {', '.join(ROLES)}")
     if not isinstance(spec.kind, str) or not isinstance(spec.keywords, dict):
         raise UserError(f"{path}: {role} needs a kind by name and keywords as an object")
-    if not isinstance(spec.file, str) or Path(spec.file).name != spec.file:
-        raise UserError(f"{path}: {role} names the file {spec.file!r}, which is not beside bundle.json")
+    if not isinstance(spec.file, str) or Path(spec.file).name != spec.file or not spec.file.isprintable():
+        raise UserError(f"{path}: {role} names the file {spec.file!r:.80}, which is not beside bundle.json")
     if spec.time_schedule not in (None, *TIME_SCHEDULES):
-        raise UserError(f"{path}: {role} has time_schedule {spec.time_schedule!r}; use linear or cosine")
+        raise UserError(f"{path}: {role} has time_schedule {spec.time_schedule!r:.80}; use linear or cosine")
+    try:
+        bounds.check_keywords(spec.keywords)
+    except ValueError as error:
+        raise UserError(f"{path}: {role}: {error}") from error
     return spec
 
 
@@ -225,56 +243,6 @@ def with_tensors(
     partial.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
     os.replace(partial, bundle.folder / spec.file)
     return replace(bundle, nets={**bundle.nets, role: spec})
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        UserError: no such file, or not a whole safetensors file.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-
-
-def load_state(net: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Copy `tensors` into `net`, all of them and nothing else.
-
-    Raises:
-        UserError: what is missing, superfluous or misshapen in `source`, by name.
-    """
-    wanted = net.state_dict()
-    complaints = [
-        *_listed("missing", [name for name in wanted if name not in tensors]),
-        *_listed("superfluous", [name for name in tensors if name not in wanted]),
-        *_listed(
-            "misshapen",
-            [
-                f"{name} {list(tensors[name].shape)}, not {list(value.shape)}"
-                for name, value in wanted.items()
-                if name in tensors and tensors[name].shape != value.shape
-            ],
-        ),
-    ]
-    if complaints:
-        raise UserError(f"{source} does not fit its network: {'; '.join(complaints)}")
-    net.load_state_dict(dict(tensors))
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-
-
-def _listed(what: str, names: list[str], most: int = 5) -> list[str]:
-    if not names:
-        return []
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return [f"{what} {', '.join(names[:most])}{more}"]
 
 
 def _without_defaults(record: Any) -> dict[str, Any]:

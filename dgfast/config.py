@@ -14,6 +14,14 @@ VARIANCES = ("small", "large")
 REUSES = ("hold", "linear")
 NORMALIZATIONS = ("none", "sample_l2", "channel_l2", "max_abs")
 CLEAN_TIMES = ("t", "0")
+MOST_LEVELS = 20_000
+"""Noise levels of a grid or of a network, far more than any was trained with: a file may ask for a thousand million."""
+KEPT = ("npz", "png", "latents")
+"""Formats in which a job keeps its images, see `outputs.FORMATS`."""
+PRODUCTS = ("adm", "grid")
+"""Files that are made of all its images, or of the first ones, in the end."""
+GRID_IMAGES = 400
+"""The grid shows at most so many images."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,17 @@ class SamplingConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        if not isinstance(self.num_steps, int) or not isinstance(self.M, int) or self.M < 1:
-            raise UserError(f"num_steps {self.num_steps} and M {self.M} must be whole numbers, M at least 1")
+        counted = isinstance(self.num_steps, int) and isinstance(self.M, int)
+        if not counted or self.M < 1 or max(self.num_steps, self.M) > MOST_LEVELS:
+            raise UserError(
+                f"num_steps {self.num_steps} and M {self.M} must be whole numbers, M at least 1, "
+                f"and at most {MOST_LEVELS:,}"
+            )
+        ends = [0 if end is None else end for end in (self.sigma_min, self.sigma_max)]
+        if not all(map(math.isfinite, (*ends, self.C_1, self.C_2))) or not isinstance(self.clip_denoised, bool):
+            raise UserError("sigma_min, sigma_max, C_1 and C_2 must be finite numbers, clip_denoised true or false")
+        if not isinstance(self.respacing, str | None) or len(self.respacing or "") > 200:
+            raise UserError(f"respacing {self.respacing!r:.80} is not a text such as 250, ddim25 or 10,10,5")
         if not 0 < self.epsilon_s < 1 or math.isnan(self.S_min) or math.isnan(self.S_max):
             raise UserError("epsilon_s must lie between 0 and 1, S_min and S_max must be numbers")
         if not self.rho > 0 or not 0 < self.alpha <= 1 or not self.S_churn >= 0 or not self.S_noise >= 0:

@@ -92,8 +92,9 @@ class VPPrecond(Preconditioner):
     ) -> None:  # fmt: skip
         super().__init__(model, img_resolution, img_channels, label_dim)
         self.beta_d, self.beta_min, self.M = beta_d, beta_min, M
-        # In float32 and without expm1, as the official code computes its bounds.
-        low, high = (torch.tensor(0.5 * beta_d * t**2 + beta_min * t).exp().sub(1).sqrt() for t in (epsilon_t, 1.0))
+        # In float32 and without expm1, as the official code computes its bounds; on the CPU, even if built on meta.
+        exponents = (torch.tensor(0.5 * beta_d * t**2 + beta_min * t, device="cpu") for t in (epsilon_t, 1.0))
+        low, high = (exponent.exp().sub(1).sqrt() for exponent in exponents)
         self.sigma_min, self.sigma_max = float(low), float(high)
 
     def sigma(self, t: Tensor) -> Tensor:

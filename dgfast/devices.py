@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -34,6 +36,23 @@ def pick_device(name: str | None) -> torch.device:
         raise UserError(f"--device {name}: not usable here ({reason}); try --device cpu") from error
     require_float64(device)
     return device
+
+
+def describe(device: torch.device) -> str:
+    """The device with the name of its GPU, if it is one."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that the second call takes on that device; the first one warms up."""
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - began
+    return seconds
 
 
 def require_float64(device: torch.device) -> None:

@@ -112,7 +112,7 @@ def require_fit(engine: Engine, bundle: Bundle, sampling: SamplingConfig, guidan
         asked = json.loads(json.dumps(vars(guidance) | {"clip_denoised": sampling.clip_denoised}))
         names = [name for weight in _on(guidance) for name in _SETTINGS.get(weight, ()) if weight in engine.inputs]
         differing = [name for name in ("clip_denoised", *names) if made_with[name] != asked[name]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{engine.path}: what it says of its guidance cannot be read; export it anew") from error
     if differing:
         raise UserError(

@@ -19,7 +19,7 @@ SCALE = 0.18215
 Decode = Callable[[Tensor], Tensor]
 
 _AT_ONCE = 8  # a decoder's activations are the images' size at 128 channels: a batch of latents is no batch of images
-_IMAGE_CHANNELS = (1, 3)
+IMAGE_CHANNELS = (1, 3)
 
 
 def decoder(bundle: "Bundle", channels: int, device: torch.device, source: str | None = None) -> Decode | None:
@@ -35,7 +35,7 @@ def decoder(bundle: "Bundle", channels: int, device: torch.device, source: str |
     spec = bundle.vae
     source = source or (spec.source if spec else None)
     if source is None:
-        if channels in _IMAGE_CHANNELS:
+        if channels in IMAGE_CHANNELS:
             return None
         raise UserError(
             f"bundle {bundle.name} makes latents of {channels} channels and has no VAE to decode them: "

@@ -18,7 +18,7 @@ from dgfast.guidance.compose import Denoiser
 from dgfast.guidance.discriminator import Discriminator
 from dgfast.nets import discriminator as noise_aware
 from dgfast.nets.adm import EncoderUNetModel
-from dgfast.noise_levels import TIME_SCHEDULES, vp_time
+from dgfast.noise_levels import TIME_SCHEDULES, adm_time_schedule, vp_time
 
 
 class ScoreNet(Protocol):
@@ -102,7 +102,7 @@ def load(
         UserError: unknown or broken bundle, a network that `guidance` needs and the bundle lacks.
     """
     found = bundle if isinstance(bundle, bundles.Bundle) else bundles.read(bundle)
-    wanted = _wanted(found, guidance)
+    wanted = roles(found, guidance)
     nets: dict[str, Any] = {role: found.load(role, device, dtype) for role in wanted}
     trunk, head = nets.get("classifier"), nets.get("discriminator")
     if trunk is not None and not isinstance(trunk, EncoderUNetModel):
@@ -122,7 +122,7 @@ def load(
             discriminator=noise_aware.Discriminator(trunk, head) if trunk is not None and head is not None else None,
             classifier=noise_aware.NoisyClassifier(trunk) if trunk is not None else None,
             reference=nets.get("reference"),
-            time=_time(score, found.spec("classifier").time_schedule if trunk is not None else None),
+            time=_time(score, trunk, found.spec("classifier").time_schedule if trunk is not None else None),
         )
     except ValueError as error:
         raise UserError(f"bundle {found.name}: {error}") from error
@@ -148,14 +148,18 @@ def one_hot(labels: Sequence[int] | Tensor, classes: int, count: int, device: to
     return F.one_hot(indices, classes).float()
 
 
-def _time(score: Any, schedule: str | None) -> Callable[[Tensor], Tensor]:
+def _time(score: Any, trunk: EncoderUNetModel | None, schedule: str | None) -> Callable[[Tensor], Tensor]:
     """t(sigma) of that schedule: a discrete-time score network's own where it has the same, as in ADM's code."""
-    own = isinstance(score, DDPMPrecond) and schedule in (None, score.noise_schedule)
-    return score.time if own else TIME_SCHEDULES[schedule or "linear"]
+    if isinstance(score, DDPMPrecond) and schedule in (None, score.noise_schedule):
+        return score.time
+    return TIME_SCHEDULES[schedule or (adm_time_schedule(trunk.image_size) if trunk else "linear")]
 
 
-def _wanted(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str]:
-    """Roles to load, what a guidance is named after before what it stands on."""
+def roles(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str]:
+    """Roles that these weights need, or for None all that a sampler knows.
+
+    What a guidance is named after stands before what it stands on.
+    """
     if guidance is None:
         return ["score", *(role for role in bundle.nets if role not in ("score", "features", "generator"))]
     discriminator = bool(guidance.dg_weight or guidance.dg_weight_2nd)

@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dgfast.config import SamplingConfig
+from dgfast.config import MOST_LEVELS, SamplingConfig
 from dgfast.errors import UserError
 
 BETA_MIN, BETA_MAX = 0.1, 20.0
@@ -47,6 +47,11 @@ def cosine_time(sigma: Tensor) -> Tensor:
 
 
 TIME_SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {"linear": vp_time, "cosine": cosine_time}
+
+
+def adm_time_schedule(image_size: int) -> str:
+    """The schedule with which ADM's networks of that size, classifiers too, were trained."""
+    return "cosine" if image_size == 64 else "linear"
 
 
 def log_uniform_sigma(u: Tensor, tau_min: float = 1e-5) -> Tensor:
@@ -205,10 +210,16 @@ def iddpm_levels(C_1: float, C_2: float, M: int, dtype: torch.dtype = torch.floa
     """iDDPM's cosine levels in EDM's sigma, largest first and 0 last: [M + 1] (EDM, table 1).
 
     The grid takes them in float64, the network in float32. Both rest on alpha_bar in float32, as the official code's
-    do: in float64 the network's smallest level would lie above the grid's, and its bounds would cut that level off.
+    do: in float64 the network's smallest level would lie above the grid's, and its bounds would cut that level off. On
+    the CPU, even if built on meta.
+
+    Raises:
+        ValueError: more levels than any network has.
     """
-    alpha_bar = (0.5 * math.pi * torch.arange(M + 1, dtype=torch.float32) / M / (C_2 + 1)).sin() ** 2
-    u = torch.zeros(M + 1, dtype=dtype)
+    if not 1 <= M <= MOST_LEVELS:
+        raise ValueError(f"M {M} must lie between 1 and {MOST_LEVELS:,}")
+    alpha_bar = (0.5 * math.pi * torch.arange(M + 1, dtype=torch.float32, device="cpu") / M / (C_2 + 1)).sin() ** 2
+    u = torch.zeros(M + 1, dtype=dtype, device="cpu")
     for j in range(M, 0, -1):
         u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar[j - 1] / alpha_bar[j]).clip(min=C_1) - 1).sqrt()
     return u
@@ -225,9 +236,9 @@ def ddpm_levels(noise_schedule: str, steps: int) -> Tensor:
     beta from the cosine alpha_bar, at most 0.999 (arXiv 2102.09672, equation 17). On the CPU, even if built on meta.
 
     Raises:
-        ValueError: unknown schedule, or too few steps for it.
+        ValueError: unknown schedule, too few steps for it, or more than any network has.
     """
-    if noise_schedule not in NOISE_SCHEDULES or steps < 1:
+    if noise_schedule not in NOISE_SCHEDULES or not 1 <= steps <= MOST_LEVELS:
         raise ValueError(f"noise_schedule {noise_schedule!r} with {steps} steps; use {' or '.join(NOISE_SCHEDULES)}")
     if noise_schedule == "linear":
         scale = 1000 / steps

@@ -1,6 +1,6 @@
 """One forward an image: a generator in the place of a denoiser, a solver and its steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from dgfast import bundle as bundles
-from dgfast.devices import device_of
+from dgfast.devices import device_of, seconds_of
 from dgfast.errors import UserError
+from dgfast.guidance import OUTSIDE_WINDOW
 from dgfast.networks import described, one_hot
 from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
-from dgfast.sampler import Function, Runtime
+from dgfast.sampler import Function, OnStep, Runtime
 
 
 class GeneratorNet(Protocol):
@@ -100,14 +101,14 @@ class OneStep:
         self,
         seeds: Sequence[int],
         labels: Sequence[int] | Tensor | None = None,
-        on_step: Callable[[Step, Tensor], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Images of the seeds in one batch: float32 [N, C, R, R] in [-1, 1], on the sampler's device.
 
         Args:
             seeds: one a sample. Image k depends on seed k (and label k) alone.
             labels: class indices [N]; None takes those of `draw_labels` if the generator is conditional.
-            on_step: called once, with the step and the latents.
+            on_step: called once, as `Sampler.integrate` calls it, with the images as both state and denoised images.
 
         Raises:
             UserError: no seeds, labels out of range or of another number, NaN in the images.
@@ -116,9 +117,10 @@ class OneStep:
             raise UserError("no seeds: give one an image")
         latents, drawn = self._draw(seeds)
         class_labels = self.class_labels(drawn if labels is None else labels, len(latents))
-        if on_step is not None:
-            on_step(self.steps[0], latents)
         images = self._function(latents, class_labels)(latents, class_labels)[0]
+        if on_step is not None:
+            changed = on_step(self.steps[0], images, images, images.new_full((len(images),), OUTSIDE_WINDOW))
+            images = images if changed is None else changed
         if not bool(images.isfinite().all()):
             raise UserError("the generator's images are NaN or infinite; use --dtype float32, or train it anew")
         return images
@@ -138,6 +140,10 @@ class OneStep:
     def prepare(self, batch: int) -> None:
         """Build the function for batches of this size, so that drawing itself compiles none."""
         self([0] * batch)
+
+    def estimate(self, batch: int) -> float:
+        """Seconds that a batch takes, timed once, warm."""
+        return seconds_of(lambda: self([0] * batch), self.device)
 
     def _draw(self, seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Latents [N, latent_dim], and the class indices that come after them in the seeds' streams."""

@@ -3,7 +3,6 @@
 A formula's symbol is the metavar of its option. Behind an option's help stands what a bundle says where it is left out.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -13,8 +12,9 @@ from typing import Any
 
 import click
 
-from dgfast import __version__
+from dgfast import __version__, bounds
 from dgfast.config import CLEAN_TIMES, NORMALIZATIONS, GuidanceConfig, SamplingConfig
+from dgfast.ranges import Ranges
 
 
 class Group(StrEnum):
@@ -100,10 +100,10 @@ _BUNDLE = "mnist32"
 def _defaults(path: Path) -> Mapping[str, Any]:
     """Sampling and guidance of a `bundle.json`; nothing where it can't be read, for help needs no bundle."""
     try:
-        bundle = json.loads(path.read_text())
+        bundle = bounds.read_json(path)
         own = bundle.get("sampling", {}) | bundle.get("guidance", {})
         return asdict(SamplingConfig()) | asdict(GuidanceConfig()) | own
-    except (OSError, AttributeError, TypeError, ValueError, RecursionError):
+    except (AttributeError, TypeError, ValueError):
         return {}
 
 
@@ -129,22 +129,51 @@ def option(*names: str, group: Group, **settings: Any) -> Callable[[Callable[...
 
 
 class IntegerRanges(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
-    """Integers and inclusive ranges, such as 0-63,100."""
+    """Integers and inclusive ranges, such as 0-63,100, or @FILE, a file of them.
+
+    Args:
+        below: numbers must be less; otherwise is the sentence that says why.
+    """
 
     name = "ranges"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        if isinstance(value, list):
+    def __init__(self, below: int | None = None, otherwise: str = "") -> None:
+        self._below, self._otherwise = below, otherwise
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Ranges:
+        if isinstance(value, Ranges):
             return value
-        numbers: list[int] = []
-        for part in str(value).split(","):
-            first, dash, last = part.strip().partition("-")
-            if not first.isdecimal() or (dash and not last.isdecimal()):
-                self.fail(f"{value!r}: expected integers and ranges such as 0-63,100", param, ctx)
-            if dash and int(last) < int(first):
-                self.fail(f"{value!r}: the range {part.strip()} ends before it begins", param, ctx)
-            numbers.extend(range(int(first), int(last or first) + 1))
+        text = str(value)
+        try:
+            if text.startswith("@"):
+                text = Path(text[1:]).read_text()
+            numbers = Ranges.parse(text)
+        except OSError as error:
+            self.fail(f"{text[1:]}: can't be read ({error.strerror})", param, ctx)
+        except ValueError as error:  # also of a file that is no text
+            reason = "no text" if isinstance(error, UnicodeDecodeError) else str(error)
+            self.fail(f"{value}: {reason}" if str(value).startswith("@") else reason, param, ctx)
+        if self._below is not None and numbers.largest >= self._below:
+            self.fail(f"{numbers.largest}: {self._otherwise}", param, ctx)
         return numbers
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
+    """A time such as 90s, 30m or 2.5h, in seconds."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+        try:
+            seconds = float(value[:-1]) * units[value[-1:]]
+        except (ValueError, KeyError):
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            self.fail(f"{value!r}: expected a time such as 90s, 30m or 2.5h", param, ctx)
+        return seconds
 
 
 class FloatPair(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer

@@ -1,38 +1,40 @@
-"""Images on disk: npz shards written one by one, a PNG grid, a manifest. Nothing waits in memory for the end."""
+"""Images as files: the formats of `python -m dgfast.sample`, each as bytes of one chunk, and the way back.
 
-import json
+Where the files lie, what is there already and who writes is the business of `job_folder`.
+"""
+
+import io
 import math
-import os
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from dgfast.errors import UserError
-
-GRID_IMAGES = 400
-"""The PNG grid shows at most so many images, the first ones; the shards hold all."""
+from dgfast.files import replacing
+from dgfast.ranges import Ranges
 
 
+# From the sampler to the host -----------------------------------------------------------------------------------------
 def to_uint8(images: Tensor) -> np.ndarray:
     """Float images [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C]; values outside are clipped (as EDM does)."""
-    return fetch_uint8(images)()
+    return fetch(_pixels(images))()
 
 
-def fetch_uint8(images: Tensor) -> Callable[[], np.ndarray]:
-    """As `to_uint8`, in two halves: the copy off the device starts now, and the returned function waits for it.
+def fetch(values: Tensor) -> Callable[[], np.ndarray]:
+    """The copy off the device starts now, and the returned function waits for it.
 
     So the next batch can be queued on the device before this one is on the disk.
     """
-    pixels = (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    if not pixels.is_cuda:
-        return pixels.numpy
-    host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-    host.copy_(pixels, non_blocking=True)
+    if not values.is_cuda:
+        return values.numpy
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
 
@@ -43,69 +45,141 @@ def fetch_uint8(images: Tensor) -> Callable[[], np.ndarray]:
     return wait
 
 
-class Writer:
-    """Writes the images of one job into a new folder, batch by batch.
+def _pixels(images: Tensor) -> Tensor:
+    return (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
-    Args:
-        folder: made if need be; must not hold anything.
-        formats: any of "png" (one grid, grid.png) and "npz" (shards images-00000.npz, ... with the keys `images`
-            uint8 [N, H, W, C], `seeds` and `labels` int64 [N]; label -1 means none).
 
-    Raises:
-        UserError: the folder is in use or can't be written.
+@dataclass(frozen=True)
+class Fetcher:
+    """Starts the way of what a sampler drew, [N, C, H, W], to the arrays that the formats of a job keep.
+
+    Attributes:
+        decode: makes images of latents; None where the sampler draws images.
+        images, latents: whether any format keeps decoded images, and the latents as they were drawn.
     """
 
-    def __init__(self, folder: Path, formats: Sequence[str]) -> None:
-        self.folder, self._formats = folder, formats
-        self._shards = 0
-        self._shown: list[np.ndarray] = []
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            used = next(folder.iterdir(), None)
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"--out {folder}: can't be written ({error.strerror})") from error
-        if used is not None:
-            raise UserError(f"--out {folder} already holds {used.name}; name a new folder, nothing was changed")
+    decode: Callable[[Tensor], Tensor] | None = None
+    images: bool = True
+    latents: bool = False
 
-    def add(self, images: np.ndarray, seeds: Sequence[int], labels: np.ndarray | None) -> None:
-        """Write one batch: uint8 [N, H, W, C], its seeds and its labels."""
-        if "npz" in self._formats:
-            known = np.full(len(images), -1) if labels is None else np.asarray(labels)
-            path = self.folder / f"images-{self._shards:05d}.npz"
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
-                np.savez_compressed(
-                    file, images=images, seeds=np.asarray(seeds, dtype=np.int64), labels=known.astype(np.int64)
-                )
-            os.replace(partial, path)
-            self._shards += 1
-        room = GRID_IMAGES - sum(len(batch) for batch in self._shown)
-        if "png" in self._formats and room > 0:
-            self._shown.append(images[:room])
-
-    def finish(self, manifest: dict[str, Any]) -> None:
-        """Write the grid and `manifest.json`."""
-        if self._shown:
-            save_grid(np.concatenate(self._shown), self.folder / "grid.png")
-        path = self.folder / "manifest.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(_strict(manifest), indent=1) + "\n")
-        os.replace(partial, path)
+    def __call__(self, drawn: Tensor) -> dict[str, Callable[[], np.ndarray]]:
+        """A function for each of "images", uint8 [N, H, W, C], and "latents", float32 [N, C, H, W], if kept."""
+        waits = {}
+        if self.images:
+            waits["images"] = fetch(_pixels(drawn if self.decode is None else self.decode(drawn)))
+        if self.latents:
+            waits["latents"] = fetch(drawn.float())
+        return waits
 
 
-def _strict(value: Any) -> Any:
-    """`value` with infinities as text, for which JSON has no number."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+# Formats --------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Chunk:
+    """Images that are drawn in one batch and written at once.
+
+    Attributes:
+        index: its place in the job. seeds: one an image.
+        labels: one class index a seed; None takes those that the seeds give.
+    """
+
+    index: int
+    seeds: Ranges
+    labels: Sequence[int] | None = None
 
 
-def save_grid(images: np.ndarray, path: Path) -> None:
+@dataclass(frozen=True)
+class Drawn:
+    """A chunk with what was drawn for it.
+
+    Attributes:
+        labels: class indices int64 [N]; None without classes.
+        arrays: "images" uint8 [N, H, W, C] and "latents" float32 [N, C, H, W], as far as the job keeps them.
+    """
+
+    chunk: Chunk
+    labels: np.ndarray | None
+    arrays: dict[str, np.ndarray]
+
+
+class Format(Protocol):
+    """A way to keep the images of a chunk.
+
+    Attributes:
+        array: which array of `Drawn` it keeps. keeps: what of each image, for the user.
+    """
+
+    @property
+    def array(self) -> str: ...
+
+    @property
+    def keeps(self) -> str: ...
+
+    def paths(self, chunk: Chunk) -> list[str]:
+        """The chunk's files, as seen from the job's folder."""
+        ...
+
+    def encode(self, drawn: Drawn) -> Iterator[bytes]:
+        """What each of them holds. Equal arrays give equal bytes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shards:
+    """One npz a chunk: images-00000.npz, ... with `images` (or `latents`), `seeds` and `labels`, -1 for none."""
+
+    array: str
+
+    @property
+    def keeps(self) -> str:
+        return f"{self.array}-*.npz: all {self.array} with their seeds and labels"
+
+    def paths(self, chunk: Chunk) -> list[str]:
+        return [f"{self.array}-{chunk.index:05d}.npz"]
+
+    def encode(self, drawn: Drawn) -> Iterator[bytes]:
+        seeds = np.asarray(list(drawn.chunk.seeds), dtype=np.int64)
+        labels = np.full(len(seeds), -1) if drawn.labels is None else drawn.labels
+        file = io.BytesIO()
+        arrays: dict[str, Any] = {
+            self.array: drawn.arrays[self.array],
+            "seeds": seeds,
+            "labels": labels.astype(np.int64),
+        }
+        np.savez_compressed(file, **arrays)
+        yield file.getvalue()
+
+
+@dataclass(frozen=True)
+class PngTree:
+    """One PNG an image, by its seed: 000000/000123.png, as EDM's generator names them; its label is a text in it."""
+
+    array: str = "images"
+    keeps: str = "*/*.png: all images by seed"
+
+    def paths(self, chunk: Chunk) -> list[str]:
+        return [f"{seed - seed % 1000:06d}/{seed:06d}.png" for seed in chunk.seeds]
+
+    def encode(self, drawn: Drawn) -> Iterator[bytes]:
+        for k, pixels in enumerate(drawn.arrays["images"]):
+            texts = PngImagePlugin.PngInfo()
+            if drawn.labels is not None:
+                texts.add_text(LABEL, str(int(drawn.labels[k])))
+            yield _png(pixels, texts)
+
+
+LABEL = "class_label"
+"""Name of the text in a PNG that says the image's class index."""
+FORMATS: dict[str, Format] = {"npz": Shards("images"), "png": PngTree(), "latents": Shards("latents")}
+"""How a job's images are kept, chunk by chunk."""
+
+
+def _png(pixels: np.ndarray, texts: PngImagePlugin.PngInfo | None = None) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, format="png", pnginfo=texts)
+    return file.getvalue()
+
+
+def grid_png(images: np.ndarray) -> bytes:
     """One PNG of uint8 images [N, H, W, C], row by row, as near to a square as can be."""
     count, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(count))
@@ -113,27 +187,43 @@ def save_grid(images: np.ndarray, path: Path) -> None:
     sheet = np.zeros((rows * columns, height, width, channels), dtype=np.uint8)
     sheet[:count] = images
     sheet = sheet.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    sheet = sheet.reshape(rows * height, columns * width, channels)
-    partial = path.with_suffix(".partial")
-    Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet).save(partial, format="png")
-    os.replace(partial, path)
+    return _png(sheet.reshape(rows * height, columns * width, channels))
 
 
-def read_shards(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """All images uint8 [N, H, W, C] and labels int64 [N] of a folder that `Writer` wrote.
+def save_grid(images: np.ndarray, path: Path) -> None:
+    """Write `grid_png` of the images in one move."""
+    with replacing(path) as file:
+        file.write(grid_png(images))
 
-    Raises:
-        UserError: no shards there, or shards of something else.
+
+def write_adm(file: IO[bytes], parts: Iterator[tuple[np.ndarray, np.ndarray]], count: int) -> None:
+    """The npz that OpenAI's evaluator reads: arr_0 uint8 [N, H, W, 3], grey as three channels, and arr_1, the labels.
+
+    Args:
+        parts: images uint8 [n, H, W, C] and labels [n], part by part; no more than one is held.
+        count: N. arr_1 is left out of images without labels.
     """
-    paths = sorted(folder.glob("*.npz"))
-    if not paths:
-        raise UserError(f"{folder}: no npz files; draw some with `dgfast sample --format npz --out {folder}`")
-    images, labels = [], []
-    for path in paths:
-        try:
-            with np.load(path, allow_pickle=False) as shard:
-                images.append(shard["images"])
-                labels.append(shard["labels"])
-        except (KeyError, OSError, ValueError) as error:
-            raise UserError(f"{path}: not a shard with images and labels ({error})") from error
-    return np.concatenate(images), np.concatenate(labels)
+    labels = []
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        stamp = zipfile.ZipInfo("arr_0.npy")  # of a fixed date, so that equal images give equal files
+        with archive.open(stamp, "w", force_zip64=True) as member:
+            for k, (images, classes) in enumerate(parts):
+                coloured = np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
+                if k == 0:
+                    shape = (count, *coloured.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(member, header)
+                member.write(np.ascontiguousarray(coloured).tobytes())
+                labels.append(classes)
+        if labels and (classes := np.concatenate(labels)).min() >= 0:
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
+                np.lib.format.write_array(member, classes, allow_pickle=False)
+
+
+def write_images(folder: Path, images: np.ndarray, seeds: Iterable[int], labels: np.ndarray | None) -> None:
+    """Write images uint8 [N, H, W, C] as one shard into a folder, made if need be, that `read_images` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = Drawn(Chunk(0, Ranges.of(seeds)), labels, {"images": images})
+    for name, content in zip(FORMATS["npz"].paths(drawn.chunk), FORMATS["npz"].encode(drawn), strict=True):
+        with replacing(folder / name) as file:
+            file.write(content)

@@ -4,9 +4,10 @@ With no option at all: 64 digits of the bundle mnist32 under discriminator guida
 the command line is the bundle's own default.
 """
 
-import math
+import platform
+import shlex
+import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,9 @@ import click
 from dgfast import __version__
 from dgfast.config import (
     DISCRETIZATIONS,
+    GRID_IMAGES,
+    KEPT,
+    PRODUCTS,
     REUSES,
     SCALINGS,
     SCHEDULES,
@@ -26,7 +30,10 @@ from dgfast.config import (
     SamplingConfig,
 )
 from dgfast.errors import UserError
-from dgfast.options import NUMBER, Command, Group, IntegerRanges, guidance_options, option
+from dgfast.files import sha256
+from dgfast.options import NUMBER, Command, Duration, Group, IntegerRanges, guidance_options, option
+from dgfast.ranges import Ranges
+from dgfast.stopping import interruptible
 
 RUNTIMES = ("eager", "compiled", "onnx", "tensorrt")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
@@ -44,12 +51,19 @@ _SAMPLING = (
     show_default=True,
     help="Folder, or name of a bundle that comes along.",
 )
-@option("--seeds", group=Group.INPUT, type=IntegerRanges(), default="0-63", show_default=True, help="One image a seed.")
+@option(
+    "--seeds",
+    group=Group.INPUT,
+    type=IntegerRanges(2**32, "seeds go up to 4294967295; EDM's generator would take it for another one"),
+    default="0-63",
+    show_default=True,
+    help="One image a seed; or @FILE of them.",
+)
 @option(
     "--labels",
     group=Group.INPUT,
     type=IntegerRanges(),
-    help="Classes, repeated over the seeds; default: drawn from the seeds.",
+    help="Classes, repeated over the seeds, or @FILE of them; default: drawn from the seeds.",
 )
 @option(
     "--batch", group=Group.RUNTIME, type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time."
@@ -157,86 +171,106 @@ _SAMPLING = (
     help="Plain PyTorch, or Triton's where there are some.",
 )
 @option(
-    "--out", group=Group.OUTPUT, type=click.Path(path_type=Path), default="out", show_default=True, help="A new folder."
+    "--out",
+    group=Group.OUTPUT,
+    type=click.Path(path_type=Path),
+    default="out",
+    show_default=True,
+    help="A new folder, or that of the same job, which goes on.",
 )
 @option(
     "--format",
     "formats",
     group=Group.OUTPUT,
     multiple=True,
-    type=click.Choice(["png", "npz"]),
-    default=("png", "npz"),
+    type=click.Choice([*KEPT, *PRODUCTS]),
+    default=("npz", "grid"),
     show_default=True,
+    help="npz: shards of a batch, uint8, with seeds and labels. png: one file an image, 000000/000123.png by seed. "
+    "adm: one arr_0 npz for the ADM suite. latents: shards of what the network drew, undecoded. grid: beside another, "
+    f"one PNG of the first {GRID_IMAGES}. To be given several times.",
 )
-def main(bundle: str, seeds: list[int], labels: list[int] | None, batch: int, **options: Any) -> None:
+@option(
+    "--overwrite", group=Group.OUTPUT, is_flag=True, help="Remove the job that --out holds, whichever it is, first."
+)
+@option(
+    "--time-limit",
+    group=Group.OUTPUT,
+    type=Duration(),
+    help="Stop when a batch more would take longer than this: 90s, 30m, 2.5h. The same command goes on.",
+)
+@option("--dry-run", group=Group.OUTPUT, is_flag=True, help="Say what is to draw, its time and its disk, and end.")
+def main(**options: Any) -> None:
+    with interruptible():
+        _main(options, time.monotonic())
+
+
+def _main(options: dict[str, Any], began: float) -> None:
     from dgfast import bundle as bundles
-    from dgfast.latents import decoder
-    from dgfast.networks import load
-    from dgfast.one_step import OneStep
-    from dgfast.ops import kernels
-    from dgfast.outputs import Writer
-    from dgfast.sampler import Sampler
+    from dgfast.drawing import Drawing, run
+    from dgfast.estimate import estimate
+    from dgfast.job_folder import JobFolder
+    from dgfast.team import Team
 
-    found = bundles.read(bundle)
+    bundle = bundles.read(options["bundle"])
     given = {name: value for name, value in options.items() if value is not None}
-    one_step = options["one_step"]
-    if one_step:
-        _refuse_beside_one_step(given)
-    sampling = _sampling(found.sampling, given)
-    guidance = replace(found.guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
-    device, dtype = _device_and_dtype(options["device"], options["dtype"])
-    networks: Any = found.load("generator", device, dtype) if one_step else load(found, device, dtype, guidance)
-    decode = decoder(found, (networks if one_step else networks.denoiser).img_channels, device, options["vae"])
-
+    formats = _formats(options["formats"], options["seeds"])
+    team = Team.join()
+    device, dtype = _device_and_dtype(options["device"], options["dtype"], team.local_rank)
+    settings = _settings(bundle, given)
+    networks = _networks(bundle, settings, device, dtype)
+    fetcher = _fetcher(bundle, networks, device, options["vae"], formats)
     runtime, engine = _runtime(options), None
     if options["engine"]:
         engine = _engine(runtime, options["engine"], device, options["provider"])
-        _require_fit(engine, found, None if one_step else (sampling, guidance))
+        _require_fit(engine, bundle, settings)
 
     def make(runtime: str) -> Any:
-        keywords = _keywords(runtime, device, engine, one_step, options["provider"])
-        if one_step:
-            return OneStep(networks, device, **keywords)
-        return Sampler(networks, sampling, guidance, device, **keywords)
+        keywords = _keywords(runtime, device, engine, settings is None, options["provider"])
+        return _sampler(networks, settings, device, keywords)
 
-    sampler = make(runtime)
-    classes = _labels_for(sampler, seeds, labels)
-    writer = Writer(options["out"], options["formats"])
-    batch = min(batch, len(seeds)) if engine is None or engine.batch is None else batch
-    with kernels(options["kernels"]):
-        began = time.perf_counter()
-        built = False
-        if runtime != "eager":
-            sampler, built = _prepared(sampler, make, batch, runtime, options["compiled"] or "always")
-        compile_seconds = time.perf_counter() - began if built else 0.0
-        seconds = _draw(sampler, seeds, classes, batch, writer, decode, static=built)
-    method = {"one_step": True} if one_step else {"sampling": asdict(sampling), "guidance": asdict(guidance)}
-    job: dict[str, Any] = {"bundle": bundle, **method}
-    if decode is not None:
-        job["vae"] = options["vae"] or (found.vae and asdict(found.vae))
-    writer.finish(
-        _manifest(job, sampler, seeds, batch, options | {"runtime": runtime if built else "eager"})
-        | {"compile_seconds": compile_seconds, "seconds": seconds}
-    )
-    click.echo(
-        f"{len(seeds)} images in {seconds:.1f} s: {len(seeds) / seconds:.2f} images/s, "
-        f"{_cost(sampler, one_step)} an image, "
-        f"in {options['out']}/"
-    )
+    _check_labels(make("eager"), options["labels"])
+    chunks = _chunks(options, engine)
+    drawing = Drawing(
+        folder=JobFolder(options["out"], _job(bundle, settings, options, runtime), chunks, formats, team.rank),
+        team=team, make=make, runtime=runtime, fetcher=fetcher, kernels=options["kernels"], facts=_facts(device, team),
+        may_fall_back=options["compiled"] == "try", time_limit=options["time_limit"], began=began,
+    )  # fmt: skip
+    if options["dry_run"]:
+        drawing.folder.look()
+        click.echo(estimate(drawing))
+    else:
+        run(drawing, options["overwrite"])
 
 
-def _refuse_beside_one_step(given: dict[str, Any]) -> None:
-    """Nothing that a solver or a guidance is needed for goes with --one-step."""
-    idle = {*_SAMPLING, *asdict(GuidanceConfig())} & {*given}
-    names = [option.opts[0] for option in click.get_current_context().command.params if option.name in idle]
-    if names:
-        raise UserError(f"--one-step has no solver and no guidance: leave out {', '.join(names)}, or --one-step")
+def _formats(names: tuple[str, ...], seeds: Ranges) -> list[str]:
+    """The formats, each once.
+
+    Raises:
+        UserError: formats that would lose images without a word.
+    """
+    formats = list(dict.fromkeys(names))
+    if "grid" in formats and not {"npz", "png", "adm"} & {*formats}:
+        raise UserError("--format grid shows the first images and keeps none: give npz, png or adm beside it")
+    if "png" in formats and seeds.repeated is not None:
+        raise UserError(f"--format png has one file a seed, and seed {seeds.repeated} stands twice in --seeds; use npz")
+    return formats
 
 
-def _cost(sampler: Any, one_step: bool) -> str:
-    if one_step:
-        return "one generator forward"
-    return f"{sampler.score_evaluations} score evaluations and {sampler.guidance_gradients} guidance gradients"
+def _settings(bundle: Any, given: dict[str, Any]) -> tuple[SamplingConfig, GuidanceConfig] | None:
+    """Sampling and guidance: the bundle's, under what the command line gives; None for a one-step generator.
+
+    Raises:
+        UserError: options that nothing takes, or that contradict one another.
+    """
+    if given["one_step"]:
+        idle = {*_SAMPLING, *asdict(GuidanceConfig())} & {*given}
+        names = [option.opts[0] for option in click.get_current_context().command.params if option.name in idle]
+        if names:
+            raise UserError(f"--one-step has no solver and no guidance: leave out {', '.join(names)}, or --one-step")
+        return None
+    guidance = replace(bundle.guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
+    return _sampling(bundle.sampling, given), guidance
 
 
 def _sampling(bundled: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:
@@ -273,6 +307,8 @@ def _runtime(options: dict[str, Any]) -> str:
 
 def _keywords(runtime: str, device: Any, engine: Any, one_step: bool, provider: str | None) -> dict[str, Any]:
     """What a sampler takes to run in this runtime."""
+    if runtime == "eager":
+        return {}
     if engine is not None:
         from dgfast.engines import generated_by, guided_by
 
@@ -308,21 +344,8 @@ def _require_fit(engine: Any, bundle: Any, settings: tuple[SamplingConfig, Guida
         require_fit(engine, bundle, *settings)
 
 
-def _prepared(sampler: Any, make: Callable[[str], Any], batch: int, runtime: str, demand: str) -> tuple[Any, bool]:
-    """The sampler, ready for batches of this size, and whether it runs in that runtime."""
-    began = time.perf_counter()
-    try:
-        sampler.prepare(batch)
-    except UserError as error:
-        if demand != "try":
-            raise
-        click.echo(f"not compiled: {error.message}", err=True)
-        return make("eager"), False
-    click.echo(f"{'compiled' if runtime == 'compiled' else f'{runtime} ready'} in {time.perf_counter() - began:.1f} s")
-    return sampler, True
-
-
-def _device_and_dtype(device: str | None, dtype: str) -> tuple[Any, Any]:
+def _device_and_dtype(name: str | None, dtype: str, local_rank: int) -> tuple[Any, Any]:
+    """The device of this process, and the type of the weights."""
     import torch
 
     from dgfast.devices import DTYPES, keep_freed_memory, pick_device
@@ -330,64 +353,95 @@ def _device_and_dtype(device: str | None, dtype: str) -> tuple[Any, Any]:
     if dtype == "tf32":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-    at = pick_device(device)
-    if at.type == "cpu":
+    device = pick_device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    if device.type == "cpu":
         keep_freed_memory()
-    return at, DTYPES[dtype]
+    return device, DTYPES[dtype]
 
 
-def _labels_for(sampler: Any, seeds: Sequence[int], labels: list[int] | None) -> list[int] | None:
-    """The label of each seed, checked; None leaves them to the seeds."""
-    if labels is None:
-        return None
-    repeated = [labels[k % len(labels)] for k in range(len(seeds))]
-    sampler.class_labels(repeated, len(seeds))
-    return repeated
+def _networks(bundle: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, device: Any, dtype: Any) -> Any:
+    """The networks that the job needs; of a one-step job its generator."""
+    from dgfast.networks import load
+
+    return bundle.load("generator", device, dtype) if settings is None else load(bundle, device, dtype, settings[1])
 
 
-def _draw(
-    sampler: Any, seeds: list[int], labels: list[int] | None, batch: int, writer: Any, decode: Any, static: bool
-) -> float:
-    """Sample all seeds, batch by batch, into the writer; the seconds it took."""
-    from tqdm import tqdm
+def _sampler(networks: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, device: Any, keywords: Any) -> Any:
+    from dgfast.one_step import OneStep
+    from dgfast.sampler import Sampler
 
-    from dgfast.batches import draw
-
-    began = time.perf_counter()
-    steps = math.ceil(len(seeds) / batch) * len(sampler.steps)
-    with tqdm(total=steps, unit="step", desc="sampling", dynamic_ncols=True) as bar:
-
-        def smaller(batch: int) -> None:
-            bar.write(f"out of memory: going on with batches of {batch} images")
-
-        draw(
-            sampler, seeds, labels, batch, writer.add, decode=decode, static=static,
-            on_step=lambda step, x: bar.update(), on_smaller_batch=smaller,
-        )  # fmt: skip
-    return time.perf_counter() - began
+    return (
+        OneStep(networks, device, **keywords) if settings is None else Sampler(networks, *settings, device, **keywords)
+    )
 
 
-def _manifest(job: dict[str, Any], sampler: Any, seeds: list[int], batch: int, options: dict[str, Any]) -> Any:
-    import platform
+def _fetcher(bundle: Any, networks: Any, device: Any, vae: str | None, formats: list[str]) -> Any:
+    """What makes images of latents, and arrays of both, as far as the formats keep them.
 
+    Raises:
+        UserError: latents of a bundle that makes images, or no VAE for those of another.
+    """
+    from dgfast.latents import IMAGE_CHANNELS, decoder
+    from dgfast.outputs import Fetcher
+
+    channels = getattr(networks, "denoiser", networks).img_channels
+    if "latents" in formats and not (vae or bundle.vae) and channels in IMAGE_CHANNELS:
+        raise UserError(f"--format latents: bundle {bundle.name} makes images, there are no latents; use npz or png")
+    images = formats != ["latents"]
+    return Fetcher(decoder(bundle, channels, device, vae) if images else None, images, "latents" in formats)
+
+
+def _check_labels(sampler: Any, labels: Ranges | None) -> None:
+    """Raises UserError for a class that the network does not know."""
+    if labels is not None:
+        sampler.class_labels([labels.largest], 1)
+
+
+def _chunks(options: dict[str, Any], engine: Any) -> Any:
+    from dgfast.job_folder import Chunks
+
+    seeds, batch = options["seeds"], options["batch"]
+    fixed = engine is not None and engine.batch is not None
+    return Chunks(seeds, options["labels"], batch if fixed else min(batch, len(seeds)))
+
+
+def _job(
+    bundle: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, options: dict[str, Any], runtime: str
+) -> dict[str, Any]:
+    """Everything that decides on the images, as the manifest has it."""
+    from dgfast.networks import roles
+
+    method = (
+        {"one_step": True} if settings is None else {"sampling": asdict(settings[0]), "guidance": asdict(settings[1])}
+    )
+    decoding = options["vae"] or (bundle.vae and asdict(bundle.vae))
+    return {
+        "bundle": bundle.name,
+        "weights": bundle.fingerprint(["generator"] if settings is None else roles(bundle, settings[1])),
+        **method,
+        "seeds": str(options["seeds"]),
+        "labels": options["labels"] and str(options["labels"]),
+        **({"vae": decoding} if decoding else {}),
+        **({"engine": sha256(options["engine"])} if options["engine"] else {}),
+        "dtype": options["dtype"],
+        "runtime": runtime,
+        "kernels": options["kernels"],
+        "batch": options["batch"],
+    }
+
+
+def _facts(device: Any, team: Any) -> dict[str, Any]:
+    """What the manifest tells of a run beside its job."""
     import torch
 
+    from dgfast.devices import describe
+
+    versions = {"dgfast": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
-        "job": {
-            **job,
-            "dtype": options["dtype"],
-            "compile": options["runtime"] == "compiled",
-            "runtime": options["runtime"],
-            "kernels": options["kernels"],
-            "batch": batch,
-        },
-        "versions": {"dgfast": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "device": str(sampler.device),
-        "seeds": seeds,
-        "score_evaluations": sampler.score_evaluations,
-        "guidance_gradients": sampler.guidance_gradients,
-        "guided_calls": sum(bool(step.predictor) + bool(step.corrector) for step in sampler.steps),
-    }
+        "command": shlex.join(sys.orig_argv), "device": describe(device), "processes": team.size, "versions": versions
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

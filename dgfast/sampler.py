@@ -1,14 +1,16 @@
 """Noise levels + guided denoiser + solver + runtime = a sampler."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgfast.config import GuidanceConfig, SamplingConfig
-from dgfast.devices import device_of, require_float64
+from dgfast.devices import device_of, require_float64, seconds_of
 from dgfast.errors import UserError
 from dgfast.guidance import (
     CarriedGradient,
@@ -28,6 +30,8 @@ Function = Callable[..., tuple[Tensor, ...]]
 Runtime = Callable[[Function, tuple[Tensor | None, ...]], Function]
 """Makes a faster callable of a pure function of tensors (or None), for the shapes of the example."""
 Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+OnStep = Callable[[Step, Tensor, Tensor, Tensor], Tensor | None]
+"""See `Sampler.integrate`."""
 
 
 class Sampler:
@@ -98,7 +102,7 @@ class Sampler:
         self,
         seeds: Sequence[int],
         labels: Sequence[int] | Tensor | None = None,
-        on_step: Callable[[Step, Tensor], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Images of the seeds in one batch: float32 [N, C, H, W], about [-1, 1], on the sampler's device.
 
@@ -142,7 +146,7 @@ class Sampler:
         latents: Tensor,
         class_labels: Tensor | None = None,
         noise: Callable[[], Tensor] | None = None,
-        on_step: Callable[[Step, Tensor], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Run the solver from given latents.
 
@@ -151,7 +155,9 @@ class Sampler:
             class_labels: rows [B, label_dim] or None.
             noise: called once a step, gives unit normal noise [B, C, H, W]; needed with churn, boosting, eta
                 and the ddpm solver alone.
-            on_step: called before each step with the step and the state.
+            on_step: called after each step with the step, the state x [B, C, H, W] that it arrived at, and the
+                denoised images and log-ratios [B] that it set out from (`guidance.OUTSIDE_WINDOW` where no
+                discriminator was asked). A state that it returns takes the place of x.
 
         Returns:
             x [B, C, H, W] in `state_dtype`, in clean-image coordinates.
@@ -159,7 +165,7 @@ class Sampler:
         Raises:
             UserError: x became NaN or infinite; step and sigma are named.
         """
-        coords, batch = self.coordinates, len(latents)
+        batch = len(latents)
 
         def time(value: float) -> Tensor:
             return torch.full((batch, 1, 1, 1), value, dtype=torch.float64, device=latents.device)
@@ -168,14 +174,8 @@ class Sampler:
         first_bad = torch.full((), len(self.steps), device=latents.device)  # on the device: looking would wait for it
         previous: tuple[Tensor, Tensor] | None = None
         carried = CarriedGradient(self.guidance.dg_reuse) if self.guidance.dg_every > 1 else None
-        t = time(self.steps[0].t)
-        scale = coords.sigma(t) * coords.s(t)
-        if self.sampling.solver in ("ddpm", "ddim"):  # DDPM starts at unit variance, as if it were all noise
-            scale = 1 / vp_alpha(coords.sigma(t))
-        x = latents.to(self.state_dtype) * scale.to(self.state_dtype)
+        x = self.first_state(latents)
         for step in self.steps:
-            if on_step is not None:
-                on_step(step, x)
             t, t_next = time(step.t), time(step.t_next)
             t_hat, x_hat = self._churn(step, x, t, log_ratio, noise)
             fresh = self._fresh_noise(step, x_hat, noise)
@@ -183,28 +183,69 @@ class Sampler:
             x, denoised, log_ratio = self._step_function(step, arguments, carried)(*arguments)
             if self.sampling.solver == "dpmpp-2m":
                 previous = denoised, t_hat
+            changed = None if on_step is None else on_step(step, x, denoised, log_ratio)
+            if changed is not None:
+                x = self._accepted(changed, x)
             bad = ~x.isfinite().all() & (first_bad == len(self.steps))
             first_bad = torch.where(bad, step.index, first_bad)
         failed = int(first_bad)
         if failed < len(self.steps):
             raise UserError(
                 f"the images became NaN or infinite at step {failed} of {len(self.steps)}, "
-                f"sigma {self.steps[failed].sigma:.4g}; lower the guidance weights or use --dtype float32"
+                f"sigma {self.steps[failed].sigma:.4g}; {self._remedy()}"
             )
         return x
 
+    def _remedy(self) -> str:
+        """What a user can do about images that are not finite."""
+        net = self.networks.denoiser
+        half = isinstance(net, nn.Module) and any(p.dtype != torch.float32 for p in net.parameters())
+        remedies = ["use --dtype float32"] if half else []
+        if any(step.predictor or step.corrector for step in self.steps):
+            remedies.insert(0, "lower the guidance weights")
+        return " or ".join(remedies) or "no guidance acted: the score network itself returns them, look at its weights"
+
+    def first_state(self, latents: Tensor) -> Tensor:
+        """The state [B, C, H, W] in `state_dtype` at the highest noise level, of unit normal latents [B, C, H, W]."""
+        t = torch.full((len(latents), 1, 1, 1), self.steps[0].t, dtype=torch.float64, device=latents.device)
+        scale = self.coordinates.sigma(t) * self.coordinates.s(t)
+        if self.sampling.solver in ("ddpm", "ddim"):  # DDPM starts at unit variance, as if it were all noise
+            scale = 1 / vp_alpha(self.coordinates.sigma(t))
+        return latents.to(self.state_dtype) * scale.to(self.state_dtype)
+
+    def _accepted(self, changed: Tensor, x: Tensor) -> Tensor:
+        """What `on_step` returned in the place of the state x, as such a state."""
+        if not isinstance(changed, Tensor) or changed.shape != x.shape:
+            shape = list(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+            raise UserError(f"on_step must return a state of shape {list(x.shape)} or None; it returned {shape}")
+        return changed.to(x.device, self.state_dtype)
+
     def prepare(self, batch: int) -> None:
         """Build every function that the plan calls for batches of this size, so that sampling itself compiles none."""
+        for call, _ in self._calls(batch):
+            call()
+        if self._step_runtime is not None:
+            x, _, labels = self._example(batch)
+            self.integrate(x.float(), labels, lambda: torch.zeros_like(x))
+
+    def estimate(self, batch: int) -> float:
+        """Seconds that the network calls of a batch take: each function of the plan is timed once, warm."""
+        return sum(count * seconds_of(call, self.device) for call, count in self._calls(batch))
+
+    def _calls(self, batch: int) -> Iterator[tuple[Callable[[], object], int]]:
+        """Each function of the plan, called with zeros, and how often the plan calls it."""
+        x, sigma, labels = self._example(batch)
+        example = (x, sigma, labels, *self._fresh_noise(self.steps[0], x, lambda: x)[1:])
+        calls = Counter(g for step in self.steps for g in (step.predictor, step.corrector) if g is not None)
+        with torch.no_grad():
+            for guidances, count in calls.items():
+                function = self._function(guidances, example, self.guidance.dg_every > 1)
+                yield partial(function, *example), count
+
+    def _example(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         x = torch.zeros((batch, *self.shape), dtype=self.state_dtype, device=self.device)
         labels = self.class_labels([0] * batch, batch) if self.classes else None
-        sigma = torch.ones(batch, dtype=torch.float64, device=self.device)
-        with torch.no_grad():
-            for guidances in dict.fromkeys(g for step in self.steps for g in (step.predictor, step.corrector)):
-                if guidances is not None:  # each function once, not once a step
-                    example = (x, sigma, labels, *self._fresh_noise(self.steps[0], x, lambda: x)[1:])
-                    self._function(guidances, example, self.guidance.dg_every > 1)(*example)
-            if self._step_runtime is not None:
-                self.integrate(x.float(), labels, lambda: torch.zeros_like(x))
+        return x, torch.ones(batch, dtype=torch.float64, device=self.device), labels
 
     def _churn(
         self, step: Step, x: Tensor, t: Tensor, log_ratio: Tensor, noise: Callable[[], Tensor] | None

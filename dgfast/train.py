@@ -137,13 +137,13 @@ def features(**options: Any) -> None:
 def discriminator(generated: Path, dg_weight: float, **options: Any) -> None:
     """DG's discriminator: a head on the frozen classifier, real against generated images."""
     from dgfast.errors import UserError
+    from dgfast.image_folder import read_images
     from dgfast.nets.discriminator import Discriminator
-    from dgfast.outputs import read_shards
     from dgfast.training.data import ImageSet, split
     from dgfast.training.discriminator import discriminator_loss, judge_by_sigma
 
     job = _Job("discriminator", **options)
-    images, labels = read_shards(generated)
+    images, labels = read_images(generated)
     if len(images) < 5:
         raise UserError(f"{generated} holds {len(images)} images: a fifth of them is held out, so draw at least 5")
     fakes, held_out_fakes = split(ImageSet(images, labels), len(images) // 5)

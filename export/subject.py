@@ -1,7 +1,7 @@
 """Functions to export, and what an exported file is tried with: calls it has not seen, and a whole run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -112,7 +112,8 @@ class Joint:
 
     def last(self, case: Case) -> Case:
         """The same case as the last step, which goes to sigma 0."""
-        return Case(f"{case.name}, last step", {**case.inputs, "sigma_next": torch.zeros_like(case.inputs["sigma"])})
+        to_zero = {**case.inputs, "sigma_next": torch.zeros_like(case.inputs["sigma"])}
+        return replace(case, name=f"{case.name}, last step", inputs=to_zero)
 
     def amplified(self, name: str, levels: Sequence[float], seed: int) -> Case:
         """A case whose weights make the guidance as large as the image, so that an error in it cannot hide."""

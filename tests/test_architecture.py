@@ -16,6 +16,7 @@ HEAVY = {"mlxtend", "torchmetrics", "prdc", "matplotlib", "onnx", "onnxruntime",
 # Room -> the rooms it may import (its own besides), and the packages beyond the standard library.
 ROOMS = {
     "errors": (set(), {"click"}),
+    "bounds": ({"errors"}, set()),
     "config": ({"errors"}, set()),
     "noise_levels": ({"config", "errors"}, {"torch"}),
     "randomness": ({"errors"}, {"torch"}),
@@ -26,11 +27,11 @@ ROOMS = {
     "denoiser": ({"noise_levels"}, {"torch"}),
     "nets": ({"denoiser", "errors", "ops"}, {"torch", "numpy"}),
     "guidance": ({"errors", "noise_levels", "ops"}, {"torch"}),
-    "runtimes": ({"devices", "errors", "extras"}, {"torch", "numpy", "onnx", "onnxruntime"}),
+    "runtimes": ({"bounds", "devices", "errors", "extras"}, {"torch", "numpy", "onnx", "onnxruntime"}),
     "engines": ({"bundle", "config", "errors", "guidance"}, {"torch"}),
     "outputs": ({"errors"}, {"torch", "numpy", "PIL"}),
     "plan": ({"config", "errors", "guidance", "nets", "networks", "noise_levels"}, {"torch"}),
-    "options": ({"__version__", "config"}, {"click"}),
+    "options": ({"__version__", "bounds", "config"}, {"click"}),
     "one_step": ({"bundle", "devices", "errors", "networks", "plan", "randomness", "sampler"}, {"torch"}),
     "batches": ({"one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }

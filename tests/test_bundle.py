@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -123,7 +124,14 @@ def test_bundle_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path
         bundles.read(tmp_path)  # a folder without bundle.json
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"bundle"', '{"format": 1}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "null", '"bundle"', '{"format": 1}', "\xff", "[" * 100_000, '{"format": 1, "format": 1}',
+        '{"format": NaN}', '{"format": 1' + "0" * 5000 + "}", " " * 9 * 2**20,
+    ],
+    ids=lambda text: text[:20],
+)  # fmt: skip
 def test_bundle_description_that_is_none_is_refused(bundle: Bundle, text: str) -> None:
     (bundle.folder / "bundle.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match="not a bundle description"):
@@ -147,14 +155,60 @@ def test_bundle_description_that_is_none_is_refused(bundle: Bundle, text: str) -
         (lambda raw: raw["nets"]["score"].update(file="/etc/passwd"), "/etc/passwd"),
         (lambda raw: raw["nets"]["score"].update(file="deep/score.safetensors"), "deep/score"),
         (lambda raw: raw["nets"]["score"].update(file=5), "bundle.json"),
+        (lambda raw: raw["nets"]["score"].update(file="a\x00"), "bundle.json"),
+        (lambda raw: raw["nets"]["score"].update(file="a\x1b[2J"), "bundle.json"),
+        (lambda raw: raw["nets"]["score"]["keywords"].update(model_channels=10**7), "100,000 is the most"),
+        (lambda raw: raw["nets"]["score"]["keywords"].update(channel_mult=[1] * 100), "a short list"),
+        (lambda raw: raw["nets"]["score"]["keywords"].update(channel_mult=[[[1]]]), "a short list"),
+        (lambda raw: raw["nets"]["score"]["keywords"].update(img_resolution=10**5), "4,096 is the most"),
+        (lambda raw: raw.update(name="a\x1b[2J"), "name .* can be shown"),
+        (lambda raw: raw.update(name=5), "name 5"),
+        (lambda raw: raw.update(class_names=["a\nb"]), "class name .* can be shown"),
+        (lambda raw: raw.update(license="\x1b[2J"), "license .* can be shown"),
+        (lambda raw: raw.update(metrics=_nested(30)), "nested too deeply"),
+        (lambda raw: raw["sampling"].update(num_steps=10**9), "at most 20,000"),
+        (lambda raw: raw["sampling"].update(M=10**9), "at most 20,000"),
+        (lambda raw: raw["sampling"].update(sigma_max="80"), "must be real number"),
+        (lambda raw: raw["sampling"].update(sigma_max=[80]), "must be real number"),
+        (lambda raw: raw["sampling"].update(clip_denoised="no"), "clip_denoised"),
+        (lambda raw: raw["sampling"].update(respacing="9" * 5000), "respacing"),
+        (lambda raw: raw["sampling"].update(solver="\x1b[2J" * 1000), "solver"),
+        (lambda raw: raw["guidance"].update(dg_weight="\x1b[2J"), "must be real number"),
+        (lambda raw: raw["guidance"].update(dg_window=[10**400, 2]), "too large"),
+        (lambda raw: raw.update(vae={"source": "\x1b[2J"}), "vae"),
     ],
 )
 def test_bundle_description_names_what_is_wrong_with_it(
     bundle: Bundle, change: Callable[[dict[str, Any]], Any], named: str
 ) -> None:
     edit(bundle, change)
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=named) as caught:
         bundles.read(bundle.folder)
+    assert caught.value.message.isprintable() and len(caught.value.message) < 1000
+
+
+def _nested(depth: int) -> Any:
+    value: Any = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+def test_bundle_texts_may_have_lines(bundle: Bundle) -> None:
+    edit(bundle, lambda raw: raw.update(license="MIT\nand nothing else"))
+    assert bundles.read(bundle.folder).license == "MIT\nand nothing else"
+
+
+@pytest.mark.parametrize("place", ["bundle.json", "score.safetensors"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_bundle_waits_for_no_pipe_and_reads_no_device(bundle: Bundle, place: str, make: Callable[[Path], None]) -> None:
+    (bundle.folder / place).unlink()
+    make(bundle.folder / place)
+    with pytest.raises(UserError, match=place):
+        bundles.read(bundle.folder).load("score")
+    if place != "bundle.json":
+        with pytest.raises(UserError, match="a folder, a pipe or a device"):
+            bundles.read(bundle.folder).fingerprint()
 
 
 @pytest.mark.parametrize("file", ["", ".", ".."])

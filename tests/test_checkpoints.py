@@ -103,14 +103,14 @@ def _endless(net: Persistent) -> None:
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
-        pytest.param({"model_channels": 10**9}, "larger than its", id="wide"),
-        pytest.param({"model_channels": 8192}, "larger than its", id="somewhat_wide"),
-        pytest.param({"num_blocks": 10**4}, "larger than its", id="deep"),
-        pytest.param({"channel_mult": [1] * 10**4}, "larger than its", id="long"),
+        pytest.param({"model_channels": 10**9}, "100,000 is the most", id="wide"),
+        pytest.param({"model_channels": 8192}, "misshapen", id="somewhat_wide"),
+        pytest.param({"num_blocks": 10**4}, "far more tensors than its weights", id="deep"),
+        pytest.param({"channel_mult": [1] * 10**4}, "not a number, a word or a short list", id="long"),
         pytest.param({"channel_mult": [[1]]}, "'channel_mult' is not a number", id="nested"),
-        pytest.param({"sigma_max": float("-inf")}, "'sigma_max' is not a number", id="infinite"),
-        pytest.param({"dropout": float("nan")}, "'dropout' is not a number", id="nan"),
-        pytest.param({"num_blocks": "2"}, "str where int belongs", id="word"),
+        pytest.param({"sigma_max": float("-inf")}, "'sigma_max' is not a finite number", id="infinite"),
+        pytest.param({"dropout": float("nan")}, "'dropout' is not a finite number", id="nan"),
+        pytest.param({"num_blocks": "2"}, "make no EDMPrecond", id="word"),
         pytest.param({"model_channels": 9.5}, "make no EDMPrecond", id="broken_number"),
         pytest.param({"model_channels": -8}, "make no EDMPrecond", id="negative"),
         pytest.param({"colour": "red\n\x1b[2J"}, "make no EDMPrecond", id="unknown_keyword"),
@@ -170,7 +170,7 @@ def test_tensors_reach_no_further_than_their_storage(
             )
             return torch._utils._rebuild_tensor_v2, (storage, offset, size, stride, False, {})
 
-    with pytest.raises(UserError, match=r"beyond its storage|no valid shape|float where int belongs"):
+    with pytest.raises(UserError, match=r"beyond its storage|no valid shape|float where int|Opaque where"):
         nvidia_pickle.read(dump({"ema": View()}))
 
 
@@ -265,31 +265,42 @@ def test_attributes_from_the_file_hide_nothing(tmp_path: Path) -> None:
             return OrderedDict, (), {"items": 5}, None, iter([("a", torch.zeros(2))])
 
     torch.save(Hiding(), tmp_path / "x.pt")
-    assert list(openai_pt.read(tmp_path / "x.pt")) == ["a"]
+    assert list(openai_pt.read(tmp_path / "x.pt").tensors) == ["a"]
 
     tensor = torch.zeros(2)
     tensor.__dict__["colour"] = "red"
     torch.save({"a": tensor}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="'a' is not a dense tensor"):
+    with pytest.raises(UserError, match="no tensors by name, only a "):
         openai_pt.read(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_state_dicts_are_read_exactly(tmp_path: Path, legacy: bool) -> None:
-    tensors = nets.build("EDMPrecond", **TINY).state_dict()
+    tensors = nets.build("EDMPrecond", **TINY).get_submodule("model").state_dict()
     torch.save(tensors, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
-    found = openai_pt.read(tmp_path / "x.pt")
+    found = openai_pt.read(tmp_path / "x.pt").tensors
     assert list(found) == list(tensors) and all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_state_dicts_hold_views_that_are_no_larger_than_their_storage(tmp_path: Path) -> None:
+    tensors = {"row": torch.arange(12.0).view(3, 4)[1], "turned": torch.arange(12.0).view(3, 4).T}
+    tensors["all of it"] = torch.arange(10.0).as_strided((2, 5), (0, 1))
+    torch.save(tensors, tmp_path / "x.pt")
+    found = openai_pt.read(tmp_path / "x.pt").tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
         pytest.param([torch.zeros(2)], "holds a list", id="list"),
-        pytest.param({"model": {"a": torch.zeros(2)}, "step": 3}, "'model' is not a dense tensor", id="checkpoint"),
         pytest.param({"a": torch.zeros(2, dtype=torch.int64)}, "'a' is not a dense tensor of floats", id="integers"),
-        pytest.param({"a": torch.zeros(1).expand(10**9)}, "'a' is not a dense tensor", id="stride_0"),
-        pytest.param({"a": torch.eye(3).to_sparse()}, "'a' is not a dense tensor", id="sparse"),
+        # 16 floats of a storage of 10: fewer than its 40 bytes, more than it has floats
+        pytest.param({"a": torch.ones(10).as_strided((2, 8), (0, 1))}, "a tensor that is not dense", id="overlapping"),
+        pytest.param({"a": torch.ones(10).half().as_strided((11,), (0,))}, "a tensor that is not dense", id="one_more"),
+        pytest.param({"a": torch.zeros(1).expand(10**9)}, r"only a \(a tensor that is not dense\)", id="stride_0"),
+        pytest.param({"a": torch.eye(3).to_sparse()}, "no tensors by name, only a ", id="sparse"),
+        pytest.param({"step": 3}, r"no tensors by name, only step \(int\)", id="no_tensors"),
         pytest.param({"a\nb": torch.zeros(2)}, "is not a dense tensor", id="newline"),
     ],
 )

@@ -303,12 +303,15 @@ def test_dit_published_checkpoint_says_itself_what_it_is(name: str) -> None:
 
     with torch.device("meta"):
         tensors = nets.build("DiT", **PRESETS[name]).state_dict()
-    keywords = dit.score_keywords(tensors, {}, name)
+    keywords, assumed = dit.score_keywords(tensors, {}, name)
     with torch.device("meta"):
         made = nets.build("DDPMPrecond", **keywords).get_submodule("model")
     assert {key: value.shape for key, value in made.state_dict().items()} == {k: v.shape for k, v in tensors.items()}
     assert [block.attn.num_heads for block in made.blocks] == [PRESETS[name]["num_heads"]] * PRESETS[name]["depth"]
     assert made.out_channels == 8 and made.null_class == 1000
+    assert {entry.name: entry.value for entry in assumed} == {
+        "num_heads": PRESETS[name]["num_heads"], "class_dropout_prob": "above 0",
+    }  # fmt: skip
 
 
 def test_dit_of_no_published_size_needs_its_heads(checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:

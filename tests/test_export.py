@@ -26,8 +26,8 @@ from dgfast.export import onnx_file, parity, to_onnx
 from dgfast.export.joint_graph import joint
 from dgfast.export.parity import Case, Row, compare, signature
 from dgfast.export.subject import Joint
+from dgfast.image_folder import read_images
 from dgfast.networks import load
-from dgfast.outputs import read_shards
 from dgfast.runtimes.onnx import OnnxEngine, save
 from dgfast.sample import main as sample
 
@@ -247,6 +247,47 @@ def test_parity_names_what_differs(found: dict[str, Tensor], error: type[Excepti
         report.check()
 
 
+@pytest.fixture(scope="module")
+def small_denoised(tmp_path_factory: pytest.TempPathFactory) -> Joint:
+    """A whole step of a network whose denoised image is small at sigma 80, as it is for data of mean 0."""
+    score = _SCORE | {"label_dim": 0, "model_channels": 8}
+    net = nets.build("EDMPrecond", **score)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.08
+    bundle = Bundle(tmp_path_factory.mktemp("bundles") / "mean-0", "mean-0", {}, SamplingConfig(num_steps=4))
+    bundles.write(bundles.with_net(bundle, "score", net, "EDMPrecond", score))
+    made = joint(load(bundles.read(bundle.folder)), bundle.sampling, bundle.guidance, "step")
+    last = made.last(made.case("", [80.0], 100))
+    assert made(last.inputs)["x_next"].abs().max() < 0.1 < 100 < last.inputs["x"].abs().max()
+    return made
+
+
+def test_parity_judges_the_step_to_sigma_0_by_what_float32_keeps_of_the_noisy_image(small_denoised: Joint) -> None:
+    def single(inputs: parity.Tensors) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"x_next": small_denoised.function(*(inputs[name] for name in small_denoised.inputs))[0]}
+
+    assert {row.problem for row in compare(small_denoised, single, small_denoised.cases(1), 1e-4).rows} == {""}
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.5, 80.0])
+def test_parity_finds_what_is_wrong_in_the_step_to_sigma_0(small_denoised: Joint, sigma: float) -> None:
+    last = small_denoised.last(small_denoised.case("", [sigma], 100))
+
+    def off(inputs: parity.Tensors) -> dict[str, Tensor]:
+        return {name: value * 1.02 for name, value in small_denoised(inputs).items()}
+
+    assert not compare(small_denoised, off, [last], 1e-4).passed
+
+
+def test_export_keeps_a_step_whose_denoised_images_are_small(small_denoised: Joint, tmp_path: Path) -> None:
+    path = tmp_path / "step.onnx"
+    metadata = {"predicts_noise": "false"}
+    onnx_file.export(small_denoised, path, batch=1, dtype="float32", opset=18, metadata=metadata)
+    OnnxEngine(path).self_test()
+
+
 @pytest.mark.parametrize(
     ("found", "problem"),
     [
@@ -276,7 +317,7 @@ def _sample(bundle: Bundle, out: Path, *options: str) -> Result:
 
 
 def _images(folder: Path) -> np.ndarray:
-    return read_shards(folder)[0].astype(int)
+    return read_images(folder)[0].astype(int)
 
 
 def test_engine_samples_the_images_of_eager(bundle: Bundle, denoiser_file: Path, tmp_path: Path) -> None:

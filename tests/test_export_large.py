@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from dgfast.bundle import Bundle
 from dgfast.errors import UserError
 from dgfast.export import onnx_file, to_onnx
-from dgfast.outputs import read_shards
+from dgfast.image_folder import read_images
 from dgfast.runtimes import onnx as runtime
 from dgfast.runtimes.onnx import OnnxEngine, data_of, files_of, save
 from dgfast.runtimes.onnx_writer import convert
@@ -74,7 +74,7 @@ def test_large_export_is_a_file_and_its_weights_which_sample_as_one(small_bundle
         ]
         done = CliRunner().invoke(sample, [*job, *options])
         assert done.exit_code == 0, done.output
-        drawn.append(read_shards(out)[0].astype(int))
+        drawn.append(read_images(out)[0].astype(int))
     assert np.abs(drawn[0] - drawn[1]).max() <= 1
 
 

@@ -18,7 +18,7 @@ from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.engines import require_fit
 from dgfast.errors import UserError
 from dgfast.export import to_onnx
-from dgfast.outputs import read_shards
+from dgfast.image_folder import read_images
 from dgfast.runtimes.onnx import OnnxEngine
 from dgfast.sample import main as sample
 
@@ -60,7 +60,7 @@ def _images(bundle: Bundle, out: Path, *options: str) -> np.ndarray:
     job = ["--bundle", str(bundle.folder), "--seeds", "0-3", "--batch", "2", "--device", "cpu", "--format", "npz"]
     done = CliRunner().invoke(sample, [*job, "--out", str(out), *options])
     assert done.exit_code == 0, done.output
-    return read_shards(out)[0].astype(int)
+    return read_images(out)[0].astype(int)
 
 
 def test_export_of_an_ancestral_bundle_is_its_posterior(bundle: Bundle, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from dgfast import bundle as bundles
 from dgfast import latents, nets
 from dgfast.bundle import Bundle, VaeSpec
 from dgfast.errors import UserError
-from dgfast.outputs import read_shards, to_uint8
+from dgfast.image_folder import read_images
+from dgfast.outputs import to_uint8
 from dgfast.sample import main
 
 with warnings.catch_warnings():  # diffusers and what it imports warn about each other
@@ -80,7 +81,7 @@ def _expected(bundle: Bundle, vae: Any, scale: float) -> np.ndarray:
 def test_latents_are_decoded_into_the_images_on_disk(latent: Bundle, vae: Any, tmp_path: Path) -> None:
     result = _sample(latent, tmp_path / "out")
     assert result.exit_code == 0, result.output
-    images, _ = read_shards(tmp_path / "out")
+    images, _ = read_images(tmp_path / "out")
     expected = _expected(latent, vae, _SCALE)
     assert images.shape == (9, 16, 16, 3) and images.std() > 1
     assert np.abs(images.astype(int) - expected).max() <= 1
@@ -95,7 +96,7 @@ def test_latents_take_the_vae_of_the_command_line(latent: Bundle, vae: Any, tmp_
     result = _sample(bare, tmp_path / "out", "--vae", str(latent.folder / "vae"))
     assert result.exit_code == 0, result.output
     expected = _expected(bare, vae, latents.SCALE)
-    assert np.abs(read_shards(tmp_path / "out")[0].astype(int) - expected).max() <= 1
+    assert np.abs(read_images(tmp_path / "out")[0].astype(int) - expected).max() <= 1
 
 
 def test_latents_bundle_says_what_decodes_them(latent: Bundle) -> None:

@@ -12,6 +12,7 @@ from dgfast import nets
 from dgfast.nets.adm import EncoderUNetModel
 from dgfast.nets.blocks import Conv2d
 from dgfast.nets.discriminator import Discriminator
+from dgfast.nets.text_options import numbers
 
 NetFactory = Callable[..., Any]
 EDM = {
@@ -44,17 +45,41 @@ CLASSIFIER = {
 }
 RECIPES = [("EDMPrecond", EDM), ("EncoderUNetModel", ENCODER), ("create_classifier", CLASSIFIER)]
 
+SHAPES = [(2, 3, 8, 8), (2, 5), (2, 1000)]
+
 
 def without(keywords: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in keywords.items() if key != name}
 
 
 # Building -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("kind", "keywords"), RECIPES)
-def test_nets_build_gives_what_it_is_asked_for(kind: str, keywords: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("kind", "keywords", "shape"), [(*r, s) for r, s in zip(RECIPES, SHAPES, strict=True)])
+def test_nets_build_gives_what_it_is_asked_for(kind: str, keywords: dict[str, Any], shape: tuple[int, ...]) -> None:
     net = nets.build(kind, **keywords)
-    sigma = torch.ones(2)
-    assert net(torch.zeros(2, 3, 8, 8), sigma).shape[0] == 2
+    out = net(torch.zeros(2, 3, 8, 8), torch.ones(2))
+    assert out.shape == shape and out.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("keywords", "layer", "shape"),
+    [
+        ({"model_channels": 24}, "enc.8x8_conv.weight", (24, 3, 3, 3)),
+        ({"channel_mult": [1, 3]}, "enc.4x4_block0.conv0.weight", (48, 16, 3, 3)),
+        ({"num_blocks": 2}, "enc.8x8_block1.conv0.weight", (16, 16, 3, 3)),
+        ({"attn_resolutions": [8]}, "enc.8x8_block0.qkv.weight", (48, 16, 1, 1)),
+        ({"label_dim": 5}, "map_label.weight", (16, 5)),
+        ({"augment_dim": 9}, "map_augment.weight", (16, 9)),
+        ({"channel_mult_emb": 2}, "map_layer1.weight", (32, 32)),
+        ({"channel_mult_noise": 2}, "map_layer0.weight", (64, 32)),
+        ({"img_channels": 4}, "dec.8x8_aux_conv.weight", (4, 16, 3, 3)),
+        ({"img_resolution": 32}, "enc.16x16_down.conv0.weight", (16, 16, 3, 3)),
+    ],
+)
+def test_nets_build_hears_every_keyword(keywords: dict[str, Any], layer: str, shape: tuple[int, ...]) -> None:
+    """Each layer of a size that the default has not."""
+    sizes = [dict(nets.build("EDMPrecond", **EDM | own).model.named_parameters()) for own in ({}, keywords)]
+    assert layer not in sizes[0] or sizes[0][layer].shape != shape
+    assert tuple(sizes[1][layer].shape) == shape
 
 
 @pytest.mark.parametrize(
@@ -193,3 +218,62 @@ def test_nets_low_pass_filters_keep_a_constant_image() -> None:
         for direction in ({"up": True}, {"down": True}):
             out = Conv2d(1, 1, 0, resample_filter=taps, **direction)(torch.full((1, 1, 16, 16), 2.0))
             torch.testing.assert_close(out[..., 3:-3, 3:-3], torch.full_like(out[..., 3:-3, 3:-3], 2.0))
+
+
+# Lists of numbers as people and JSON write them ----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        pytest.param("16,8", [16, 8], id="text"),
+        pytest.param("0.5,1, 2", [0.5, 1, 2], id="fractions"),
+        pytest.param(16, [16], id="number"),
+        pytest.param([1, 2.0, "4"], [1, 2, 4], id="list"),
+        pytest.param("", [], id="empty"),
+        pytest.param([], [], id="empty_list"),
+    ],
+)
+def test_numbers_are_read_from_text_number_or_list(option: object, expected: list[float]) -> None:
+    assert numbers(option, "attention_resolutions") == expected
+    assert [type(number) for number in numbers(option, "")] == [type(number) for number in expected]
+
+
+@pytest.mark.parametrize("option", [True, None, "16,x", {"a": 1}, [[16]], "inf", float("nan"), "9" * 400])
+def test_other_things_are_no_numbers(option: object) -> None:
+    with pytest.raises(ValueError, match=r"attention_resolutions .* must be numbers, such as 16,8"):
+        numbers(option, "attention_resolutions")
+
+
+@pytest.mark.parametrize(
+    ("kind", "keywords", "name", "alike"),
+    [
+        pytest.param(
+            "create_model", {"image_size": 64, "num_channels": 32, "num_res_blocks": 1}, "attention_resolutions",
+            ("16", 16, [16]), id="adm_attention",
+        ),
+        pytest.param(
+            "create_model", {"image_size": 8, "num_channels": 32, "num_res_blocks": 1}, "channel_mult",
+            ("2", 2, [2]), id="adm_channels",
+        ),
+        pytest.param(
+            "create_classifier",
+            {
+                "image_size": 16, "classifier_use_fp16": False, "classifier_width": 64, "classifier_depth": 1,
+                "classifier_use_scale_shift_norm": True, "classifier_resblock_updown": True,
+                "classifier_pool": "attention",
+            },
+            "classifier_attention_resolutions", ("8", 8, [8]), id="classifier_attention",
+        ),
+        pytest.param(
+            "EDMPrecond",
+            {"img_resolution": 8, "img_channels": 1, "model_type": "SongUNet", "model_channels": 8, "num_blocks": 1},
+            "channel_mult", ("1,2", [1, 2], (1, 2)), id="edm_channels",
+        ),
+    ],
+)  # fmt: skip
+def test_one_option_in_all_its_spellings_builds_one_network(
+    kind: str, keywords: dict[str, Any], name: str, alike: tuple[object, ...]
+) -> None:
+    with torch.device("meta" if kind.startswith("create") else "cpu"):
+        built = [nets.build(kind, **keywords, **{name: option}).state_dict() for option in alike]
+    shapes = [{name: value.shape for name, value in state.items()} for state in built]
+    assert shapes[0] == shapes[1] == shapes[2]

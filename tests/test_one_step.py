@@ -15,8 +15,9 @@ from dgfast import bundle as bundles
 from dgfast import nets
 from dgfast.bundle import Bundle
 from dgfast.errors import UserError
+from dgfast.image_folder import read_images
 from dgfast.networks import load
-from dgfast.outputs import read_shards, to_uint8
+from dgfast.outputs import to_uint8
 from dgfast.plan import Step
 from dgfast.runtimes import compiled
 from dgfast.sample import main
@@ -53,19 +54,20 @@ def test_one_step_writes_the_same_outputs(tiny: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "5 images in" in result.output and "one generator forward an image" in result.output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "grid.png", "images-00000.npz", "images-00001.npz", "manifest.json"
+        ".lock", "grid.png", "images-00000.npz", "images-00001.npz", "manifest.json"
     ]  # fmt: skip
-    images, labels = read_shards(tmp_path / "out")
+    images, labels = read_images(tmp_path / "out")
     assert images.shape == (5, 8, 8, 1) and labels.tolist() == [2, 0, 2, 0, 2]
     manifest = _manifest(tmp_path / "out")
     assert manifest["job"]["one_step"] is True and "guidance" not in manifest["job"]
-    assert manifest["seeds"] == [0, 1, 2, 3, 4] and manifest["seconds"] > 0
-    assert manifest["score_evaluations"] == manifest["guidance_gradients"] == manifest["guided_calls"] == 0
+    (run,) = manifest["runs"]
+    assert manifest["job"]["seeds"] == "0-4" and run["images"] == 5 and run["seconds"] > 0
+    assert run["score_evaluations"] == run["guidance_gradients"] == run["guided_calls"] == 0
 
 
 def test_one_step_python_gives_what_the_door_writes(tiny: Path, tmp_path: Path) -> None:
     assert _run(tiny, tmp_path / "out", "--batch", "2").exit_code == 0
-    images, labels = read_shards(tmp_path / "out")
+    images, labels = read_images(tmp_path / "out")
     sampler = dgfast.OneStep.load(tiny)
     drawn = sampler.draw_labels(range(5))
     assert drawn is not None and labels.tolist() == drawn.tolist() and len(set(labels)) > 1
@@ -81,9 +83,9 @@ def test_one_step_is_one_forward_and_says_so(tiny: Path) -> None:
     generator.register_forward_pre_hook(lambda module, arguments: calls.append(tuple(arguments[0].shape)))
     seen: list[tuple[Step, Tensor]] = []
     sampler = dgfast.OneStep(generator)  # type: ignore[arg-type]
-    images = sampler(range(4), [0, 1, 2, 0], on_step=lambda step, latents: seen.append((step, latents)))
+    images = sampler(range(4), [0, 1, 2, 0], on_step=lambda step, x, *_: seen.append((step, x)))
     assert calls == [(4, 6)] and images.shape == (4, 1, 8, 8) and images.dtype == torch.float32
-    assert [step for step, _ in seen] == list(sampler.steps) and seen[0][1].shape == (4, 6)
+    assert [step for step, _ in seen] == list(sampler.steps) and seen[0][1] is images
     assert not images.requires_grad
 
 
@@ -101,7 +103,7 @@ def test_one_step_in_another_runtime_draws_the_same(
     result = _run(tiny, tmp_path / runtime, "--batch", "3", "--runtime", runtime)
     assert result.exit_code == 0, result.output
     assert _manifest(tmp_path / runtime)["job"]["runtime"] == runtime
-    eager, other = (read_shards(tmp_path / name)[0] for name in ("eager", runtime))
+    eager, other = (read_images(tmp_path / name)[0] for name in ("eager", runtime))
     assert eager.shape == other.shape == (5, 8, 8, 1) and np.abs(eager.astype(int) - other).max() <= 1
 
 
@@ -130,7 +132,7 @@ def test_one_step_without_classes(tmp_path: Path) -> None:
     bundles.write(bundle)
     result = _run(bundle.folder, tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert read_shards(tmp_path / "out")[1].tolist() == [-1] * 5
+    assert read_images(tmp_path / "out")[1].tolist() == [-1] * 5
     with pytest.raises(UserError, match="unconditional"):
         dgfast.OneStep.load(bundle)([0], [1])
 

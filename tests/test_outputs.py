@@ -1,7 +1,6 @@
-"""Images on disk: what is written can be read back, and nothing that is there gets lost."""
+"""Images on disk: every format keeps every image, and what is written can be read back."""
 
-import json
-import math
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,28 @@ import torch
 from PIL import Image
 
 from dgfast.errors import UserError
-from dgfast.outputs import GRID_IMAGES, Writer, read_shards, save_grid, to_uint8
+from dgfast.image_folder import read_images
+from dgfast.outputs import (
+    FORMATS,
+    Chunk,
+    Drawn,
+    Fetcher,
+    save_grid,
+    to_uint8,
+    write_adm,
+    write_images,
+)
+from dgfast.ranges import Ranges
 
 
 def _images(count: int, channels: int = 1) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 8, 8, channels), dtype=np.uint8)
+
+
+def _write(folder: Path, name: str, drawn: Drawn) -> None:
+    for path, content in zip(FORMATS[name].paths(drawn.chunk), FORMATS[name].encode(drawn), strict=True):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(content)
 
 
 def test_outputs_pixels_map_the_range_and_clip() -> None:
@@ -27,24 +43,77 @@ def test_outputs_pixels_round_trip_through_the_training_scale() -> None:
     assert np.array_equal(to_uint8(pixels / 127.5 - 1).ravel(), np.arange(256))
 
 
+def test_outputs_fetch_what_the_formats_keep() -> None:
+    latents = torch.randn(3, 4, 2, 2)
+
+    def decode(z: torch.Tensor) -> torch.Tensor:
+        return z[:, :3].repeat_interleave(2, dim=-1)
+
+    for images, kept in ((True, {"images", "latents"}), (False, {"latents"})):
+        arrays = {name: wait() for name, wait in Fetcher(decode, images, latents=True)(latents).items()}
+        assert arrays.keys() == kept and np.array_equal(arrays["latents"], latents.numpy())
+    (drawn,) = (wait() for wait in Fetcher(decode)(latents).values())
+    assert np.array_equal(drawn, to_uint8(decode(latents)))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
-def test_outputs_shards_round_trip(tmp_path: Path, channels: int) -> None:
-    images = _images(10, channels)
-    writer = Writer(tmp_path / "new" / "out", ["png", "npz"])
-    writer.add(images[:7], range(7), np.arange(7))
-    writer.add(images[7:], range(7, 10), np.arange(7, 10))
-    writer.finish({"seconds": 1.5, "S_max": math.inf})
-    read, labels = read_shards(tmp_path / "new" / "out")
-    assert np.array_equal(read, images) and labels.tolist() == list(range(10))
-    with np.load(tmp_path / "new" / "out" / "images-00001.npz") as shard:
-        assert shard["seeds"].tolist() == [7, 8, 9] and shard["images"].dtype == np.uint8
-    assert json.loads((tmp_path / "new" / "out" / "manifest.json").read_text()) == {"seconds": 1.5, "S_max": "inf"}
+@pytest.mark.parametrize("name", ["npz", "png"])
+def test_outputs_keep_every_image_with_its_label(tmp_path: Path, name: str, channels: int) -> None:
+    images, labels = _images(9, channels), np.arange(9) % 4
+    for index, part in enumerate((slice(0, 5), slice(5, 9))):
+        chunk = Chunk(index, Ranges([(998, 1006)])[part])
+        _write(tmp_path, name, Drawn(chunk, labels[part], {"images": images[part]}))
+    read, classes = read_images(tmp_path)
+    assert np.array_equal(read, images) and classes.tolist() == labels.tolist()
+    if name == "png":  # as EDM's generator names them
+        paths = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
+        assert paths[:3] == ["000000/000998.png", "000000/000999.png", "001000/001000.png"] and len(paths) == 9
+    else:
+        with np.load(tmp_path / "images-00001.npz") as shard:
+            assert shard["seeds"].tolist() == [1003, 1004, 1005, 1006] and shard["images"].dtype == np.uint8
+
+
+def test_outputs_latents_are_kept_undecoded(tmp_path: Path) -> None:
+    latents = np.random.default_rng(0).normal(size=(2, 4, 3, 3)).astype(np.float32)
+    _write(tmp_path, "latents", Drawn(Chunk(0, Ranges([(5, 6)])), None, {"latents": latents}))
+    with np.load(tmp_path / "latents-00000.npz") as shard:
+        assert np.array_equal(shard["latents"], latents) and shard["labels"].tolist() == [-1, -1]
+    with pytest.raises(UserError, match="no images"):
+        read_images(tmp_path)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_outputs_equal_images_give_equal_files(name: str) -> None:
+    arrays = {"images": _images(3), "latents": np.ones((3, 4, 2, 2), np.float32)}
+    drawn = Drawn(Chunk(0, Ranges([(0, 2)])), np.arange(3), arrays)
+    assert list(FORMATS[name].encode(drawn)) == list(FORMATS[name].encode(drawn))
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_outputs_adm_is_one_array_of_three_channels(tmp_path: Path, channels: int, labelled: bool) -> None:
+    images, labels = _images(7, channels), np.arange(7) if labelled else np.full(7, -1)
+    file = io.BytesIO()
+    write_adm(file, iter([(images[:4], labels[:4]), (images[4:], labels[4:])]), 7)
+    (tmp_path / "samples.npz").write_bytes(file.getvalue())
+    with np.load(tmp_path / "samples.npz") as whole:
+        assert whole.files == (["arr_0", "arr_1"] if labelled else ["arr_0"])
+        assert np.array_equal(whole["arr_0"], np.broadcast_to(images, (7, 8, 8, 3)))
+        assert not labelled or whole["arr_1"].tolist() == labels.tolist()
+    assert np.array_equal(read_images(tmp_path)[0][..., :channels], images)
+    assert read_images(tmp_path)[1].tolist() == labels.tolist()
 
 
 def test_outputs_unlabelled_images_say_minus_one(tmp_path: Path) -> None:
-    writer = Writer(tmp_path, ["npz"])
-    writer.add(_images(2), [5, 6], None)
-    assert read_shards(tmp_path)[1].tolist() == [-1, -1]
+    write_images(tmp_path / "new", _images(2), [5, 6], None)
+    assert read_images(tmp_path / "new")[1].tolist() == [-1, -1]
+
+
+def test_outputs_shards_are_read_in_their_order(tmp_path: Path) -> None:
+    for index in (100000, 99999):
+        chunk = Chunk(index, Ranges([(index, index)]))
+        _write(tmp_path, "npz", Drawn(chunk, np.array([index % 7]), {"images": _images(1)}))
+    assert read_images(tmp_path)[1].tolist() == [99999 % 7, 100000 % 7]
 
 
 def test_outputs_grid_shows_image_k_at_row_major_place_k(tmp_path: Path) -> None:
@@ -59,42 +128,20 @@ def test_outputs_grid_shows_image_k_at_row_major_place_k(tmp_path: Path) -> None
     assert not sheet[8:, 16:].any()
 
 
-def test_outputs_only_the_asked_formats_are_written(tmp_path: Path) -> None:
-    for formats, expected in (
-        (["png"], {"grid.png", "manifest.json"}),
-        (["npz"], {"images-00000.npz", "manifest.json"}),
-    ):
-        folder = tmp_path / formats[0]
-        writer = Writer(folder, formats)
-        writer.add(_images(2), [0, 1], None)
-        writer.finish({})
-        assert {path.name for path in folder.iterdir()} == expected
-
-
-def test_outputs_memory_holds_the_grid_at_most(tmp_path: Path) -> None:
-    writer = Writer(tmp_path, ["png", "npz"])
-    for start in range(0, 3 * GRID_IMAGES, GRID_IMAGES // 2):
-        writer.add(_images(GRID_IMAGES // 2), range(start, start + GRID_IMAGES // 2), None)
-    assert sum(len(batch) for batch in writer._shown) == GRID_IMAGES
-
-
-def test_outputs_a_used_folder_is_refused_and_untouched(tmp_path: Path) -> None:
-    (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"already holds precious\.txt"):
-        Writer(tmp_path, ["png"])
-    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
-
-
-def test_outputs_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("a file")
-    with pytest.raises(UserError, match="can't be written"):
-        Writer(tmp_path / "out", ["png"])
-    assert (tmp_path / "out").read_text() == "a file"
-
-
-def test_outputs_foreign_shards_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no npz files"):
-        read_shards(tmp_path)
+def test_outputs_foreign_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no images"):
+        read_images(tmp_path)
     np.savez(tmp_path / "other.npz", pictures=np.zeros(3))
     with pytest.raises(UserError, match=r"other\.npz"):
-        read_shards(tmp_path)
+        read_images(tmp_path)
+    (tmp_path / "images-00000.npz").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(UserError, match=r"images-00000\.npz: not a file of images"):
+        read_images(tmp_path)
+
+
+def test_outputs_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    for index, channels in enumerate((1, 3)):
+        drawn = Drawn(Chunk(index, Ranges([(index, index)])), None, {"images": _images(1, channels)})
+        _write(tmp_path, "npz", drawn)
+    with pytest.raises(UserError, match="different sizes or channels"):
+        read_images(tmp_path)

@@ -1,5 +1,6 @@
 """The sampler as a whole: every image from its own seed, every network call accounted for, errors at the door."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -74,11 +75,11 @@ def test_sampler_noise_and_labels_of_a_seed_are_exactly_the_same_in_any_batch() 
 
 def test_sampler_draws_in_edms_order(tiny_net: NetFactory) -> None:
     """generate.py: latents in float32, then the label, then each step's noise in float64, one generator a seed."""
-    seeds, shape = [0, 17, 2**70 + 17], (1, 8, 8)
+    seeds, shape = [0, 17, 2**32 - 1], (1, 8, 8)
     sampler = Sampler(Networks(tiny_net(label_dim=10)), SamplingConfig(num_steps=3, S_churn=1.0))
     latents, labels, noises = [], [], []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(seed % (1 << 32))
+        generator = torch.Generator().manual_seed(seed)
         latents.append(torch.randn(shape, generator=generator))
         labels.append(torch.randint(10, size=(), generator=generator))
         noises.append(torch.stack([torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]))
@@ -87,7 +88,13 @@ def test_sampler_draws_in_edms_order(tiny_net: NetFactory) -> None:
     one_hot = sampler.class_labels(torch.stack(labels), len(seeds))
     by_hand = sampler.integrate(torch.stack(latents), one_hot, steps.__next__)
     assert torch.equal(sampler(seeds), by_hand.float())
-    assert torch.equal(sampler(seeds)[1], sampler(seeds)[2])  # EDM takes seeds modulo 2^32
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 0.5, "3"])
+def test_sampler_refuses_seeds_that_edm_would_take_for_others(tiny_net: NetFactory, seed: Any) -> None:
+    """Its generator takes seeds modulo 2^32, so 0 and 2^32 would be two seeds with one image."""
+    with pytest.raises(UserError, match="is no whole number from 0 to 4294967295"):
+        Sampler(Networks(tiny_net()), SamplingConfig(num_steps=2))([3, seed])
 
 
 def test_sampler_labels_change_the_image_and_not_its_noise(tiny_net: NetFactory) -> None:
@@ -99,14 +106,50 @@ def test_sampler_labels_change_the_image_and_not_its_noise(tiny_net: NetFactory)
     assert (sampler([11, 12], others) - sampler([11, 12])).abs().max() > 1e-3
 
 
-def test_sampler_shows_each_step_before_it_takes_it(tiny_net: NetFactory) -> None:
+def test_sampler_shows_where_each_step_came_from_and_arrived(tiny_net: NetFactory) -> None:
+    sampler = Sampler(Networks(tiny_net()), SamplingConfig(num_steps=4, solver="euler"))
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    images = sampler([1, 2], on_step=lambda step, x, denoised, _: seen.append((step.index, x.clone(), denoised)))
+    assert [index for index, _, _ in seen] == [0, 1, 2, 3]
+    x = sampler.first_state(SeedStreams([1, 2]).normal((1, 8, 8), torch.float32, CPU))
+    for step, (_, arrived, denoised) in zip(sampler.steps, seen, strict=True):
+        level = torch.full((2,), step.sigma, dtype=torch.float64)
+        torch.testing.assert_close(denoised.double(), tiny_net()(x, level, None).double(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(arrived, denoised + step.t_next / step.t * (x - denoised))
+        x = arrived
+    assert torch.equal(images, x.float()) and images.shape == (2, 1, 8, 8)
+
+
+def test_sampler_goes_on_from_the_state_that_a_callback_returns(tiny_net: NetFactory) -> None:
     sampler = Sampler(Networks(tiny_net()), SamplingConfig(num_steps=4))
-    seen: list[tuple[int, Tensor]] = []
-    images = sampler([1, 2], on_step=lambda step, x: seen.append((step.index, x.clone())))
-    assert [index for index, _ in seen] == [0, 1, 2, 3]
-    latents = SeedStreams([1, 2]).normal((1, 8, 8), torch.float32, CPU)
-    torch.testing.assert_close(seen[0][1], sampler.steps[0].sigma * latents.double())
-    assert images.dtype == torch.float32 and images.shape == (2, 1, 8, 8)
+    first, other = (SeedStreams([seed]).normal((1, 8, 8), torch.float32, CPU) for seed in (1, 2))
+    states: list[Tensor] = []
+    sampler.integrate(other, on_step=lambda step, x, *_: states.append(x))
+    images = sampler.integrate(first, on_step=lambda step, x, *_: states[1].float() if step.index == 1 else None)
+    torch.testing.assert_close(images, states[-1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"must return a state of shape \[1, 1, 8, 8\] or None; it returned \[1\]"):
+        sampler.integrate(first, on_step=lambda *_: torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "dtype", "remedy"),
+    [
+        (GuidanceConfig(), torch.float32, "no guidance acted: the score network itself returns them"),
+        (GuidanceConfig(), torch.bfloat16, "use --dtype float32"),
+        (GuidanceConfig(dg_weight=1e300), torch.float32, "lower the guidance weights"),
+        (GuidanceConfig(dg_weight=1e300), torch.bfloat16, "lower the guidance weights or use --dtype float32"),
+    ],
+)
+def test_sampler_advises_what_can_help_against_nan(
+    tiny_net: NetFactory, tiny_discriminator: NetFactory, guidance: GuidanceConfig, dtype: torch.dtype, remedy: str
+) -> None:
+    net = copy.deepcopy(tiny_net())
+    for parameter in net.parameters():
+        parameter.data = parameter.data.to(dtype) * math.nan
+    sampler = Sampler(Networks(net, tiny_discriminator()), SamplingConfig(num_steps=3), guidance)
+    with pytest.raises(UserError) as error:
+        sampler([0])
+    assert error.value.message.partition("; ")[2].startswith(remedy)
 
 
 # Accounts -------------------------------------------------------------------------------------------------------------

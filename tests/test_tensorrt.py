@@ -312,7 +312,7 @@ def test_trt_script_refuses_in_a_line(arguments: list[str], message: str, tmp_pa
     [
         ((), "--runtime tensorrt needs --engine FILE"),
         (("--engine", "{folder}/model.engine"), "engines run on NVIDIA GPUs only"),
-        (("--engine", "nowhere/model.engine"), "can't be read"),
+        (("--engine", "nowhere/model.engine"), "cannot read"),
     ],
 )
 def test_trt_sampling_without_what_it_needs_ends_in_a_line(
@@ -349,7 +349,7 @@ def test_trt_engine_that_was_changed_is_not_given_to_the_library(engine: EngineF
     copy.write()
     assert "corrupt, or not the engine that engine.json describes" in refused(lambda: tensorrt.load(tmp_path))
     copy.path.unlink()
-    assert "model.engine: can't be read" in refused(lambda: tensorrt.load(tmp_path))
+    assert "model.engine: No such file" in refused(lambda: tensorrt.load(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_trt_engine_with_a_broken_description_is_refused(
     raw = json.loads((engine.folder / "engine.json").read_text())
     (tmp_path / "engine.json").write_text("{" if change is None else json.dumps(raw | change))
     assert str(tmp_path / "engine.json") in refused(lambda: tensorrt.load(tmp_path))
-    assert "can't be read" in refused(lambda: tensorrt.load(tmp_path / "missing" / "model.engine"))
+    assert "cannot read" in refused(lambda: tensorrt.load(tmp_path / "missing" / "model.engine"))
 
 
 def test_trt_engine_is_for_one_library_version_gpu_and_profile(engine: EngineFile) -> None:

@@ -65,7 +65,10 @@ def test_train_makes_a_whole_bundle_that_samples(squares: Path, tmp_path: Path) 
     assert set(done.metrics["discriminator"]["held_out_by_sigma"]["1"]) == {"accuracy", "loss"}
     assert done.metrics["score"]["command"].startswith(f"dgfast train score --bundle {folder} --data ")
     result = CliRunner().invoke(sample, [*draw, "--out", str(tmp_path / "guided")])
-    assert result.exit_code == 0 and json.loads((tmp_path / "guided/manifest.json").read_text())["guidance_gradients"]
+    assert (
+        result.exit_code == 0
+        and json.loads((tmp_path / "guided/manifest.json").read_text())["runs"][0]["guidance_gradients"]
+    )
 
 
 def _line(net: nn.Module, batch: int) -> Tensor:
@@ -138,7 +141,8 @@ def test_training_split_is_fixed_and_disjoint() -> None:
     data = ImageSet(np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1), np.arange(100))
     train, held_out = split(data, 30)
     assert sorted([*train.labels, *held_out.labels]) == list(range(100)) and len(held_out) == 30
-    assert split(data, 30)[1].labels.tolist() == held_out.labels.tolist()
+    # The very images, for numbers of held-out ones are published, and a training goes on another day.
+    assert held_out.labels.tolist()[:12] == [78, 2, 37, 92, 72, 63, 58, 8, 60, 13, 87, 80]
     assert np.array_equal(train.images.ravel(), train.labels)
     with pytest.raises(UserError, match="leaves nothing"):
         split(data, 100)

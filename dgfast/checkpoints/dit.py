@@ -1,4 +1,4 @@
-"""The keywords of a DiT from its tensors: all but the number of heads are told by the shapes."""
+"""The keywords of a DiT from its tensors: shapes tell all but its heads, and whether its labels have a null class."""
 
 import math
 from collections.abc import Mapping
@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from dgfast.checkpoints.account import Assumed
 from dgfast.errors import UserError
 from dgfast.nets.dit import PRESETS
 
 _MARK = "x_embedder.proj.weight"
+_LABELS = "y_embedder.embedding_table.weight"
 
 
 def is_dit(tensors: Mapping[str, Tensor]) -> bool:
@@ -17,41 +19,70 @@ def is_dit(tensors: Mapping[str, Tensor]) -> bool:
     return _MARK in tensors
 
 
-def score_keywords(tensors: Mapping[str, Tensor], given: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """Keywords with which `nets.build("DDPMPrecond", ...)` makes a denoiser of these tensors.
+def score_keywords(
+    tensors: Mapping[str, Tensor], told: Mapping[str, Any], source: object
+) -> tuple[dict[str, Any], list[Assumed]]:
+    """Keywords with which `nets.build("DDPMPrecond", ...)` makes a denoiser of these tensors, and what they assume.
 
-    The last row of the label table counts as the null class. The number of heads is that of the published network of
-    the same width and depth. What is `given` is taken as it is.
+    The number of heads is that of the published network of the same width and depth. What is `told` is taken as it is.
 
     Raises:
-        UserError: no DiT, or one of no published size whose `num_heads` is not given.
+        UserError: no DiT, or one of no published size whose `num_heads` is not told.
     """
-
-    def extent(name: str, axis: int) -> int:
-        if name not in tensors or tensors[name].dim() <= axis:
-            raise UserError(f"{source} is no DiT: {name} is missing or misshapen")
-        return tensors[name].shape[axis]
-
-    patch = extent(_MARK, 2)
-    channels, width = extent(_MARK, 1), extent(_MARK, 0)
+    channels, width, patch = (_extent(tensors, _MARK, axis, source) for axis in (1, 0, 2))
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    read_off = {
+    read = {
         "model_type": "DiT",
-        "img_resolution": math.isqrt(extent("pos_embed", 1)) * patch,
+        "img_resolution": math.isqrt(_extent(tensors, "pos_embed", 1, source)) * patch,
         "img_channels": channels,
-        "label_dim": extent("y_embedder.embedding_table.weight", 0) - 1,
         "patch_size": patch,
         "hidden_size": width,
         "depth": depth,
-        "mlp_ratio": extent("blocks.0.mlp.fc1.weight", 0) / width,
-        "learn_sigma": extent("final_layer.linear.weight", 0) == 2 * channels * patch**2,
+        "mlp_ratio": _extent(tensors, "blocks.0.mlp.fc1.weight", 0, source) / width,
+        "learn_sigma": _extent(tensors, "final_layer.linear.weight", 0, source) == 2 * channels * patch**2,
     }
-    heads = {(size["depth"], size["hidden_size"]): size["num_heads"] for size in PRESETS.values()}
-    if (depth, width) in heads:
-        read_off["num_heads"] = heads[depth, width]
-    elif "num_heads" not in given:
+    labels, assumed_labels = _labels(_extent(tensors, _LABELS, 0, source), told, source)
+    heads, assumed_heads = _heads(depth, width, told, source)
+    return read | labels | heads | dict(told), assumed_heads + assumed_labels
+
+
+def _labels(rows: int, told: Mapping[str, Any], source: object) -> tuple[dict[str, Any], list[Assumed]]:
+    """The classes in a label table, whose last row stands for "no class" if classes were dropped in training."""
+    dropout, assumed = told.get("class_dropout_prob"), list[Assumed]()
+    if isinstance(dropout, int | float):
+        null_class = dropout > 0
+    elif "label_dim" in told:
+        null_class = told["label_dim"] != rows
+    else:
+        null_class = rows > 1
+        because = f'label row {rows:,} of {rows:,} is "no class"' if null_class else "one label row is one class"
+        value, otherwise = ("above 0", "--set class_dropout_prob=0") if null_class else (0, "")
+        assumed = [Assumed("class_dropout_prob", value, because, otherwise)]
+    if rows == 1 and null_class:
+        raise UserError(
+            f"{source}: its label table has one row, which leaves no class beside a null class: "
+            "leave out --set class_dropout_prob and label_dim"
+        )
+    return {"label_dim": rows - null_class} | ({} if null_class else {"class_dropout_prob": 0.0}), assumed
+
+
+def _heads(
+    depth: int, width: int, told: Mapping[str, Any], source: object
+) -> tuple[dict[str, Any], list[Assumed]]:  # fmt: skip
+    if "num_heads" in told:
+        return {}, []
+    published = {(size["depth"], size["hidden_size"]): size["num_heads"] for size in PRESETS.values()}
+    if (depth, width) not in published:
         raise UserError(
             f"{source}: no published DiT has {depth} blocks of width {width}, and a file does not tell the number of "
             "heads: give it with --set num_heads=..."
         )
-    return read_off | dict(given)
+    heads = published[depth, width]
+    because = "the published DiT of this width and depth has as many"
+    return {"num_heads": heads}, [Assumed("num_heads", heads, because, "--set num_heads=...")]
+
+
+def _extent(tensors: Mapping[str, Tensor], name: str, axis: int, source: object) -> int:
+    if name not in tensors or tensors[name].dim() <= axis:
+        raise UserError(f"{source} is no DiT: {name} is missing or misshapen")
+    return tensors[name].shape[axis]

@@ -14,65 +14,39 @@ from torch import Tensor, nn
 
 from dgfast import nets
 from dgfast.bundle import load_state, read_tensors
-from dgfast.checkpoints import one_line
+from dgfast.checkpoints import torch_file
+from dgfast.checkpoints.account import Assumed
+from dgfast.checkpoints.foreign import file_format
+from dgfast.checkpoints.wrappers import StateDict, unwrap
 from dgfast.denoiser import PRECONDITIONERS
 from dgfast.errors import UserError
 from dgfast.nets.adm_unet import PUBLISHED
+from dgfast.noise_levels import adm_time_schedule
 
 # OpenAI's 64, 128, 256 and 512, DG's trunk for 32 and its discriminator on 8 x 8 features, each with either depth.
 _IMAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
 _DEPTHS = (2, 4)
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict, by name. Of a `.pt` file only tensors and plain values are read, nothing is run.
+def read(path: Path, key: str | None = None) -> StateDict:
+    """The tensors of a network, by name. Only tensors and plain values are read, nothing is run.
+
+    Args:
+        path: a file of torch.save, or of safetensors, whatever its ending.
+        key: the part of the file to take, see `wrappers.unwrap`.
 
     Raises:
         UserError: unreadable, or something else than dense tensors by name.
     """
-    content: object
-    if path.suffix == ".safetensors":
-        content = read_tensors(path)
-    else:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        except Exception as error:  # torch does not say what a broken or hostile file makes it raise
-            # torch wraps its reason in advice on how to run the file after all
-            reason = str(error.__context__ or error).partition(" Please use")[0]
-            raise UserError(
-                f"{path} is not a file of tensors: {type(error).__name__}, {one_line(reason)}; nothing in it was run. "
-                "Give a state dict as torch.save writes it, or the weights as .safetensors"
-            ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: save net.state_dict()")
-    tensors = dict(dict.items(content))  # not `content.items`, which an attribute from the file may hide
-    for name, value in tensors.items():
-        if not isinstance(name, str) or not name.isprintable() or not _is_dense(value):
-            what = f"{name!r:.80} is not a dense tensor of floats"
-            raise UserError(f"{path} is not a bare state dict: {what}. Save net.state_dict()")
-    return tensors
+    content: object = read_tensors(path) if file_format(path) == "safetensors" else torch_file.read(path)
+    return unwrap(content, key, path)
 
 
-def _is_dense(value: object) -> bool:
-    """Whether it is a plain tensor with no more elements than its storage: with stride 0 one could stand for terabytes.
-
-    Attributes from the file could hide the methods that are asked here, so it must not have any.
-    """
-    if not isinstance(value, Tensor) or type(value) not in (Tensor, nn.Parameter) or vars(value):
-        return False
-    if value.layout != torch.strided or value.is_nested or value.device.type != "cpu" or value.dtype not in _DTYPES:
-        return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-
-
-def classifier_keywords(tensors: Mapping[str, Tensor], given: Mapping[str, Any], source: object) -> dict[str, Any]:
+def classifier_keywords(tensors: Mapping[str, Tensor], told: Mapping[str, Any], source: object) -> dict[str, Any]:
     """Keywords with which `nets.build("create_classifier", ...)` makes a network for exactly these tensors.
 
     Width, channels, pooling and the label table are read off the shapes; image size and depth are those of the
-    published network that fits. What is `given` is taken as it is.
+    published network that fits. What is `told` is taken as it is.
 
     Raises:
         UserError: no published network fits; how the nearest one differs, and what to do.
@@ -93,7 +67,7 @@ def classifier_keywords(tensors: Mapping[str, Tensor], given: Mapping[str, Any],
     fits: list[tuple[int, dict[str, Any], nn.Module]] = []
     reason = ""
     for size, depth in itertools.product(_IMAGE_SIZES, _DEPTHS):
-        keywords = {"image_size": size, "classifier_depth": depth, **read_off, **given}
+        keywords = {"image_size": size, "classifier_depth": depth, **read_off, **told}
         try:
             with torch.device("meta"):
                 net = nets.build("create_classifier", **keywords)
@@ -115,30 +89,52 @@ def classifier_keywords(tensors: Mapping[str, Tensor], given: Mapping[str, Any],
     return keywords
 
 
-def score_keywords(tensors: Mapping[str, Tensor], given: Mapping[str, Any], source: object) -> dict[str, Any]:
+def score_keywords(
+    tensors: Mapping[str, Tensor], told: Mapping[str, Any], source: object
+) -> tuple[dict[str, Any], list[Assumed]]:
     """Keywords with which `nets.build("DDPMPrecond", ...)` makes OpenAI's score network of exactly these tensors.
+
+    Returns:
+        the keywords, and what no shape among them tells.
 
     Raises:
         UserError: no published network fits; what to do.
     """
     actual = {name: value.shape for name, value in tensors.items()}
-    for keywords in PUBLISHED.values():
+    for published, keywords in PUBLISHED.items():
         with torch.device("meta"):
             shapes = {name: value.shape for name, value in nets.build("create_model", **keywords).state_dict().items()}
-        if shapes == actual:
-            own = {name: value for name, value in keywords.items() if name not in ("image_size", "class_cond")}
-            return {
-                "img_resolution": keywords["image_size"],
-                "img_channels": 3,
-                "label_dim": 1000 if keywords["class_cond"] else 0,
-                "model_type": "create_model",
-                "noise_schedule": "cosine" if keywords["image_size"] == 64 else "linear",
-                **own,
-                **given,
-            }
+        if shapes != actual:
+            continue
+        size, schedule = keywords["image_size"], adm_time_schedule(keywords["image_size"])
+        read = {
+            "img_resolution": size,
+            "img_channels": 3,
+            "label_dim": 1000 if keywords["class_cond"] else 0,
+            "model_type": "create_model",
+            "noise_schedule": schedule,
+            **{name: value for name, value in keywords.items() if name not in ("image_size", "class_cond")},
+        }
+        because = f"its shapes are those of OpenAI's {size} x {size} network, whose other keywords it gets"
+        assumed = [
+            Assumed("network", published, because, "--kind DDPMPrecond and --set"),
+            Assumed("noise_schedule", schedule, f"{published} was trained with it", "--set noise_schedule=..."),
+        ]
+        return {**read, **told}, [entry for entry in assumed if entry.name not in told]
     known = ", ".join(PRECONDITIONERS)
     raise UserError(
         f"{source}: give --kind ({known}) and its keywords with --set; it is none of {', '.join(PUBLISHED)}"
+    )
+
+
+def is_upsampler(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are a U-Net of guided-diffusion that also reads an image of lower resolution."""
+    first = tensors.get("input_blocks.0.0.weight")
+    return (
+        first is not None
+        and first.dim() == 4
+        and first.shape[1] == 6
+        and "output_blocks.0.0.in_layers.0.weight" in tensors
     )
 
 

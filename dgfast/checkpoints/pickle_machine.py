@@ -4,12 +4,18 @@ A pickle is a program for a stack machine. Python's unpickler, even with a list 
 whatever arguments the program pleases, sets attributes of what it gets back, and dies of a deeply nested key. This one
 knows few opcodes and plain values only. A global is a mark on the stack, found in an exact table; what the table says
 it means is all that is ever called. Nothing is imported and no attribute is set.
+
+A few bytes can also be endless work: each of a million steps may name the same large list anew. So every step is paid
+for from a `Budget`, and whoever copies what a program names pays for that as well.
 """
 
 import pickletools
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar
+
+from dgfast import bounds
 
 T = TypeVar("T")
 
@@ -18,8 +24,33 @@ class RefusedError(ValueError):
     """Something that an honest file does not hold; the message says it of the file: "it asks for ..."."""
 
 
-@dataclass(frozen=True)
-class Global:
+# What a hostile or torn program can make the machine, or what is called with its values, stumble over.
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Opaque:
+    """Something that a file names and dgfast does not know. Calling it or giving it a state does nothing.
+
+    Attributes:
+        name: module and name, as the file has them.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Global(Opaque):
     """A global on the stack, and what the machine's table says it means."""
 
     meaning: Any
@@ -33,15 +64,53 @@ def require(condition: bool, otherwise: str) -> None:
 
 def of(value: Any, *types: type[T]) -> T:
     """The value, if its type is one of those and no subclass of them; else a `RefusedError`."""
-    require(type(value) in types, f"it has {type(value).__name__} where {types[0].__name__} belongs")
+    if type(value) not in types:
+        raise RefusedError(f"it has {type(value).__name__} where {types[0].__name__} belongs")
     return value
 
 
-_NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
-_TEXTS = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
-_NO_EFFECT = {"PROTO", "FRAME", "STOP"}
+def key(value: Any) -> Any:
+    """The value, if a dict or a set may be asked for it; else a `RefusedError`.
+
+    The hash of a deeply nested tuple overflows C's stack, and many large integers may share one.
+    """
+    of(value, *_ATOMS)
+    require(type(value) is not int or value.bit_length() <= 60, "it has a key that is no reasonable number")
+    return value
+
+
+def any_key(value: Any) -> Any:
+    """The key, or what stands for one that is no plain value, in files that may hold anything."""
+    return key(value) if type(value) in _ATOMS else Opaque(type(value).__name__)
+
+
+_ATOMS: tuple[type, ...] = (str, int, float, bool, bytes, type(None))
+
+
+@dataclass(slots=True)
+class Budget:
+    """What is left to all programs of a file.
+
+    Attributes:
+        data: bytes that may be copied into storages: no more than the file has.
+        steps, text: see `bounds`.
+    """
+
+    data: int
+    steps: int = bounds.PICKLE_STEPS
+    text: int = bounds.PICKLE_TEXT
+
+    def pay(self, *, steps: int = 0, text: int = 0, data: int = 0) -> None:
+        """
+        Raises:
+            RefusedError: less than that is left.
+        """
+        self.steps, self.text, self.data = self.steps - steps, self.text - text, self.data - data
+        if self.steps < 0:
+            raise RefusedError(f"its pickle takes more than {bounds.PICKLE_STEPS:,} steps")
+        if self.text < 0:
+            raise RefusedError(f"its pickle holds more than {bounds.PICKLE_TEXT:,} bytes of text")
+        require(self.data >= 0, "its storages are larger than the file")
 
 
 class Machine:
@@ -50,95 +119,192 @@ class Machine:
     Args:
         known: the meaning of each global, by its module and name. A program may call the meanings that are callable;
             they check their arguments themselves.
+        budget: shared by all programs of a file.
         build: (object, state) gives an object its state; without it the program may give none.
         persistent: the value of a persistent id; without it the program may have none.
+        unknown: (module, name) -> what stands for a global beyond `known`; without it the program may name none.
     """
 
     def __init__(
         self,
         known: Mapping[tuple[str, str], Any],
+        budget: Budget,
         build: Callable[[Any, Any], None] | None = None,
         persistent: Callable[[Any], Any] | None = None,
+        unknown: Callable[[str, str], Opaque] | None = None,
     ) -> None:
-        self.known, self.build, self.persistent = known, build, persistent
+        self.known, self.budget = known, budget
+        self.build, self.persistent, self.unknown = build, persistent, unknown
+        self.key = any_key if unknown else key
 
     def run(self, stream: IO[bytes]) -> Any:
         """The value of the program at the stream's position; leaves the stream behind the program.
 
         Raises:
-            RefusedError: an unknown global or opcode, a value of the wrong type.
-            Exception: of many kinds, when the program is torn or makes no sense.
+            RefusedError: an unknown global or opcode, a value of the wrong type, more than the budget has.
+            Exception: of `MALFORMED`, when the program is torn or makes no sense.
         """
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stack below each mark
         self.memo: dict[int, Any] = {}
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name in _NUMBERS or opcode.name in _TEXTS:
-                self.stack.append(argument)
-            elif opcode.name in _CONSTANTS:
-                self.stack.append(_CONSTANTS[opcode.name])
-            elif opcode.name in _EMPTY:
-                self.stack.append(_EMPTY[opcode.name]())
-            elif opcode.name not in _NO_EFFECT:
-                self._step(opcode.name, argument)
+        self.stream, start = stream, stream.tell()
+        self.end = stream.seek(0, 2)
+        stream.seek(start)
+        budget = self.budget
+        while (code := stream.read(1)) != b".":
+            budget.steps -= 1
+            if code not in _STEPS or budget.steps < 0:
+                self._refuse(code)
+            _STEPS[code](self)
         require(len(self.stack) == 1 and not self.below, "it does not end with one value")
         return self.stack[0]
 
-    def _step(self, name: str, argument: Any) -> None:
-        match name:
-            case "MARK":
-                self.below.append(self.stack)
-                self.stack = []
-            case "TUPLE":
-                items = self._above_mark()
-                self.stack.append(tuple(items))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                items = [self.stack.pop() for _ in range(int(name[-1]))]
-                self.stack.append(tuple(reversed(items)))
-            case "APPEND":
-                item = self.stack.pop()
-                of(self.stack[-1], list).append(item)
-            case "APPENDS":
-                items = self._above_mark()
-                of(self.stack[-1], list).extend(items)
-            case "ADDITEMS":
-                items = self._above_mark()
-                of(self.stack[-1], set).update(of(item, str) for item in items)
-            case "SETITEM":
-                value, key = self.stack.pop(), self.stack.pop()
-                of(self.stack[-1], dict)[of(key, str, int)] = value
-            case "SETITEMS":
-                items = self._above_mark()
-                keys = [of(key, str, int) for key in items[::2]]
-                of(self.stack[-1], dict).update(zip(keys, items[1::2], strict=True))
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = self.stack[-1]
-            case "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = self.stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                self.stack.append(self.memo[argument])
-            case "GLOBAL":
-                module, _, attribute = argument.partition(" ")
-                self.stack.append(self._find(module, attribute))
-            case "STACK_GLOBAL":
-                attribute, module = self.stack.pop(), self.stack.pop()
-                self.stack.append(self._find(of(module, str), of(attribute, str)))
-            case "REDUCE" | "NEWOBJ":
-                arguments, function = of(self.stack.pop(), tuple), of(self.stack.pop(), Global)
-                self.stack.append(function.meaning(*arguments))
-            case "BUILD" if self.build:
-                state = self.stack.pop()
-                self.build(self.stack[-1], state)
-            case "BINPERSID" if self.persistent:
-                self.stack.append(self.persistent(self.stack.pop()))
-            case _:
-                raise RefusedError(f"it uses the pickle opcode {name}")
+    def _refuse(self, code: bytes) -> None:
+        self.budget.pay()
+        if not code:
+            raise EOFError("it is cut short")
+        opcode = pickletools.code2op.get(code.decode("latin-1"))  # type: ignore[attr-defined]
+        raise RefusedError(f"it uses the pickle opcode {opcode.name if opcode else code.hex()}")
 
-    def _above_mark(self) -> list[Any]:
+    # What stands behind an opcode -------------------------------------------------------------------------------------
+    def read_number(self, layout: struct.Struct) -> Any:
+        return layout.unpack(self.stream.read(layout.size))[0]
+
+    def read_bytes(self, length: struct.Struct) -> bytes:
+        count = self.read_number(length)
+        if count > self.end - self.stream.tell():
+            raise EOFError("it is cut short")
+        return self.stream.read(count)
+
+    def read_text(self, length: struct.Struct, errors: str = "surrogatepass") -> str:
+        content = self.read_bytes(length)
+        self.budget.pay(text=len(content))
+        return content.decode("utf-8", errors)
+
+    def read_line(self) -> str:
+        content = self.stream.readline(256)
+        require(content.endswith(b"\n"), "it asks for a global without a proper name")
+        return content[:-1].decode("utf-8")
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+    def mark(self) -> None:
+        self.below.append(self.stack)
+        self.stack = []
+
+    def above_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.below.pop()
         return items
 
-    def _find(self, module: str, attribute: str) -> Global:
-        name = f"{module}.{attribute}"[:80]
-        require((module, attribute) in self.known, f"it asks for the global {name!r}")
-        return Global(self.known[module, attribute])
+    def last(self, count: int) -> tuple[Any, ...]:
+        items = tuple(self.stack[-count:])
+        if len(items) < count:
+            raise IndexError("too few values on the stack")
+        del self.stack[-count:]
+        return items
+
+    def new_set(self) -> set[Any]:
+        self.budget.pay(steps=3)  # it is by far the largest of what one byte makes
+        return set()
+
+    def extend(self, items: Any) -> None:
+        if not self._ignores(self.stack[-1]):
+            of(self.stack[-1], list).extend(items)
+
+    def add_items(self, items: Any) -> None:
+        if not self._ignores(self.stack[-1]):
+            of(self.stack[-1], set).update(map(self.key, items))
+
+    def set_items(self, items: Any) -> None:
+        if not self._ignores(self.stack[-1]):
+            keys = [self.key(item) for item in items[::2]]
+            of(self.stack[-1], dict).update(zip(keys, items[1::2], strict=True))
+
+    def memoize(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def find(self, module: Any, name: Any) -> Opaque:
+        place = of(module, str), of(name, str)
+        if place in self.known:
+            return Global(".".join(place), self.known[place])
+        if self.unknown is None:
+            raise RefusedError(f"it asks for the global {'.'.join(place)[:80]!r}")
+        return self.unknown(*place)
+
+    def call(self) -> Any:
+        function, arguments = self.last(2)
+        if self._ignores(function):
+            return function
+        self.budget.pay(steps=4)
+        return of(function, Global).meaning(*of(arguments, tuple))
+
+    def give_state(self) -> None:
+        if self.build is None:
+            return self._refuse(b"b")
+        state = self.stack.pop()
+        if not self._ignores(self.stack[-1]):
+            self.build(self.stack[-1], state)
+
+    def persistent_value(self) -> Any:
+        return self.persistent(self.stack.pop()) if self.persistent else self._refuse(b"Q")
+
+    def _ignores(self, target: Any) -> bool:
+        """Whether nothing happens to that target, whatever a program does with it."""
+        return type(target) is Opaque
+
+
+def _pushing(value: Callable[[Machine], Any]) -> Callable[[Machine], None]:
+    def step(machine: Machine) -> None:
+        item = value(machine)  # which may go back to the stack below a mark
+        machine.stack.append(item)
+
+    return step
+
+
+_U1, _U2, _U4, _U8, _I4, _F8 = map(struct.Struct, ("<B", "<H", "<I", "<Q", "<i", ">d"))
+_STEPS: dict[bytes, Callable[[Machine], object]] = {
+    b"\x80": lambda machine: machine.read_number(_U1),  # the protocol's number
+    b"\x95": lambda machine: machine.read_number(_U8),  # the length of a frame
+    b"N": _pushing(lambda _: None),
+    b"\x88": _pushing(lambda _: True),
+    b"\x89": _pushing(lambda _: False),
+    b"J": _pushing(lambda machine: machine.read_number(_I4)),
+    b"K": _pushing(lambda machine: machine.read_number(_U1)),
+    b"M": _pushing(lambda machine: machine.read_number(_U2)),
+    b"G": _pushing(lambda machine: machine.read_number(_F8)),
+    b"\x8a": _pushing(lambda machine: int.from_bytes(machine.read_bytes(_U1), "little", signed=True)),
+    b"X": _pushing(lambda machine: machine.read_text(_U4)),
+    b"\x8c": _pushing(lambda machine: machine.read_text(_U1)),
+    b"\x8d": _pushing(lambda machine: machine.read_text(_U8)),
+    b"U": _pushing(lambda machine: machine.read_text(_U1, "surrogateescape")),  # Python 2's, of letters or bytes
+    b"T": _pushing(lambda machine: machine.read_text(_U4, "surrogateescape")),
+    b"C": _pushing(lambda machine: machine.read_bytes(_U1)),
+    b"B": _pushing(lambda machine: machine.read_bytes(_U4)),
+    b"\x8e": _pushing(lambda machine: machine.read_bytes(_U8)),
+    b"\x96": _pushing(lambda machine: machine.read_bytes(_U8)),
+    b"]": _pushing(lambda _: []),
+    b"}": _pushing(lambda _: {}),
+    b"\x8f": _pushing(Machine.new_set),
+    b"(": Machine.mark,
+    b")": _pushing(lambda _: ()),
+    b"t": _pushing(lambda machine: tuple(machine.above_mark())),
+    b"\x85": _pushing(lambda machine: machine.last(1)),
+    b"\x86": _pushing(lambda machine: machine.last(2)),
+    b"\x87": _pushing(lambda machine: machine.last(3)),
+    b"\x91": _pushing(lambda machine: set(map(machine.key, machine.above_mark()))),
+    b"a": lambda machine: machine.extend(machine.last(1)),
+    b"e": lambda machine: machine.extend(machine.above_mark()),
+    b"\x90": lambda machine: machine.add_items(machine.above_mark()),
+    b"s": lambda machine: machine.set_items(machine.last(2)),
+    b"u": lambda machine: machine.set_items(machine.above_mark()),
+    b"\x94": lambda machine: machine.memoize(len(machine.memo)),
+    b"q": lambda machine: machine.memoize(machine.read_number(_U1)),
+    b"r": lambda machine: machine.memoize(machine.read_number(_U4)),
+    b"h": _pushing(lambda machine: machine.memo[machine.read_number(_U1)]),
+    b"j": _pushing(lambda machine: machine.memo[machine.read_number(_U4)]),
+    b"c": _pushing(lambda machine: machine.find(machine.read_line(), machine.read_line())),
+    b"\x93": _pushing(lambda machine: machine.find(*machine.last(2))),
+    b"R": _pushing(Machine.call),
+    b"\x81": _pushing(Machine.call),
+    b"b": Machine.give_state,
+    b"Q": _pushing(Machine.persistent_value),
+}

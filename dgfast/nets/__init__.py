@@ -1,7 +1,7 @@
 """The networks; `build` is the one way to make one."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,7 @@ from dgfast.nets.features import FeatureNet
 from dgfast.nets.generator import Generator
 from dgfast.nets.noise_predictor import NoisePredictor
 from dgfast.nets.song_unet import SongUNet
+from dgfast.nets.text_options import numbers
 
 
 def _adm(
@@ -43,6 +44,7 @@ _PLAIN: dict[str, Callable[..., nn.Module]] = {
     "NoisePredictor": NoisePredictor,
 }
 KINDS = (*denoiser.PRECONDITIONERS, *_PLAIN)
+_LISTS = ("channel_mult", "attn_resolutions", "attention_resolutions", "resample_filter")
 
 
 def build(kind: str, **keywords: Any) -> nn.Module:
@@ -52,13 +54,15 @@ def build(kind: str, **keywords: Any) -> nn.Module:
     names the raw network (SongUNet or DhariwalUNet) and which pass it what they do not use themselves; `DDPMPrecond`,
     whose raw network is ADM's (create_model) or DiT; ADM's `EncoderUNetModel` and `UNetModel`, and `create_classifier`
     and `create_model`, the same from guided-diffusion's and DG's option names; `DiT`; and our own: `FeatureNet`
-    for the metrics, the one-step `Generator`, and the `NoisePredictor` that trains it.
+    for the metrics, the one-step `Generator`, and the `NoisePredictor` that trains it. Where a constructor has a list
+    of numbers, one number and text such as "16,8" are taken too.
 
     Raises:
         ValueError: unknown kind or model type, a keyword that the constructor does not know or misses, a
             size of zero.
     """
     try:
+        keywords |= {name: numbers(keywords[name], name) for name in _LISTS if name in keywords}
         if kind in _PLAIN:
             return _PLAIN[kind](**keywords)
         if kind in denoiser.PRECONDITIONERS:
@@ -66,6 +70,19 @@ def build(kind: str, **keywords: Any) -> nn.Module:
     except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{kind}: {error}") from error
     raise ValueError(f"unknown kind of network {kind!r}; known kinds: {', '.join(KINDS)}")
+
+
+def defaults(kind: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """What the constructors of such a network take for those of their keywords that are left out."""
+    raw = {**_RAW, "create_model": create_model, "DiT": DiT}.get(keywords.get("model_type", ""))
+    constructors = [constructor for constructor in (denoiser.PRECONDITIONERS.get(kind, _PLAIN.get(kind)), raw)]
+    parameters = [inspect.signature(constructor).parameters for constructor in constructors if constructor]
+    return {
+        name: parameter.default
+        for signature in parameters
+        for name, parameter in signature.items()
+        if parameter.default is not parameter.empty and name not in keywords
+    }
 
 
 def _build_denoiser(

@@ -21,6 +21,7 @@ from dgfast.nets.adm_blocks import (
     way_down,
     zeroed,
 )
+from dgfast.nets.text_options import numbers
 
 _CLASSIFIER_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -164,7 +165,7 @@ def create_classifier(
     classifier_use_fp16: bool,
     classifier_width: int,
     classifier_depth: int,
-    classifier_attention_resolutions: str,
+    classifier_attention_resolutions: str | float | Sequence[float],
     classifier_use_scale_shift_norm: bool,
     classifier_resblock_updown: bool,
     classifier_pool: str,
@@ -175,7 +176,8 @@ def create_classifier(
     """An encoder from the keywords of guided-diffusion's `create_classifier`, with DG's three at the end.
 
     `classifier_use_fp16` says how the official code would run it and changes nothing here: precision is the
-    runtime's choice. `condition` adds DG's table of 1000 labels. Four input channels are latents, whose encoder for
+    runtime's choice. `classifier_attention_resolutions` is text there, "32,16,8"; a number or a list of them is taken
+    too. `condition` adds DG's table of 1000 labels. Four input channels are latents, whose encoder for
     32 x 32 is narrower than that of images.
 
     Raises:
@@ -185,14 +187,14 @@ def create_classifier(
     if image_size not in channel_mult:
         known = ", ".join(str(size) for size in sorted(channel_mult))
         raise ValueError(f"no published classifier has image_size {image_size}; known sizes: {known}")
-    resolutions = [int(r) for r in classifier_attention_resolutions.split(",")]
+    resolutions = numbers(classifier_attention_resolutions, "classifier_attention_resolutions")
     return EncoderUNetModel(
         image_size=image_size,
         in_channels=in_channels,
         model_channels=classifier_width,
         out_channels=out_channels,
         num_res_blocks=classifier_depth,
-        attention_resolutions=[image_size // r for r in resolutions],
+        attention_resolutions=[int(image_size // r) for r in resolutions],
         channel_mult=channel_mult[image_size],
         use_scale_shift_norm=classifier_use_scale_shift_norm,
         resblock_updown=classifier_resblock_updown,

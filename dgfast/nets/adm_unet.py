@@ -21,6 +21,7 @@ from dgfast.nets.adm_blocks import (
     way_down,
     zeroed,
 )
+from dgfast.nets.text_options import numbers
 
 _CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -136,11 +137,11 @@ def create_model(
     image_size: int,
     num_channels: int,
     num_res_blocks: int,
-    channel_mult: str = "",
+    channel_mult: str | float | Sequence[float] = "",
     learn_sigma: bool = False,
     class_cond: bool = False,
     use_checkpoint: bool = False,
-    attention_resolutions: str = "16",
+    attention_resolutions: str | float | Sequence[float] = "16",
     num_heads: int = 1,
     num_head_channels: int = -1,
     num_heads_upsample: int = -1,
@@ -154,21 +155,22 @@ def create_model(
 ) -> UNetModel:
     """A U-Net from the keywords of guided-diffusion's `create_model`, with two of our own at the end.
 
-    `use_checkpoint` and `use_fp16` say how the official code would train and run it and change nothing here.
+    `use_checkpoint` and `use_fp16` say how the official code would train and run it and change nothing here. Where it
+    has text for numbers, "16,8", a number or a list of them is taken too.
 
     Raises:
         ValueError: no `channel_mult` for a size that has no published one.
     """
-    if not channel_mult and image_size not in _CHANNEL_MULT:
+    mult = numbers(channel_mult, "channel_mult") or _CHANNEL_MULT.get(image_size)
+    if mult is None:
         raise ValueError(f"no published channel_mult for image_size {image_size}; give one, such as 1,2,3,4")
-    mult = [int(m) for m in channel_mult.split(",")] if channel_mult else _CHANNEL_MULT[image_size]
     return UNetModel(
         image_size=image_size,
         in_channels=in_channels,
         model_channels=num_channels,
         out_channels=in_channels * (2 if learn_sigma else 1),
         num_res_blocks=num_res_blocks,
-        attention_resolutions=[image_size // int(r) for r in attention_resolutions.split(",")],
+        attention_resolutions=[int(image_size // r) for r in numbers(attention_resolutions, "attention_resolutions")],
         dropout=dropout,
         channel_mult=mult,
         num_classes=num_classes if class_cond else 0,

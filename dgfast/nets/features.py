@@ -12,7 +12,7 @@ class FeatureNet(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, num_classes: int) -> None:
         super().__init__()
-        self.num_features = 4 * channels
+        self.in_channels, self.num_features = in_channels, 4 * channels
         layers: list[nn.Module] = []
         for cin, cout, stride in (
             (in_channels, channels, 1),

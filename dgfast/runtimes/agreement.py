@@ -34,10 +34,12 @@ def relative_error(found: Tensor, reference: Tensor, least: Tensor | None = None
 def least_sizes(predicts_noise: bool, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """By output, the sizes [B] that errors are a share of where the outputs are smaller.
 
-    A network that predicts the noise has its `denoised` from x - sigma F, which keeps the digits that x keeps, and no
-    others: at high noise levels it is much smaller than x, and its error is not. So errors count as a share of a
-    hundredth of the noisy image at least: a tolerance of 1e-4 allows 1e-6 of that.
+    Two outputs are differences of images of the noisy image's size, and keep the digits that it keeps, no others:
+    `denoised` of a network that predicts the noise, x - sigma F, and `x_next` of a step that takes most of the noise
+    away, x + (sigma_next - sigma) (x - D) / sigma. At high noise levels they are much smaller than x, and their errors
+    are not. So these count as a share of a hundredth of the noisy image at least: 1e-4 allows 1e-6 of that.
     """
-    if not predicts_noise or "x" not in inputs:
+    if "x" not in inputs:
         return {}
-    return {"denoised": _SHARE_OF_NOISE * inputs["x"].abs().flatten(1).amax(1)}
+    least = _SHARE_OF_NOISE * inputs["x"].abs().flatten(1).amax(1)
+    return {"x_next": least} | ({"denoised": least} if predicts_noise else {})

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dgfast import bounds
 from dgfast.errors import UserError
 from dgfast.runtimes.tensorrt_library import FLAVORS
 
@@ -77,10 +78,8 @@ class EngineFile:
         Raises:
             UserError: it can't be read, or is not the one that `engine.json` describes.
         """
-        try:
-            plan = self.path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{self.path}: can't be read ({error.strerror})") from error
+        with bounds.open_file(self.path) as stream:
+            plan = stream.read()
         if hashlib.sha256(plan).hexdigest() != self.sha256:
             raise UserError(f"{self.path}: corrupt, or not the engine that engine.json describes; build it again")
         return plan
@@ -135,20 +134,17 @@ def read(path: str | Path) -> EngineFile:
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     described = folder / "engine.json"
     try:
-        raw: dict[str, Any] = json.loads(described.read_text())
+        raw: dict[str, Any] = bounds.read_json(described)
         if raw.pop("format") != FORMAT:
             raise UserError(f"{described}: another format than this dgfast reads ({FORMAT}); build the engine again")
         file = EngineFile(folder, **raw | {name: tuple(raw[name]) for name in ("batch", "capabilities")})
         _check(file)
         return file
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"{described}: can't be read ({error.strerror}); python -m dgfast.export.to_trt makes engines"
-        ) from error
+    except UserError as error:
+        hint = "" if described.is_file() else "; python -m dgfast.export.to_trt makes engines"
+        raise UserError(f"{error.message}{hint}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{described} is not the description of an engine: {error!r}") from error
+        raise UserError(f"{described} is not the description of an engine: {error!r:.300}") from error
 
 
 def _check(file: EngineFile) -> None:
@@ -156,13 +152,17 @@ def _check(file: EngineFile) -> None:
     Raises:
         ValueError: a value of another type than it must have; names it.
     """
-    for name in ("sha256", "flavor", "version", "dtype", "hardware_compatible", "parity", "never_because"):
-        if not isinstance(getattr(file, name), str):
-            raise ValueError(name)
+    texts = {name: getattr(file, name) for name in ("sha256", "flavor", "version", "dtype", "hardware_compatible")}
+    texts |= {"parity": file.parity, "never_because": file.never_because.replace("\n", "")}
+    texts |= {"gpu": file.gpu or "", "capability": file.capability or ""}
+    texts |= {f"capabilities {i}": capability for i, capability in enumerate(file.capabilities)}
+    for name, text in texts.items():
+        if not isinstance(text, str) or not text.isprintable():
+            raise ValueError(f"{name} {text!r:.80}")
     if len(file.batch) != 3 or not all(isinstance(size, int) for size in file.batch):
         raise ValueError("batch")
-    if not isinstance(file.tolerance, float) or not isinstance(file.source, dict):
-        raise ValueError("tolerance, source")
+    if not isinstance(file.tolerance, float) or not isinstance(file.source, dict) or not isinstance(file.errors, dict):
+        raise ValueError("tolerance, source, errors")
     if file.flavor not in FLAVORS:
         raise ValueError(f"flavor {file.flavor}")
 

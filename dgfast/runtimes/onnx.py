@@ -5,7 +5,6 @@ float32; what comes in as float64 goes out as float64.
 """
 
 import base64
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgfast.errors import UserError
+from dgfast import bounds
+from dgfast.errors import UserError, one_line
 from dgfast.extras import require
 from dgfast.runtimes.agreement import PREDICTS_NOISE, least_sizes, relative_error
 from dgfast.runtimes.graph import Function
@@ -25,6 +25,7 @@ from dgfast.runtimes.graph import Function
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 _TORCH = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int64)": torch.int64}
 _LEAST_PART = 8  # samples from which on a thread of its own pays for calling every operation on fewer of them
+_LARGEST = 2**28  # elements of a tensor that a file declares, a batch of images: a file may lie
 LIMIT = 2**31 - 2**24
 """Most bytes of weights in a file: protobuf's 2 GB, less some room for what is not weights."""
 
@@ -157,21 +158,26 @@ class OnnxEngine:
         # Threads that spin until the next operation save a wake-up each time; those that go on after a call hold the
         # cores that PyTorch's own need between two calls.
         options.add_session_config_entry("session.intra_op.spin_duration_us", "300")
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # its errors are raised too, and one line is enough
         providers = _providers(provider or self.device.type, self.device)
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+            _require_started(providers[0][0], self._session.get_providers())
+            self.inputs, self.outputs = (
+                {v.name: (tuple(v.shape), v.type) for v in values}
+                for values in (self._session.get_inputs(), self._session.get_outputs())
+            )
+            self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        except UserError:
+            raise
         except Exception as error:  # onnxruntime's exceptions have no base class of their own
             raise UserError(_refusal(path, error)) from error
-        _require_started(providers[0][0], self._session.get_providers())
-        self.inputs, self.outputs = (
-            {v.name: (tuple(v.shape), v.type) for v in values}
-            for values in (self._session.get_inputs(), self._session.get_outputs())
-        )
-        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-        for name, (_, kind) in [*self.inputs.items(), *self.outputs.items()]:
-            if kind not in _TORCH:
-                raise UserError(f"{path}: {name} is a {kind}, which no file of dgfast has")
+        if not self.inputs or not self.outputs:
+            raise UserError(f"{path} has no input or no output; export it anew")
+        if not all(text.replace("\n", "").isprintable() for pair in self.metadata.items() for text in pair):
+            raise UserError(f"{path} says of itself what cannot be shown; export it anew")
+        for name, (shape, kind) in [*self.inputs.items(), *self.outputs.items()]:
+            _check_declared(path, name, shape, kind)
 
     @property
     def batch(self) -> int | None:
@@ -233,11 +239,11 @@ class OnnxEngine:
     def stored_case(self) -> dict[str, Any]:
         """The self-test as it was written: tolerance, inputs and outputs of one sample."""
         try:
-            stored = json.loads(self.metadata["self_test"])
+            stored = bounds.parse_json(self.metadata["self_test"])
             complete = stored["inputs"].keys() == self.inputs.keys() and stored["outputs"].keys() == self.outputs.keys()
             if not complete or not 0 < float(stored["tolerance"]) < 1:
                 raise ValueError("it does not fit the file")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{self.path}: no self-test of dgfast in it ({_line(error)}); export it anew") from error
         return stored
 
@@ -267,11 +273,26 @@ def _stored(text: str, shape: Sequence[int | str], kind: str, batch: int | None)
     """What `stored_tensor` wrote, once for every sample of the file's batch."""
     sizes = [1, *(size for size in shape[1:] if isinstance(size, int))]
     dtype = np.dtype(str(_TORCH[kind]).removeprefix("torch."))
-    raw = base64.b64decode(text, validate=True)
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except (TypeError, ValueError):
+        raw = b""
     if len(sizes) != len(shape) or len(raw) != math.prod(sizes) * dtype.itemsize:
         raise UserError("the self-test in this file does not fit its shapes; export it anew")
     tensor = torch.from_numpy(np.frombuffer(raw, dtype).reshape(sizes).copy())
     return tensor.expand(batch or 1, *sizes[1:]) if shape[0] != 1 else tensor
+
+
+def _check_declared(path: Path, name: str, shape: Sequence[int | str | None], kind: str) -> None:
+    """
+    Raises:
+        UserError: a tensor of another type than dgfast exports, without a size, or too large to be one.
+    """
+    if kind not in _TORCH:
+        raise UserError(f"{path}: {name!r:.80} is a {kind}, which no file of dgfast has")
+    sizes = [size for size in shape if not isinstance(size, str)]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or math.prod(sizes) > _LARGEST:  # type: ignore[arg-type]
+        raise UserError(f"{path}: {name!r:.80} has the shape {list(shape)}, which no file of dgfast has")
 
 
 def _providers(name: str, device: torch.device) -> list[Any]:
@@ -320,4 +341,4 @@ def _single(x: Tensor) -> Tensor:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[0])

@@ -1,5 +1,7 @@
 """Images to train on and to judge by."""
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +44,25 @@ def load_images(source: str) -> ImageSet:
     path = Path(source)
     if not path.is_file():
         raise UserError(f"--data {source}: no such file; give `mnist` or an npz file with images and labels")
-    with np.load(path, allow_pickle=False) as file:
-        missing = {"images", "labels"} - set(file.files)
-        if missing:
-            raise UserError(f"{source}: no key {', '.join(sorted(missing))}; it holds {', '.join(file.files)}")
-        images, labels = file["images"], file["labels"].astype(np.int64)
-    images = images[..., None] if images.ndim == 3 else images
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            missing = {"images", "labels"} - set(file.files)
+            if missing:
+                raise UserError(f"{source}: no key {', '.join(sorted(missing))}; it holds {', '.join(file.files)}")
+            images, labels = file["images"], file["labels"].astype(np.int64)
+    except UserError:
+        raise
+    except (AttributeError, EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).partition(". ")[0]  # NumPy goes on with advice to unpickle what it is
+        raise UserError(f"--data {source}: not an npz file of images and labels ({reason})") from error
+    return image_set(images[..., None] if images.ndim == 3 else images, labels, source)
+
+
+def image_set(images: np.ndarray, labels: np.ndarray, source: object) -> ImageSet:
+    """
+    Raises:
+        UserError: not uint8 [N, H, W, C] with one label an image; names the source.
+    """
     if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
         raise UserError(
             f"{source}: images must be uint8 [N, H, W, C] with labels [N]; "

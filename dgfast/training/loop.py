@@ -93,7 +93,8 @@ def fit_together(
         watch: called with the averaged networks whenever the state is saved.
 
     Raises:
-        UserError: the folder holds a run of another schedule, or a loss or a weight is not finite.
+        UserError: the folder holds a run of another schedule or network, or one whose state is damaged; a loss or a
+            weight is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     nets = nn.ModuleList(player.net for player in players)
@@ -174,16 +175,29 @@ def _save(path: Path, parts: dict[str, Any], schedule: Schedule, step: int) -> N
 
 
 def _restore(path: Path, parts: dict[str, Any], schedule: Schedule, device: torch.device) -> int:
-    """Load the state at `path`, if there is one, into `parts`; the number of steps it has behind it."""
+    """Load the state at `path`, if there is one, into `parts`; the number of steps it has behind it.
+
+    Raises:
+        UserError: it is no whole state, or one of another schedule or of other networks.
+    """
     if not path.exists():
         return 0
-    state = torch.load(path, map_location=device, weights_only=True)
-    if state["schedule"] != asdict(schedule):
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
         changed = [name for name, value in asdict(schedule).items() if state["schedule"].get(name) != value]
-        raise UserError(f"{path} belongs to a run with another {', '.join(changed)}; remove it to start anew")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return int(state["step"])
+        if changed:
+            raise UserError(f"{path} belongs to a run with another {', '.join(changed)}; remove it to start anew")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return int(state["step"])
+    except UserError:
+        raise
+    except Exception as error:  # torch does not say what a torn file makes it raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{path} is not the whole state of a training of this network ({type(error).__name__}: {reason}); "
+            "remove it to start anew"
+        ) from error
 
 
 def _record(path: Path, **numbers: float) -> None:

@@ -1,0 +1,92 @@
+"""What a bundle gets beside a network where nobody says: how its authors sample, what time a classifier reads."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dgfast.bundle import Bundle, VaeSpec
+from dgfast.checkpoints.account import Assumed
+from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.noise_levels import adm_time_schedule
+
+_DIT_WINDOW = (0.1011, 2.0)  # DiT-G++ guides at timesteps above 100: tau is 0.1006 at 100, 0.1016 at 101, 1.0034 at 999
+_LATENT_CHANNELS = 4
+
+
+def beside_score(
+    bundle: Bundle, kind: str, keywords: Mapping[str, Any], vae: str | None
+) -> tuple[Bundle, list[Assumed]]:
+    """The bundle, to which such a score network is to be added, with its authors' sampling, window and decoder."""
+    assumed = _of_the_classifier(bundle, kind, keywords)
+    is_dit = keywords.get("model_type") == "DiT"
+    if vae:
+        bundle = replace(bundle, vae=VaeSpec(vae))
+        assumed.append(Assumed("vae.scale", VaeSpec(vae).scale, "Stable Diffusion's", "vae.scale in bundle.json"))
+    elif bundle.vae is None and is_dit and keywords["img_channels"] == _LATENT_CHANNELS:
+        assumed.append(Assumed("vae", "none", "it draws latents, which one decodes", "--vae"))
+    if bundle.guidance == GuidanceConfig() and is_dit:
+        bundle = replace(bundle, guidance=GuidanceConfig(dg_window=_DIT_WINDOW))
+        assumed.append(Assumed("dg_window", ",".join(map(str, _DIT_WINDOW)), "DiT-G++'s", "dgfast sample --dg-window"))
+    if bundle.sampling == SamplingConfig():
+        sampling, entries = _published_sampling(kind, keywords)
+        bundle, assumed = replace(bundle, sampling=sampling), assumed + entries
+    return bundle, assumed
+
+
+def _published_sampling(kind: str, keywords: Mapping[str, Any]) -> tuple[SamplingConfig, list[Assumed]]:
+    """How the authors of such a score network sample from it."""
+    if kind != "DDPMPrecond":
+        small = keywords["img_resolution"] < 64
+        steps, because = (18, "EDM's for images below 64 px") if small else (40, "EDM's for images of 64 px and more")
+        return SamplingConfig(num_steps=steps), [Assumed("num_steps", steps, because, "dgfast sample --steps")]
+    authors = "its authors sample so"
+    chosen: dict[str, tuple[Any, str]] = {"solver": ("ddpm", authors), "respacing": ("250", authors)}
+    if keywords["model_type"] != "DiT":
+        chosen["clip_denoised"] = True, authors
+    if not keywords.get("learn_sigma", True):
+        chosen["fixed_variance"] = "large", "it learns none, and its authors' sigma_small is off by default"
+    assumed = [
+        Assumed(name, value, because, f"dgfast sample --{name.replace('_', '-')}")
+        for name, (value, because) in chosen.items()
+    ]
+    return SamplingConfig(**{name: value for name, (value, _) in chosen.items()}), assumed
+
+
+# The time that a classifier reads -------------------------------------------------------------------------------------
+def classifier_time(bundle: Bundle, image_size: int, told: str | None) -> tuple[str | None, list[Assumed]]:
+    """The schedule for a classifier that is to be added to the bundle.
+
+    None leaves it open as long as the bundle has no score network, see `bundle.NetSpec`.
+    """
+    score = bundle.nets.get("score")
+    own = _schedule(score.kind, score.keywords) if score else None
+    if told:
+        because = f"told, though this bundle's score network has {own}"
+        return told, [Assumed("time_schedule", told, because, f"--time-schedule {own}")] if own not in (
+            None,
+            told,
+        ) else []
+    usual = own or adm_time_schedule(image_size)
+    because = f"ADM's for {image_size} px" + ("" if score else ", until the bundle has a score network with its own")
+    other = "linear" if usual == "cosine" else "cosine"
+    entry = Assumed(
+        "time_schedule", usual, "this bundle's score network's" if own else because, f"--time-schedule {other}"
+    )
+    return usual if score else None, [entry]
+
+
+def _of_the_classifier(bundle: Bundle, kind: str, keywords: Mapping[str, Any]) -> list[Assumed]:
+    """What a score network says of the time of a classifier that was there before."""
+    own, classifier = _schedule(kind, keywords), bundle.nets.get("classifier")
+    if own is None or classifier is None or classifier.time_schedule == own:
+        return []
+    because = f"told when it was converted, though this network has {own}"
+    if classifier.time_schedule is None:
+        because = "this score network's, which the classifier waited for"
+    value = classifier.time_schedule or own
+    return [Assumed("classifier's time", value, because, "time_schedule in bundle.json")]
+
+
+def _schedule(kind: str, keywords: Mapping[str, Any]) -> str | None:
+    """The schedule of a score network of discrete time, which a classifier beside it shares; None of any other."""
+    return str(keywords.get("noise_schedule", "linear")) if kind == "DDPMPrecond" else None

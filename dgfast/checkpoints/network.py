@@ -1,0 +1,162 @@
+"""From a file to a network with its weights, and to what is told of both."""
+
+import inspect
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dgfast import nets, weights
+from dgfast.checkpoints import DENOISERS, dit, nvidia_pickle, one_line, openai_pt
+from dgfast.checkpoints.account import Assumed, listed
+from dgfast.checkpoints.foreign import file_format, require_own_names
+from dgfast.checkpoints.wrappers import StateDict
+from dgfast.denoiser import PRECONDITIONERS
+from dgfast.errors import UserError
+
+_ENCODER_KINDS = ("EncoderUNetModel", "create_classifier")
+_FORMATS = {"snapshot": "snapshot of EDM", "safetensors": "safetensors", "torch": "file of torch.save"}
+_UNSEEN = {"num_heads", "num_head_channels", "use_new_attention_order"}  # raw networks' that change no tensor's shape
+
+
+_OTHERS = {"linear": "cosine", "False": "true"}  # what else a keyword may be, by its value
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A network with its weights, and `nets.build`'s arguments for another.
+
+    Attributes:
+        read: facts about the file, by what they are about. assumed: what it does not say.
+    """
+
+    net: nn.Module
+    kind: str
+    keywords: dict[str, Any]
+    read: dict[str, str]
+    assumed: list[Assumed] = field(default_factory=list)
+
+
+def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: str | None) -> Converted:
+    """The network in a file.
+
+    Args:
+        kind, told: see `nets.build`; None and nothing: as the file says, or its tensors' shapes.
+        key: the part of the file, see `wrappers.unwrap`.
+
+    Raises:
+        UserError: unreadable, unsuited to the role, not finite, or of another shape than its keywords say.
+    """
+    form, told_kind = file_format(file), kind
+    if form == "snapshot":
+        snapshot = nvidia_pickle.read(file)
+        state, assumed = StateDict(snapshot.tensors), list[Assumed]()
+        kind, keywords = snapshot.kind, snapshot.keywords
+    else:
+        state = openai_pt.read(file, key)
+        kind, keywords, assumed = _recognised(state.tensors, role, kind, told, file)
+    kinds = tuple(PRECONDITIONERS) if role in DENOISERS else _ENCODER_KINDS
+    if kind not in kinds:
+        raise UserError(f"a {role} network cannot be of the kind {kind!r}; use {', '.join(kinds)}")
+    _require_finite(state.tensors, file)
+    try:
+        net = weights.build(kind, keywords, _as_in_a_bundle(state.tensors, kind), file)
+    except UserError as error:
+        raise UserError(f"{error.message}; mend its keywords with --set") if told_kind else error from error
+    told_too = {name: value for name, value in keywords.items() if name in told}
+    assumed_too = {entry.name for entry in assumed}
+    seen = {name: value for name, value in keywords.items() if name not in told and name not in assumed_too}
+    facts = {
+        "file": _about(file, form, state, kind),
+        "tensors": _counted(state.tensors),
+        "in the file" if form == "snapshot" else "by shapes": listed(seen),
+        "told": listed(told_too),
+    }
+    return Converted(net, kind, keywords, facts, assumed)
+
+
+def _recognised(
+    tensors: Mapping[str, Tensor], role: str, kind: str | None, told: Mapping[str, Any], file: Path
+) -> tuple[str, dict[str, Any], list[Assumed]]:
+    """The kind of network that has these tensors, its keywords, and which of them are assumed."""
+    require_own_names(tensors, file)
+    if role not in DENOISERS and kind in (None, "create_classifier"):
+        return "create_classifier", openai_pt.classifier_keywords(tensors, told, file), []
+    if role not in DENOISERS:
+        assert kind is not None
+        return kind, dict(told), _defaults(kind, told)
+    if openai_pt.is_upsampler(tensors) and told.get("img_channels") != 6:
+        raise UserError(
+            f"{file} is an upsampler of guided-diffusion: it also reads an image of lower resolution, which dgfast "
+            "does not draw from"
+        )
+    if kind == "DiT" or (kind in (None, "DDPMPrecond") and dit.is_dit(tensors)):
+        keywords, assumed = dit.score_keywords(tensors, told, file)
+    elif kind is None:
+        keywords, assumed = openai_pt.score_keywords(tensors, told, file)
+    else:
+        return kind, dict(told), _defaults(kind, told)
+    return "DDPMPrecond", keywords, assumed + _defaults("DDPMPrecond", keywords)
+
+
+def _defaults(kind: str, keywords: Mapping[str, Any]) -> list[Assumed]:
+    """The constructors' defaults that no tensor's shape shows, and so no file."""
+    left_out, wrapper = nets.defaults(kind, keywords), PRECONDITIONERS.get(kind)
+    own = inspect.signature(wrapper).parameters if wrapper else {}
+    unseen = {name for name, parameter in own.items() if parameter.default is not parameter.empty} | _UNSEEN
+    if {**left_out, **keywords}.get("num_head_channels", -1) != -1:
+        unseen.discard("num_heads")  # says nothing then
+    elif "num_head_channels" in left_out:
+        unseen.discard("num_head_channels")
+    because = "dgfast's default" if kind == "EncoderUNetModel" else "its authors' default"
+    return [
+        Assumed(name, value, because, f"--set {name}={_OTHERS.get(str(value), '...')}")
+        for name, value in left_out.items()
+        if name in unseen - {"learn_sigma"}  # which the last layer shows
+    ]
+
+
+def _as_in_a_bundle(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """A denoiser's tensors under its preconditioner's names; published ones are often of the raw network."""
+    if kind not in PRECONDITIONERS or any(name.startswith("model.") for name in tensors):
+        return tensors
+    return {f"model.{name}": value for name, value in tensors.items()}
+
+
+def _require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """
+    Raises:
+        UserError: which tensors are not, in float32, and how much of them.
+    """
+    wrong = {name: int((~value.float().isfinite()).sum()) for name, value in tensors.items()}
+    complaints = [f"{name} ({count:,} of {tensors[name].numel():,} values)" for name, count in wrong.items() if count]
+    if complaints:
+        more = f" and {len(complaints) - 3} more" if len(complaints) > 3 else ""
+        raise UserError(
+            f"{file} has weights that are not finite, as after a training that diverged: "
+            f"{one_line(', '.join(complaints[:3]))}{more}; give an earlier checkpoint"
+        )
+
+
+# What is told of it ---------------------------------------------------------------------------------------------------
+def _about(file: Path, form: str, state: StateDict, kind: str) -> str:
+    taken_off = list(state.taken_off)
+    if kind in PRECONDITIONERS and taken_off[-1:] == ["model"]:
+        taken_off.pop()  # a preconditioner's own
+    notes = [
+        f"{file.name}, {_FORMATS[form]}",
+        state.part and f"its part {state.part}",
+        state.beside and f"not {' or '.join(state.beside)} (--key)",
+        taken_off and f"names without {' and '.join(f'{word}.' for word in taken_off)}",
+        state.left_out and f"without {', '.join(state.left_out)}",
+    ]
+    return one_line("; ".join(note for note in notes if note))
+
+
+def _counted(tensors: Mapping[str, Tensor]) -> str:
+    by_dtype = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
+    kept = "" if set(by_dtype) == {"float32"} else ", kept as float32"
+    return " and ".join(f"{count:,} of {dtype}" for dtype, count in by_dtype.items()) + kept

@@ -1,0 +1,61 @@
+"""The images of a folder that `python -m dgfast.sample` wrote, in whichever of its formats."""
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dgfast.errors import UserError
+from dgfast.manifest import promised_images
+from dgfast.outputs import LABEL
+
+
+def read_files(folder: Path, paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, H, W, C] and labels int64 [N] of one npz, or of PNGs, in a folder.
+
+    Raises:
+        UserError: unreadable, or files of something else.
+    """
+    images, labels = [], []
+    for name in paths:
+        try:
+            if name.endswith(".npz"):
+                with (folder / name).open("rb") as file, np.load(file, allow_pickle=False) as shard:
+                    part = shard["images" if "images" in shard.files else "arr_0"]
+                    classes = shard["labels" if "images" in shard.files else "arr_1"] if len(shard.files) > 1 else None
+                    images.append(part)
+                    labels.append(np.full(len(part), -1) if classes is None else classes)
+            else:
+                with Image.open(folder / name) as picture:
+                    pixels = np.asarray(picture)
+                    labels.append(np.array([int(picture.info.get(LABEL, -1))]))
+                images.append((pixels[..., None] if pixels.ndim == 2 else pixels)[None])
+        except (KeyError, OSError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+            raise UserError(f"{folder / name}: not a file of images ({error})") from error
+    try:
+        return np.concatenate(images), np.concatenate(labels)
+    except ValueError as error:
+        raise UserError(f"{folder}: images of different sizes or channels ({error})") from error
+
+
+def read_images(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """All images uint8 [N, H, W, C] and labels int64 [N], -1 for none, of a folder of `python -m dgfast.sample`.
+
+    Raises:
+        UserError: no images there, files of something else, or fewer images than the folder's manifest promises.
+    """
+    paths = [path.name for path in folder.glob("images-*.npz")]
+    paths = paths or [path.name for path in folder.glob("*.npz") if not path.name.startswith("latents-")]
+    paths = paths or [str(path.relative_to(folder)) for path in folder.glob("[0-9]*/[0-9]*.png")]
+    if not paths:
+        raise UserError(f"{folder}: no images; draw some with `dgfast sample --out {folder}`")
+    images, labels = read_files(folder, sorted(paths, key=lambda name: (len(name), name)))
+    promised = promised_images(folder)
+    if promised is not None and promised != len(images):
+        raise UserError(
+            f"{folder} holds {len(images)} images, its manifest promises {promised}: "
+            "the command that drew them draws the rest"
+        )
+    return images, labels
