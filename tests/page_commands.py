@@ -1,7 +1,8 @@
 """python -m tests.page_commands: all commands of the pages, as written and in order, in the environment a page makes.
 
 Each page gets a fresh copy of the checkout and an empty home. Prints a row a command, and what failed printed last;
-exits with 1 if anything failed. A command is left out only where its own comment says why: `# needs a GPU`.
+exits with 1 if anything failed. A command is left out only where its own comment says why, `# needs a GPU`; it may end
+with another exit code than 0 only where its comment names that.
 
 --short runs in the current virtual environment, of which a page sees only the extras that it has installed by then,
 and cuts commands down as the rows show; `--help` stands for checking that the options exist. Without --short the
@@ -92,11 +93,23 @@ def commands(page: str) -> Iterator[Command]:
             language, block, start = ("" if language else line[3:].strip()), [], number + 1
         elif language == "python":
             block.append(line)
-        elif language == "sh" and (pending or line.strip()):
+        elif language == "sh":
             pending += line.removesuffix("\\")
-            if not line.endswith("\\"):
-                yield Command(page, number, pending)
+            if not line.endswith("\\") and _is_whole(pending):
+                if shlex.split(pending, comments=True):
+                    yield Command(page, number, pending)
                 pending = ""
+            elif not line.endswith("\\"):
+                pending += "\n"
+
+
+def _is_whole(text: str) -> bool:
+    """Whether every quotation that begins ends."""
+    try:
+        shlex.split(text, comments=True)
+    except ValueError:
+        return False
+    return True
 
 
 def run(page: str, folder: Path, short: bool, most: float | None = None) -> Iterator[Row]:
@@ -117,8 +130,15 @@ def run(page: str, folder: Path, short: bool, most: float | None = None) -> Iter
         else:
             status, printed = shell.run(text, most)
         seconds = time.perf_counter() - began
-        outcome = f"failed: {status}" if status else f"ok, on a stand-in of {borrowed}" if borrowed else "ok"
-        yield Row(command, text, "no error until it was ended" if status is None else outcome, seconds, printed)
+        yield Row(command, text, _outcome(status, comment, borrowed), seconds, printed)
+
+
+def _outcome(status: int | None, comment: str, borrowed: str) -> str:
+    if status is None:
+        return "no error until it was ended"
+    if status and f"exit code {status}" not in comment:
+        return f"failed: {status}"
+    return "ok" + (f", exit code {status}" if status else "") + (f", on a stand-in of {borrowed}" if borrowed else "")
 
 
 def _as_run(text: str, short: bool) -> str:
