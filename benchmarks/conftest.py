@@ -15,7 +15,7 @@ from benchmarks import operations
 from benchmarks.lab import Case, Lab
 from benchmarks.machine import facts
 from benchmarks.measure import PRECISIONS, TORCH_DEFAULT
-from benchmarks.runtimes import RUNTIMES
+from benchmarks.runtimes import RUNTIMES, WHEN_ASKED
 from benchmarks.workloads import LONG_ON_A_CPU, STAND_INS, WORKLOADS
 from dgfast.devices import pick_device
 
@@ -62,11 +62,16 @@ def lab(device: torch.device, pytestconfig: pytest.Config) -> Lab:
     return Lab(device, pytestconfig.getoption("seconds"))
 
 
+def parametrize_none(metafunc: pytest.Metafunc, name: str) -> None:
+    """What was asked for leaves no case of this benchmark: seen as skipped; an empty list is an error in tests."""
+    metafunc.parametrize(name, [pytest.param(None, marks=pytest.mark.skip(reason="nothing asked for is of this kind"))])
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, cases in (("case", _cases), ("kernel_case", _kernel_cases)):
         if name in metafunc.fixturenames:
             listed = dict(cases(metafunc))
-            metafunc.parametrize(name, listed.values(), ids=listed)
+            metafunc.parametrize(name, listed.values(), ids=listed) if listed else parametrize_none(metafunc, name)
 
 
 def _cases(metafunc: pytest.Metafunc) -> Iterator[tuple[str, Case]]:
@@ -75,7 +80,8 @@ def _cases(metafunc: pytest.Metafunc) -> Iterator[tuple[str, Case]]:
     marker = metafunc.definition.get_closest_marker("benchmark")
     assert marker is not None
     at = pick_device(option("device"))
-    kind, present = at.type, [name for name, runtime in RUNTIMES.items() if not runtime.missing(at)]
+    kind = at.type
+    present = [name for name, runtime in RUNTIMES.items() if name not in WHEN_ASKED and not runtime.missing(at)]
     in_full = kind == "cuda" or bool(option("precision") or option("batch"))
     left_out = {*STAND_INS, *(LONG_ON_A_CPU if kind == "cpu" else ())}
     for workload in option("workload") or [name for name in WORKLOADS if name not in left_out]:
@@ -83,8 +89,8 @@ def _cases(metafunc: pytest.Metafunc) -> Iterator[tuple[str, Case]]:
         for precision in option("precision") or _PRECISIONS[kind]:
             for batch in (option("batch") or batches) if batches else ():
                 for runtime in option("runtime") or present:
-                    wanted = runtime in RUNTIMES and precision in RUNTIMES[runtime].precisions
-                    if wanted and (runtime == "eager" or precision != TORCH_DEFAULT):
+                    possible = ("eager",) if precision == TORCH_DEFAULT else RUNTIMES
+                    if runtime in possible and precision in (TORCH_DEFAULT, *RUNTIMES[runtime].precisions):
                         case = Case(workload, runtime, batch, precision)
                         yield case.name(in_full=in_full), case
 

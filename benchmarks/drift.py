@@ -11,7 +11,6 @@ from torch import Tensor
 from benchmarks.measure import PRECISIONS, precision
 from benchmarks.workloads import WORKLOADS
 from dgfast.devices import pick_device
-from dgfast.guidance import guided_denoiser
 from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
 from dgfast.sampler import Sampler
@@ -57,11 +56,11 @@ def _call_error(samplers: list[Sampler], name: str, index: int, x: Tensor) -> fl
     """Of the denoised images, relative to the largest of float32's."""
     results = []
     for sampler, each in zip(samplers, ("float32", name), strict=True):
-        step, net = sampler.steps[index], sampler.networks.denoiser
+        step = sampler.steps[index]
         labels = sampler.class_labels(sampler.draw_labels(range(len(x))), len(x)) if sampler.classes else None
         sigma = x.new_full((len(x),), step.sigma)
         with precision(each), torch.no_grad():
-            results.append(guided_denoiser(net, step.predictor)(x, sigma, labels)[0])
+            results.append(sampler.job.guided("denoiser", step.predictor)(x, sigma, labels)[0])
     return float((results[1] - results[0]).abs().max() / results[0].abs().max())
 
 

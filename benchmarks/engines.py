@@ -20,18 +20,18 @@ from torch import Tensor
 
 from benchmarks.measure import precision, relative_error, seconds, synchronised
 from benchmarks.parts import write
-from benchmarks.runtimes import tensorrt_missing
 from benchmarks.subjects import guided_function, guided_levels, noise_at
 from benchmarks.workloads import WORKLOADS, Workload
 from dgfast.devices import pick_device
 from dgfast.errors import UserError
-from dgfast.export.engine_builder import Options, build
-from dgfast.extras import require
-from dgfast.runtimes.engine_file import EngineFile
-from dgfast.runtimes.onnx import OnnxEngine, files_of, save
-from dgfast.runtimes.onnx_writer import convert
-from dgfast.runtimes.tensorrt import load
-from dgfast.runtimes.tensorrt_library import find
+from dgfast.runtimes import RUNTIMES, Runtime
+from dgfast.runtimes.onnx.file import files_of, save
+from dgfast.runtimes.onnx.session import OnnxEngine
+from dgfast.runtimes.onnx.writer import convert
+from dgfast.runtimes.tensorrt.builder import Options, build
+from dgfast.runtimes.tensorrt.engine import load
+from dgfast.runtimes.tensorrt.file import EngineFile
+from dgfast.runtimes.tensorrt.library import find
 
 _ROUNDS = 20
 _COLUMNS = ("runtime", "precision", "batch", "status", "build s", "MB", "ms", "images/s", "error")
@@ -72,8 +72,8 @@ def _tensorrt(model: Any, folder: Path, batches: tuple[int, ...], dtype: str, at
     return Opened(load(out, at), built.seconds, len(built.plan) / 1e6)
 
 
-WAYS = {"onnx": (_onnxruntime, False, lambda at: ""), "tensorrt": (_tensorrt, True, tensorrt_missing)}
-"""How each runtime opens a model, whether it must have images in four dimensions throughout, and why it can't."""
+WAYS = {"onnx": (_onnxruntime, False), "tensorrt": (_tensorrt, True)}
+"""How each runtime opens a model, and whether it must have images in four dimensions throughout."""
 
 
 @click.command(help=__doc__)
@@ -98,8 +98,8 @@ def main(device: str, out: Path, name: str, batches: tuple[int, ...], dtypes: tu
     for batch, inputs in cases.items():
         _row(say, "eager", "float32", batch, Opened(truth, 0.0, 0.0), inputs, truth, at)
     with tempfile.TemporaryDirectory() as folder:
-        for way, (opens, rank_4, missing) in WAYS.items():
-            model = _attempt(say, way, "all", partial(_model, workload, rank_4, missing(at)))
+        for way, (opens, rank_4) in WAYS.items():
+            model = _attempt(say, way, "all", partial(_model, workload, RUNTIMES[way], rank_4, at))
             for dtype in dtypes if model is not None else ():
                 chosen = _rounded(model, dtype)
                 opened = _attempt(say, way, dtype, partial(opens, chosen, Path(folder), batches, dtype, at))
@@ -128,15 +128,13 @@ def _eager(workload: Workload, at: torch.device) -> Runs:
     return run
 
 
-def _model(workload: Workload, rank_4: bool, missing: str) -> Any:
+def _model(workload: Workload, runtime: Runtime, rank_4: bool, at: torch.device) -> Any:
     """The ONNX model for every batch size; traced on the CPU, where it is not run.
 
     Raises:
         UserError: why nothing here would run it, or onnx is missing.
     """
-    if missing:
-        raise UserError(missing)
-    require("onnx")
+    runtime.require(at)
     host = torch.device("cpu")
     function = guided_function(workload, workload.load(host, torch.float32), True, host)
     example = _case(workload, 2, host)

@@ -21,12 +21,13 @@ from benchmarks.quality import judged
 from dgfast import bundle as bundles
 from dgfast.bundle import Bundle
 from dgfast.devices import keep_freed_memory, pick_device
-from dgfast.engines import guided_by
+from dgfast.engines import runtime_of
 from dgfast.export.half_products import half_products, round_on_a_cpu
 from dgfast.export.joint_graph import joint
 from dgfast.outputs import to_uint8, write_images
-from dgfast.runtimes.onnx import OnnxEngine, save
-from dgfast.runtimes.onnx_writer import convert
+from dgfast.runtimes.onnx.file import save
+from dgfast.runtimes.onnx.session import OnnxEngine
+from dgfast.runtimes.onnx.writer import convert
 from dgfast.sampler import Sampler
 
 QUALITY = ("frechet", "kernel", "precision", "recall", "log_ratio")
@@ -87,7 +88,7 @@ def _file(bundle: Bundle, at: torch.device, scratch: Path) -> Sampler:
     if at.type == "cpu":
         round_on_a_cpu(model)
     save(model, path)
-    return Sampler(networks, bundle.sampling, bundle.guidance, at, engine=guided_by(OnnxEngine(path, at)))
+    return Sampler(networks, bundle.sampling, bundle.guidance, at, runtime_of(OnnxEngine(path, at)))
 
 
 def _drift(images: Tensor, wanted: Tensor) -> dict[str, Any]:

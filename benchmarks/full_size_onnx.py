@@ -19,7 +19,7 @@ from dgfast.export.joint_graph import joint
 from dgfast.export.onnx_file import OPSET, export
 from dgfast.export.parity import Case, Row, Runs
 from dgfast.export.subject import Joint
-from dgfast.runtimes.onnx import files_of
+from dgfast.runtimes.onnx.file import files_of
 
 _LEVELS = 5.0, 0.5
 

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from dgfast import nets
 from dgfast import noise_levels as nl
+from dgfast.graph.agreement import relative_error
 from dgfast.guidance import DiscriminatorGuidance
 from dgfast.nets.discriminator import Discriminator, NoisyClassifier
-from dgfast.runtimes import compiled, onnx
-from dgfast.runtimes.agreement import relative_error
+from dgfast.runtimes import RUNTIMES
 
-RUNTIMES = {"compiled": (compiled.build, 2e-5), "onnx": (onnx.build, 1e-4)}
-"""How each is built, and the largest error allowed."""
+JUDGED = {name: RUNTIMES[name] for name in ("compiled", "onnx")}
 
 Arguments = tuple[Tensor | None, ...]
 Calls = tuple[Callable[..., tuple[Tensor, ...]], list[Arguments], list[nn.Module]]
@@ -102,7 +101,7 @@ def errors(folder: Path) -> Iterator[tuple[str, float, dict[str, float]]]:
         function, given, networks = found
         with torch.no_grad():
             wanted = [function(*arguments) for arguments in given]
-        worst = {name: _worst(build(function, given[0]), given, wanted) for name, (build, _) in RUNTIMES.items()}
+        worst = {name: _worst(runtime.build(function, given[0]), given, wanted) for name, runtime in JUDGED.items()}
         yield path.stem, sum(w.numel() for net in networks for w in net.parameters()) / 1e6, worst
 
 
@@ -114,11 +113,11 @@ def _worst(built: Callable[..., tuple[Tensor, ...]], given: list[Arguments], wan
 @click.command(help=__doc__)
 @click.option("--golden", type=click.Path(path_type=Path), default="tests/golden", show_default=True)
 def main(golden: Path) -> None:
-    click.echo(f"| golden file | million weights | {' | '.join(RUNTIMES)} |\n|---|---|{'---|' * len(RUNTIMES)}")
+    click.echo(f"| golden file | million weights | {' | '.join(JUDGED)} |\n|---|---|{'---|' * len(JUDGED)}")
     failed = False
     for name, millions, found in errors(golden):
         click.echo(f"| {name} | {millions:.1f} | {' | '.join(f'{error:.1e}' for error in found.values())} |")
-        failed |= not all(found[runtime] <= allowed for runtime, (_, allowed) in RUNTIMES.items())
+        failed |= not all(found[name] <= runtime.tolerance for name, runtime in JUDGED.items())
     sys.exit(failed)
 
 

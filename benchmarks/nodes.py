@@ -21,7 +21,8 @@ from benchmarks.subjects import guided_function, guided_levels, noise_at
 from benchmarks.workloads import WORKLOADS, Workload
 from dgfast import GuidanceConfig
 from dgfast.devices import keep_freed_memory
-from dgfast.runtimes import compiled
+from dgfast.graph.cache import lowered
+from dgfast.runtimes.cpu import build as cpu
 
 _ROUNDS = 7
 _CPU = torch.device("cpu")
@@ -53,7 +54,8 @@ def _compiled(made: Workload, batch: int, guided: bool) -> Seconds:
     networks = made.load(_CPU, torch.float32)
     levels = guided_levels(made, networks, _CPU)
     arguments = noise_at([levels[len(levels) // 2]] * batch, networks, range(batch), _CPU)
-    timer = _Timer(compiled.on_cpu(guided_function(made, networks, guided, _CPU), arguments, batch))
+    graph = lowered(guided_function(made, networks, guided, _CPU), arguments)
+    timer = _Timer(cpu.compile(graph, batch))
     with torch.no_grad():
         for _ in range(_ROUNDS):
             timer.run(*arguments)
@@ -88,8 +90,8 @@ def _onnx(made: Workload, batch: int, guided: bool) -> Seconds:
     import onnxruntime
 
     from dgfast.export.joint_graph import joint
-    from dgfast.runtimes.onnx import save
-    from dgfast.runtimes.onnx_writer import convert
+    from dgfast.runtimes.onnx.file import save
+    from dgfast.runtimes.onnx.writer import convert
 
     guidance = made.guidance if guided else GuidanceConfig()
     subject = joint(made.load(_CPU, torch.float32), made.sampling, guidance, "denoiser")

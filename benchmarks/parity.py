@@ -5,7 +5,7 @@ number of the same sample, and how far the drawn images end from eager's, as a s
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -19,20 +19,19 @@ from torch.nn import functional as F
 from benchmarks.workloads import fill_
 from dgfast import GuidanceConfig, Networks, SamplingConfig, nets
 from dgfast.denoiser import EDMPrecond
-from dgfast.engines import generated_by, guided_by
+from dgfast.engines import runtime_of
 from dgfast.export.joint_graph import generator, joint
-from dgfast.export.subject import Subject
-from dgfast.guidance import Guidance, guided_denoiser, guided_posterior
+from dgfast.graph import Function
+from dgfast.graph.agreement import relative_error
 from dgfast.one_step import OneStep
-from dgfast.runtimes import compiled, onnx
-from dgfast.runtimes.agreement import relative_error
-from dgfast.runtimes.onnx_writer import convert
+from dgfast.runtimes import RUNTIMES, Build, Example, RuntimeLike
+from dgfast.runtimes.onnx.file import save
+from dgfast.runtimes.onnx.session import OnnxEngine
+from dgfast.runtimes.onnx.writer import convert
 from dgfast.sampler import Sampler
 
-Function = Callable[..., tuple[Tensor, ...]]
-_BUILD: dict[str, Any] = {"compiled": compiled.build, "onnx": onnx.build}
-RUNTIMES = (*_BUILD, "file")
-"""Of the function as it is, and of an exported file whose inputs the guidance weights are."""
+WAYS = ("compiled", "onnx", "file")
+"""Runtimes of the function as it is, and an exported file whose inputs the guidance weights are."""
 _CLASSES, _SEEDS = 3, (0, 1, 2)
 
 
@@ -105,7 +104,7 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-def rows(name: str, runtimes: Sequence[str] = RUNTIMES) -> Iterator[Row]:
+def rows(name: str, runtimes: Sequence[str] = WAYS) -> Iterator[Row]:
     """One row for each runtime; no file holds the gradient that is to be reused."""
     method = METHODS[name]
     drawn = _sampler(method)(_SEEDS)
@@ -115,26 +114,20 @@ def rows(name: str, runtimes: Sequence[str] = RUNTIMES) -> Iterator[Row]:
             continue
         errors: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
-            if runtime == "file":
-                keywords = {"engine": _recording_file(method, Path(folder), errors)}
-            else:
-                keywords = {"runtime": partial(_recording, _BUILD[runtime], errors)}
-            mine = _sampler(method, **keywords)(_SEEDS)
+            executing = runtime_of(_file(method, Path(folder))) if runtime == "file" else RUNTIMES[runtime]
+            mine = _sampler(method, partial(_recording, executing.build, errors))(_SEEDS)
         yield Row(name, runtime, max(errors), _share(mine, drawn), _share(plain, drawn))
 
 
-def _sampler(method: Method, **keywords: Any) -> Any:
+def _sampler(method: Method, runtime: RuntimeLike = "eager") -> Any:
     if not method.family:
-        return OneStep(_generator(), **keywords)
-    return Sampler(_networks(method.family), method.sampling, method.guidance, **keywords)
+        return OneStep(_generator(), runtime=runtime)
+    return Sampler(_networks(method.family), method.sampling, method.guidance, runtime=runtime)
 
 
-def _recording(build: Any, errors: list[float], function: Function, example: Sequence[Tensor | None]) -> Function:
-    return _compared(function, build(function, example), errors)
-
-
-def _compared(function: Function, candidate: Function, errors: list[float]) -> Function:
-    """The candidate; every call of it is held against the function's."""
+def _recording(build: Build, errors: list[float], function: Function, example: Example) -> Function:
+    """The function built; every call of it is held against the function's."""
+    candidate = build(function, example)
 
     def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -146,26 +139,15 @@ def _compared(function: Function, candidate: Function, errors: list[float]) -> F
     return run
 
 
-def _recording_file(method: Method, folder: Path, errors: list[float]) -> Any:
-    """What a sampler takes for `engine`: the exported function, every call of it held against eager."""
-    if not method.family:
-        net = _generator()
-        return _compared(lambda *given: (net(*given),), generated_by(_file(generator(net), folder)), errors)
-    networks = _networks(method.family)
-    guided = guided_by(_file(joint(networks, method.sampling, method.guidance), folder))
-    make: Any = guided_posterior if method.sampling.solver == "ddpm" else guided_denoiser
-
-    def engine(guidances: tuple[Guidance, ...]) -> Function:
-        eager = make(networks.denoiser, guidances, method.sampling.clip_denoised)
-        return _compared(eager, guided(guidances), errors)
-
-    return engine
-
-
-def _file(subject: Subject, folder: Path) -> onnx.OnnxEngine:
+def _file(method: Method, folder: Path) -> OnnxEngine:
+    """The function that the method calls, exported and opened."""
     path = folder / "function.onnx"
-    onnx.save(convert(subject.function, dict(subject.example(len(_SEEDS), seed=1)), subject.outputs), path)
-    return onnx.OnnxEngine(path)
+    if method.family:
+        subject = joint(_networks(method.family), method.sampling, method.guidance)
+    else:
+        subject = generator(_generator())
+    save(convert(subject.function, dict(subject.example(len(_SEEDS), seed=1)), subject.outputs), path)
+    return OnnxEngine(path)
 
 
 def _share(drawn: Tensor, wanted: Tensor) -> float:
@@ -239,10 +221,10 @@ def _frozen(net: nn.Module, draws: torch.Generator) -> Any:
 @click.command(help=__doc__)
 @click.option("--method", "methods", multiple=True, type=click.Choice(list(METHODS)), help="Default: all.")
 def main(methods: tuple[str, ...]) -> None:
-    click.echo(f"| method | {' | '.join(RUNTIMES)} | guidance moves the images by |\n{'|---' * (len(RUNTIMES) + 2)}|")
+    click.echo(f"| method | {' | '.join(WAYS)} | guidance moves the images by |\n{'|---' * (len(WAYS) + 2)}|")
     for name in methods or METHODS:
         found = {row.runtime: row for row in rows(name)}
-        cells = [f"{found[r].error:.1e}, {found[r].drift:.1e}" if r in found else "" for r in RUNTIMES]
+        cells = [f"{found[r].error:.1e}, {found[r].drift:.1e}" if r in found else "" for r in WAYS]
         moved = f"{found['onnx'].moved:.2g}" if METHODS[name].family else ""
         click.echo(f"| {name} | {' | '.join(cells)} | {moved} |")
 

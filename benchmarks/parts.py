@@ -18,14 +18,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import facts
 from benchmarks.measure import PRECISIONS, Call, matmul_ceiling, precision, relative_error, seconds, synchronised
-from benchmarks.runtimes import RUNTIMES, Runtime
+from benchmarks.runtimes import RUNTIMES
 from benchmarks.subjects import guided_function, guided_levels, noise_at
 from benchmarks.workloads import WORKLOADS, Workload
 from dgfast import Networks, Sampler
 from dgfast.devices import pick_device
-from dgfast.runtimes import compiled, cuda_graph
-from dgfast.runtimes.graph_cache import lowered
-from dgfast.runtimes.streams import concurrent
+from dgfast.graph.cache import lowered
+from dgfast.runtimes import Runtime
+from dgfast.runtimes.cuda.build import by_inductor
+from dgfast.runtimes.cuda.capture import capture
+from dgfast.runtimes.cuda.streams import concurrent
 
 _PROFILE_ROWS = 25
 
@@ -102,7 +104,7 @@ def profile_one_call(device: str, out: Path, workload: str, runtime: str, batch:
         networks = chosen.load(at, PRECISIONS[name])
         levels = guided_levels(chosen, networks, at)
         arguments = noise_at([levels[len(levels) // 2]] * batch, networks, range(batch), at)
-        call = RUNTIMES[runtime].call(guided_function(chosen, networks, True, at), arguments, at)
+        call = RUNTIMES[runtime].whole(guided_function(chosen, networks, True, at), arguments)
         call(*arguments)
         with profile(activities=activities) as profiled:
             call(*arguments)
@@ -134,8 +136,8 @@ def streams(device: str, out: Path, workload: str, batches: tuple[int, ...], nam
         for batch in batches:
             arguments = noise_at([levels[len(levels) // 2]] * batch, networks, range(batch), at)
             graph = lowered(guided_function(chosen, networks, True, at), arguments)
-            one = cuda_graph.build(compiled.by_inductor(graph), arguments)
-            several = cuda_graph.build(concurrent(graph, compiled.by_inductor), arguments)
+            one = capture(by_inductor(graph), arguments)
+            several = capture(concurrent(graph, by_inductor), arguments)
             error = relative_error(several(*arguments), one(*arguments))
             times = [_median(synchronised(partial(call, *arguments), at)) for call in (one, several)]
             found[batch] = {"whole": times[0], "streams": times[1], "difference": error}
@@ -155,7 +157,7 @@ def _guided_calls(
     """Noise level -> results of one guided call there."""
     levels = guided_levels(workload, networks, device)
     arguments = [noise_at([level] * len(seeds), networks, seeds, device) for level in levels]
-    call = runtime.call(guided_function(workload, networks, True, device), arguments[0], device)
+    call = runtime.whole(guided_function(workload, networks, True, device), arguments[0])
     with torch.no_grad():
         return {
             level: [result.clone() for result in call(*given)] for level, given in zip(levels, arguments, strict=True)
@@ -166,7 +168,7 @@ def _trajectory(
     workload: Workload, networks: Networks, runtime: Runtime, seeds: Sequence[int], device: torch.device
 ) -> dict[float, list[Tensor]]:
     """Noise level -> the solver's state when it arrives there, 0 for the images."""
-    sampler = Sampler(networks, workload.sampling, workload.guidance, device, **runtime.keywords(device))
+    sampler = Sampler(networks, workload.sampling, workload.guidance, device, runtime)
     levels = [*(step.sigma for step in sampler.steps[1:]), 0.0]
     states: dict[float, list[Tensor]] = {}
     sampler(seeds, on_step=lambda step, x, *_: states.update({levels[step.index]: [x.clone()]}))

@@ -23,10 +23,12 @@ from torch.nn import functional as F
 import dgfast
 from benchmarks.quality import judged
 from dgfast import bundle as bundles
-from dgfast.config import NORMALIZATIONS, SOLVERS, GuidanceConfig
+from dgfast.config import GuidanceConfig
 from dgfast.extras import require
+from dgfast.guidance.gradient import NORMALIZATIONS
 from dgfast.outputs import to_uint8, write_images
 from dgfast.sampler import Sampler
+from dgfast.solvers import SOLVERS
 from dgfast.training.classifier import to_vp
 from dgfast.training.data import load_images, split
 
@@ -42,7 +44,7 @@ _SHOWN = 20  # images a row of the picture
 @click.command(help=__doc__)
 @click.option("--count", default=300, show_default=True, help="Images a setting: the seeds 0 to count - 1.")
 @click.option("--batch", default=100, show_default=True)
-@click.option("--solver", type=click.Choice(SOLVERS), default="dpmpp-2m", show_default=True)
+@click.option("--solver", type=click.Choice(tuple(SOLVERS)), default="dpmpp-2m", show_default=True)
 @click.option("--steps", default=12, show_default=True)
 @click.option("--normalize", type=click.Choice(NORMALIZATIONS), default="none", show_default=True)
 @click.option(

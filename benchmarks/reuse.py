@@ -21,7 +21,6 @@ from benchmarks.quality import judged
 from dgfast import bundle as bundles
 from dgfast.extras import require
 from dgfast.outputs import to_uint8, write_images
-from dgfast.runtimes import compiled
 from dgfast.sampler import Sampler
 
 EVERY = (1, 2, 3, 5)
@@ -54,7 +53,7 @@ def _measure(count: int, batch: int, scratch: Path) -> list[dict[str, Any]]:
     settings = [(every, reuse) for every in EVERY for reuse in (("hold",) if every == 1 else ("hold", "linear"))]
     for every, reuse in [*settings, (0, "unguided")]:
         weights = {"dg_every": every, "dg_reuse": reuse} if every else {"dg_weight": 0.0}
-        sampler = Sampler(networks, found.sampling, replace(found.guidance, **weights), runtime=compiled.build)
+        sampler = Sampler(networks, found.sampling, replace(found.guidance, **weights), runtime="compiled")
         sampler.prepare(batch)
         began = time.perf_counter()
         parts = [sampler(range(start, min(start + batch, count))) for start in range(0, count, batch)]

@@ -23,7 +23,7 @@ from dgfast.denoiser import DDPMPrecond
 from dgfast.nets.adm_unet import PUBLISHED
 from dgfast.nets.discriminator import Discriminator, NoisyClassifier
 from dgfast.nets.dit import PRESETS
-from dgfast.noise_levels import TIME_SCHEDULES
+from dgfast.vp import TIME_SCHEDULES
 
 _SEED = 0
 _GPU_BATCHES = (512, 1, 64)  # throughput, latency, and what lies between: in the order of interest

@@ -32,7 +32,7 @@ from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.denoiser import PRECONDITIONERS
 from dgfast.errors import UserError
 from dgfast.latents import SCALE
-from dgfast.noise_levels import TIME_SCHEDULES
+from dgfast.vp import TIME_SCHEDULES
 from dgfast.weights import load_state as load_state
 from dgfast.weights import read_tensors as read_tensors
 

@@ -2,22 +2,27 @@
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 from dgfast.errors import UserError
+from dgfast.guidance import (
+    GUIDANCES,
+    Autoguidance,
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    DiscriminatorGuidance,
+    Guidance,
+    LowDensityGuidance,
+    PredictedCleanGuidance,
+)
+from dgfast.guidance.declaration import all_options
+from dgfast.solvers import SOLVERS
 
-SOLVERS = ("heun", "euler", "dpmpp-2m", "ddpm", "ddim")
 DISCRETIZATIONS = ("edm", "vp", "ve", "iddpm")
 SCHEDULES = ("linear", "vp", "ve")
 SCALINGS = ("none", "vp")
 VARIANCES = ("small", "large")
-REUSES = ("hold", "linear")
-NORMALIZATIONS = ("none", "sample_l2", "channel_l2", "max_abs")
-CLEAN_TIMES = ("t", "0")
 MOST_LEVELS = 10_000
 """Noise levels of a grid or of a network, far more than any was trained with: a file may ask for a thousand million."""
-MOST_POINTS = 20
-"""Points of a schedule of weights: a plan asks for each of them at every step."""
 KEPT = ("npz", "png", "latents")
 """Formats in which a job keeps its images, see `outputs.FORMATS`."""
 PRODUCTS = ("adm", "grid")
@@ -74,7 +79,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("solver", SOLVERS),
+            ("solver", tuple(SOLVERS)),
             ("discretization", DISCRETIZATIONS),
             ("schedule", SCHEDULES),
             ("scaling", SCALINGS),
@@ -97,16 +102,14 @@ class SamplingConfig:
             raise UserError("epsilon_s must lie between 0 and 1, S_min and S_max must be numbers")
         if not self.rho > 0 or not 0 < self.alpha <= 1 or not self.S_churn >= 0 or not self.S_noise >= 0:
             raise UserError("rho must be above 0, alpha in (0, 1], S_churn and S_noise at least 0")
-        if not 0 <= self.eta <= 1 or (self.eta and self.solver != "ddim"):
-            raise UserError(f"eta {self.eta} must lie between 0 and 1, and is for the solver ddim alone")
-        special = self.solver in ("dpmpp-2m", "ddpm", "ddim")
-        if special and (self.S_churn or self.schedule != "linear" or self.scaling != "none"):
-            raise UserError(f"{self.solver} takes no churn and only the linear schedule without scaling")
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"eta {self.eta} must lie between 0 and 1")
+        SOLVERS[self.solver].check(self)
 
     @property
     def score_evaluations(self) -> int:
         """Score-network forwards of one image, without guidance."""
-        return 2 * self.num_steps - 1 if self.solver == "heun" else self.num_steps
+        return SOLVERS[self.solver].points * (self.num_steps - 1) + 1
 
     def gamma(self, sigma: float) -> float:
         """Relative rise of the noise level before the step at `sigma` (EDM, algorithm 2)."""
@@ -116,119 +119,28 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class GuidanceConfig:
-    """Weights of the guidances; the defaults guide nothing, and what guides nothing runs no network.
+class GuidanceConfig(
+    PredictedCleanGuidance.Options,
+    LowDensityGuidance.Options,
+    Autoguidance.Options,
+    ClassifierFreeGuidance.Options,
+    ClassifierGuidance.Options,
+    DiscriminatorGuidance.Options,
+):
+    """Options of all guidances, see the `Options` of each; the defaults guide nothing, which runs no network.
 
-    Attributes:
-        dg_weight, dg_weight_2nd: discriminator guidance at the solver's first and second point of a step
-            (arXiv 2211.17091). dg_window: the VP times tau between which it acts.
-        dg_every: compute the discriminator's gradient at every so many guided calls only. dg_reuse: what the calls
-            between use: "hold" the last gradient, or the "linear" continuation of the last two in log sigma.
-        boosting: DG's boosting for conditional nets: every fifth step churns, every second doubles the guidance, both
-            only for samples that the discriminator holds for generated.
-        published_window: judge dg_window by the smallest tau of the batch, as DG's code does.
-        dg_schedule, classifier_schedule: factors on these two weights along the trajectory: (tau, factor) by rising VP
-            time, linear between and constant beyond them; two of the same tau are a jump.
-        classifier_scale: classifier guidance (arXiv 2105.05233).
-        cfg_scale: classifier-free guidance (arXiv 2207.12598) in the convention of Imagen, diffusers and EDM2: 1 is
-            unguided. Ho and Salimans' w is cfg_scale - 1.
-        cfg_scale_low: the scale at noise levels sigma of cfg_branch and below; None: cfg_scale everywhere.
-        cfg_channels: let cfg_scale guide the first so many channels alone, as DiT's published numbers do; None: all.
-        guidance_interval: (low, high]: noise levels sigma at which cfg_scale acts (arXiv 2404.07724).
-        autoguidance: weight of guidance by a worse reference net (arXiv 2406.02507); 1 is unguided.
-        diversity: a, low-density guidance (arXiv 2606.13347, algorithm 1): away from what the classifier is sure of in
-            the noisy image. perceptual: toward it instead (algorithm 2).
-        fidelity: b, guidance toward the class in the predicted clean image. clean_time: the time that the classifier
-            reads there: the noisy image's, "t", or "0".
-        normalize: what both do to the length of their gradients; see `guidance.gradient.normalized`.
-        target_class, base_class: the class of the diversity and of the fidelity term, for mixing two classes; None is
-            each sample's own.
+    It inherits them, so that its fields have their types and its readers the help of an editor; a guidance declared
+    later adds its own (see `Guidance.__init_subclass__`). The last of the bases comes first.
+
+    Raises:
+        UserError: a value that an option may not have, or options that contradict one another.
     """
 
-    dg_weight: float = 0.0
-    dg_weight_2nd: float = 0.0
-    dg_window: tuple[float, float] = (0.01, 1.0)
-    dg_every: int = 1
-    dg_reuse: str = "hold"
-    boosting: bool = False
-    published_window: bool = False
-    classifier_scale: float = 0.0
-    cfg_scale: float = 1.0
-    cfg_scale_low: float | None = None
-    cfg_branch: float = 0.0
-    cfg_channels: int | None = None
-    guidance_interval: tuple[float, float] = (0.0, math.inf)
-    autoguidance: float = 1.0
-    dg_schedule: tuple[tuple[float, float], ...] = ()
-    classifier_schedule: tuple[tuple[float, float], ...] = ()
-    diversity: float = 0.0
-    fidelity: float = 0.0
-    perceptual: bool = False
-    normalize: str = "none"
-    clean_time: str = "t"
-    target_class: int | None = None
-    base_class: int | None = None
-
     def __post_init__(self) -> None:
-        weights = "dg_weight", "dg_weight_2nd", "classifier_scale", "cfg_scale", "autoguidance", "diversity", "fidelity"
-        for name in weights:
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"{name} {getattr(self, name)} is not a finite number")
-        for name in ("dg_window", "guidance_interval"):
-            pair = getattr(self, name)
-            if len(pair) != 2 or not pair[0] < pair[1]:
-                raise UserError(f"{name} {pair}: give two numbers, the first below the second")
-        if (self.cfg_scale_low is None) != (self.cfg_branch == 0):
-            raise UserError("cfg_scale_low and cfg_branch belong together: give both, or neither")
-        if not math.isfinite(self.cfg_scale_low or 0) or not 0 <= self.cfg_branch < math.inf:
-            raise UserError(
-                f"cfg_scale_low {self.cfg_scale_low} must be finite, cfg_branch {self.cfg_branch} too and at least 0"
-            )
-        if self.cfg_channels is not None and (not isinstance(self.cfg_channels, int) or self.cfg_channels < 1):
-            raise UserError(f"cfg_channels {self.cfg_channels} must be a whole number, at least 1")
-        for name in ("dg_schedule", "classifier_schedule"):
-            points = getattr(self, name)
-            numbers = all(len(point) == 2 and all(map(math.isfinite, point)) for point in points)
-            if (
-                len(points) > MOST_POINTS
-                or not numbers
-                or any(later[0] < point[0] for point, later in pairwise(points))
-            ):
-                raise UserError(
-                    f"{name} {str(points)[:80]}: give at most {MOST_POINTS} pairs of numbers, time tau and factor, by "
-                    "rising tau"
-                )
-        if not isinstance(self.dg_every, int) or self.dg_every < 1:
-            raise UserError(f"dg_every {self.dg_every} must be a whole number, at least 1")
-        if self.dg_reuse not in REUSES:
-            raise UserError(f"dg_reuse {self.dg_reuse!r} is not one of {', '.join(REUSES)}")
-        if self.dg_every > 1 and self.boosting:
-            raise UserError("boosting judges every call by its own log-ratio; it does not go with dg_every above 1")
-        if self.boosting and not self.dg_weight:
-            raise UserError("boosting needs discriminator guidance; give it a weight other than 0")
-        self._check_low_density()
+        for one in all_options():
+            one.check(getattr(self, one.name))
+        for guidance in GUIDANCES:
+            guidance.check(self)
 
-    def _check_low_density(self) -> None:
-        for name, allowed in (("normalize", NORMALIZATIONS), ("clean_time", CLEAN_TIMES)):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        if self.diversity < 0 or self.fidelity < 0:
-            raise UserError("diversity and fidelity are at least 0; perceptual turns the direction of diversity round")
-        for name in ("target_class", "base_class"):
-            label = getattr(self, name)
-            if label is not None and not (isinstance(label, int) and label >= 0):
-                raise UserError(f"{name} {label} is no class; they are counted from 0")
-        for name, weight in (("perceptual", "diversity"), ("target_class", "diversity"), ("base_class", "fidelity")):
-            chosen = getattr(self, name)
-            if chosen is not None and chosen is not False and not getattr(self, weight):  # class 0 is one
-                raise UserError(f"{name} needs {weight}; give it a weight above 0")
-        if self.diversity and self.classifier_scale and self.target_class is None:
-            raise UserError(
-                "diversity and classifier_scale weigh one and the same gradient; set one of them to 0 "
-                "(perceptual diversity is classifier guidance)"
-            )
 
-    @property
-    def classifier_free(self) -> bool:
-        """Whether classifier-free guidance acts at any noise level."""
-        return self.cfg_scale != 1 or self.cfg_scale_low not in (None, 1)
+Guidance.config = GuidanceConfig

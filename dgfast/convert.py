@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from dgfast.checkpoints import DENOISERS, ENCODERS
+from dgfast.checkpoints import DENOISERS, ENCODERS, one_line
 from dgfast.errors import UserError
 from dgfast.options import Command, Group, option
 
@@ -20,7 +20,7 @@ _PYTHON = {"True": True, "False": False, "None": None}  # as guided-diffusion's 
 
 
 @click.command(cls=Command, help=__doc__)
-@click.argument("file", type=click.Path(exists=True, path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
 @option("--role", group=Group.INPUT, type=click.Choice(DENOISERS + ENCODERS), help="Default for a snapshot: score.")
 @option("--key", group=Group.INPUT, help="Part of FILE to take: ema, state_dict.net, ...; default: ema, if it has one.")
 @option("--kind", group=Group.INPUT, help="EDMPrecond, iDDPMPrecond, DDPMPrecond, DiT, EncoderUNetModel, ...")
@@ -80,9 +80,10 @@ def main(
 
     joining.room(out, role, name)  # asked before a large file is read
     converted = network.read(file, role, kind, told, key)
+    origin = provenance or f"converted from {one_line(file.name)}"
     assumed = joining.join(
-        converted, out, role, name=name, fallback_name=file.stem,
-        provenance=provenance or f"converted from {file.name}", license_=license_, time_schedule=time_schedule, vae=vae,
+        converted, out, role, name=name, fallback_name=one_line(file.stem) or "bundle", provenance=origin,
+        license_=license_, time_schedule=time_schedule, vae=vae,
     )  # fmt: skip
     parameters = sum(parameter.numel() for parameter in converted.net.parameters())
     click.echo(f"{out}: {role} {converted.kind}, {parameters:,} parameters")

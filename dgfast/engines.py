@@ -1,7 +1,8 @@
 """Exported files as a sampler's guided denoiser: do they fit the job, and what do they return for which guidances?"""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,29 +12,13 @@ from torch import Tensor
 from dgfast.bundle import Bundle
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
-from dgfast.guidance import OUTSIDE_WINDOW, Guidance
-from dgfast.guidance.weights import OFF, weights
-
-Function = Callable[..., tuple[Tensor, ...]]
-
-DENOISER = ("x", "sigma", "class_labels")
-"""What a sampler calls a guided denoiser with, by the names that an exported file has for it."""
-POSTERIOR = (*DENOISER, "log_least", "log_most")
-"""The same for what an ancestral solver calls, see `guidance.guided_posterior`."""
-
-_SETTINGS = {
-    "dg_weight": ("dg_window", "published_window", "dg_schedule"),
-    "classifier_scale": ("classifier_schedule",),
-    "cfg_scale": ("guidance_interval", "cfg_branch", "cfg_channels"),
-    "diversity": ("normalize", "target_class"),
-    "fidelity": ("normalize", "base_class", "clean_time"),
-}
-"""What of `GuidanceConfig` is inside of a file beside the weight that is an input of it."""
-
-
-def function_of(solver: str) -> str:
-    """Which function a solver calls: "posterior" for the ancestral one, else "denoiser"."""
-    return "posterior" if solver == "ddpm" else "denoiser"
+from dgfast.graph import Function
+from dgfast.guidance import OUTSIDE_WINDOW, DiscriminatorGuidance, Guidance
+from dgfast.guidance.declaration import all_options, guiding, off_values
+from dgfast.guidance.weights import weights
+from dgfast.job import PureFunction
+from dgfast.runtimes import Runtime
+from dgfast.solvers import SOLVERS
 
 
 class Engine(Protocol):
@@ -58,28 +43,41 @@ class Engine(Protocol):
     def __call__(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
 
-def guided_by(engine: Engine) -> Callable[[tuple[Guidance, ...]], Function]:
-    """The file's guided denoiser, or posterior, for each set of guidances: those left out get the weight that is off.
+def runtime_of(engine: Engine) -> Runtime:
+    """The file as a sampler's runtime. What it builds is the file's, whatever the shapes: only the weights differ.
 
-    It computes what it computes whatever the weight, so calls outside of a window cost as much as those inside.
+    Its `build` raises UserError for a guidance that the file has no input for.
     """
 
-    def guided(guidances: tuple[Guidance, ...]) -> Function:
-        given = weights(guidances)
-        missing = sorted(given.keys() - engine.inputs.keys())
-        if missing:
-            option = "boosting" if missing[0] == "dg_boost" else missing[0].replace("_", "-")
-            raise UserError(f"{engine.path} has no {missing[0]}: export it with --{option}, or sample without")
-        values = {name: torch.tensor([float(given.get(name, OFF[name]))]) for name in engine.inputs if name in OFF}
+    def build(function: Function, example: Sequence[Tensor | None]) -> Function:
+        if not isinstance(function, PureFunction):
+            raise UserError(f"{engine.path} holds a function of a job, which stands in for no other")
+        return generated_by(engine) if function.name == "generator" else guided_by(engine, function)
 
-        def function(x: Tensor, sigma: Tensor, *further: Tensor | None) -> tuple[Tensor, ...]:
-            arguments = dict(zip(POSTERIOR, (x, sigma, *further), strict=False))
-            *results, log_ratio = _called(engine, {**arguments, **values})
-            return *results, log_ratio if "dg_weight" in given else torch.full_like(log_ratio, OUTSIDE_WINDOW)
+    return Runtime(str(engine.path), build)
 
-        return function
 
-    return guided
+def guided_by(engine: Engine, replaced: PureFunction) -> Function:
+    """The file in the place of a guided denoiser, or posterior: guidances left out get the weight that is off.
+
+    It computes what it computes whatever the weight, so calls outside of a window cost as much as those inside.
+
+    Raises:
+        UserError: a guidance that the file has no input for.
+    """
+    own = weights(replaced.guidances)
+    for missing in (one for one in all_options() if one.input in own.keys() - engine.inputs.keys()):
+        option = missing.name.replace("_", "-")
+        raise UserError(f"{engine.path} has no {missing.input}: export it with --{option}, or sample without")
+    off = {name: value for name, value in off_values().items() if name in engine.inputs}
+    values = {name: torch.tensor([float(own.get(name, value))]) for name, value in off.items()}
+    judged = any(isinstance(guidance, DiscriminatorGuidance) for guidance in replaced.guidances)
+
+    def function(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+        *results, log_ratio = _called(engine, {**dict(zip(replaced.inputs, arguments, strict=True)), **values})
+        return *results, log_ratio if judged else torch.full_like(log_ratio, OUTSIDE_WINDOW)
+
+    return function
 
 
 def generated_by(engine: Engine) -> Function:
@@ -102,16 +100,18 @@ def _called(engine: Engine, arguments: Mapping[str, Tensor | None]) -> tuple[Ten
 
 def require_fit(engine: Engine, bundle: Bundle, sampling: SamplingConfig, guidance: GuidanceConfig) -> None:
     """Raises UserError if the file is not what this bundle's sampler calls under these settings."""
-    _require(engine, bundle, function_of(sampling.solver))
+    _require(engine, bundle, SOLVERS[sampling.solver].function)
     if guidance.dg_every > 1:
         raise UserError("--dg-every needs the gradient itself, which no exported file returns")
     try:
         made_with = json.loads(engine.metadata["guidance"]) | {
             "clip_denoised": json.loads(engine.metadata["sampling"])["clip_denoised"]
         }
-        asked = json.loads(json.dumps(vars(guidance) | {"clip_denoised": sampling.clip_denoised}))
-        names = [name for weight in _on(guidance) for name in _SETTINGS.get(weight, ()) if weight in engine.inputs]
-        differing = [name for name in ("clip_denoised", *names) if made_with[name] != asked[name]]
+        asked = json.loads(json.dumps(asdict(guidance) | {"clip_denoised": sampling.clip_denoised}))
+        inside = [one for kind in guiding(guidance) if _has(engine, kind) for one in kind.options() if one.inside]
+        differing = [
+            name for name in ("clip_denoised", *(one.name for one in inside)) if made_with[name] != asked[name]
+        ]
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{engine.path}: what it says of its guidance cannot be read; export it anew") from error
     if differing:
@@ -136,7 +136,6 @@ def _require(engine: Engine, bundle: Bundle, what: str) -> None:
         )
 
 
-def _on(guidance: GuidanceConfig) -> list[str]:
-    """The weights of the guidances that act, each under its first name."""
-    on = [name for name in OFF if name in vars(guidance) and getattr(guidance, name) not in (OFF[name], None)]
-    return list(dict.fromkeys({"dg_weight_2nd": "dg_weight", "cfg_scale_low": "cfg_scale"}.get(n, n) for n in on))
+def _has(engine: Engine, guidance: type[Guidance]) -> bool:
+    """Whether the guidance is in the file; `guided_by` says so if it has to be and is not."""
+    return any(weight.input in engine.inputs for weight in guidance.weights().values())

@@ -1,9 +1,11 @@
 """The frozen networks that a sampler works with, your own or a bundle's."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +15,15 @@ from dgfast import bundle as bundles
 from dgfast.config import GuidanceConfig
 from dgfast.denoiser import DDPMPrecond
 from dgfast.errors import UserError
-from dgfast.guidance.classifier import NoisyClassifier
-from dgfast.guidance.compose import Denoiser
-from dgfast.guidance.discriminator import Discriminator
+from dgfast.guidance.declaration import guiding
 from dgfast.nets import discriminator as noise_aware
 from dgfast.nets.adm import EncoderUNetModel
-from dgfast.noise_levels import TIME_SCHEDULES, adm_time_schedule, vp_time
+from dgfast.vp import TIME_SCHEDULES, adm_time_schedule, vp_time
+
+if TYPE_CHECKING:
+    from dgfast.guidance.classifier import NoisyClassifier
+    from dgfast.guidance.compose import Denoiser
+    from dgfast.guidance.discriminator import Discriminator
 
 
 class ScoreNet(Protocol):
@@ -162,11 +167,4 @@ def roles(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str]:
     """
     if guidance is None:
         return ["score", *(role for role in bundle.nets if role not in ("score", "features", "generator"))]
-    discriminator = bool(guidance.dg_weight or guidance.dg_weight_2nd)
-    needed = {
-        "score": True,
-        "reference": guidance.autoguidance != 1,
-        "discriminator": discriminator,
-        "classifier": discriminator or bool(guidance.classifier_scale or guidance.diversity or guidance.fidelity),
-    }
-    return [role for role, wanted in needed.items() if wanted]
+    return list(dict.fromkeys(["score", *(role for kind in guiding(guidance) for role in kind.roles)]))

@@ -1,9 +1,7 @@
-"""Every noise level in dgfast: grids of sigma, the coordinates a solver may use, and the map between VE and VP.
+"""Every noise level in dgfast: grids of sigma, and the coordinates a solver may use; the map to VP is `dgfast.vp`.
 
-sigma is the standard deviation of the noise on images in about [-1, 1] (EDM's convention, arXiv 2206.00364).
-tau in [0, 1] is the time of the linear-beta VP SDE at the same signal-to-noise ratio (Song et al., arXiv 2011.13456,
-beta from 0.1 to 20), in which noise-aware classifiers and discriminators were trained. Pure functions, meant for
-float64.
+sigma is the standard deviation of the noise on images in about [-1, 1] (EDM's convention, arXiv 2206.00364). Pure
+functions, meant for float64.
 """
 
 import math
@@ -16,42 +14,10 @@ from torch import Tensor
 
 from dgfast.config import MOST_LEVELS, SamplingConfig
 from dgfast.errors import UserError
-
-BETA_MIN, BETA_MAX = 0.1, 20.0
-_COSINE_S = 0.008
-
-
-# VE <-> VP ------------------------------------------------------------------------------------------------------------
-def vp_alpha(sigma: Tensor) -> Tensor:
-    """Factor that brings an image with noise sigma to the unit-variance scale of the VP process."""
-    return (1 + sigma**2).rsqrt()
-
-
-def vp_time(sigma: Tensor) -> Tensor:
-    """tau(sigma), the linear-VP time: 1 at sigma 152.17, 0.01 at sigma 0.0447."""
-    slope = BETA_MAX - BETA_MIN
-    return ((BETA_MIN**2 + 2 * slope * (sigma**2).log1p()).sqrt() - BETA_MIN) / slope
-
-
-def vp_sigma(tau: Tensor) -> Tensor:
-    """sigma(tau), the inverse of `vp_time`."""
-    return (0.5 * (BETA_MAX - BETA_MIN) * tau**2 + BETA_MIN * tau).expm1().sqrt()
-
-
-def cosine_time(sigma: Tensor) -> Tensor:
-    """Time of the cosine schedule (arXiv 2102.09672, equation 17) at noise sigma; ADM's 64x64 classifier reads it."""
-    at_zero = _COSINE_S / (1 + _COSINE_S) * math.pi / 2
-    # arccos(cos(at_zero) alpha), without what float32 would lose of it near 1
-    angle = ((sigma**2 + math.sin(at_zero) ** 2).sqrt() / math.cos(at_zero)).atan()
-    return (1 + _COSINE_S) * (2 / math.pi) * angle - _COSINE_S
-
-
-TIME_SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {"linear": vp_time, "cosine": cosine_time}
-
-
-def adm_time_schedule(image_size: int) -> str:
-    """The schedule with which ADM's networks of that size, classifiers too, were trained."""
-    return "cosine" if image_size == 64 else "linear"
+from dgfast.vp import COSINE_S, vp_alpha, vp_sigma
+from dgfast.vp import TIME_SCHEDULES as TIME_SCHEDULES
+from dgfast.vp import cosine_time as cosine_time
+from dgfast.vp import vp_time as vp_time
 
 
 def log_uniform_sigma(u: Tensor, tau_min: float = 1e-5) -> Tensor:
@@ -245,7 +211,7 @@ def ddpm_levels(noise_schedule: str, steps: int) -> Tensor:
         betas = torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64, device="cpu")
     else:
         time = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
-        alpha_bar = ((time + _COSINE_S) / (1 + _COSINE_S) * math.pi / 2).cos() ** 2
+        alpha_bar = ((time + COSINE_S) / (1 + COSINE_S) * math.pi / 2).cos() ** 2
         betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clip(max=0.999)
     if not bool((betas < 1).all()):
         raise ValueError(f"noise_schedule {noise_schedule} needs more than {steps} steps: its beta would reach 1")

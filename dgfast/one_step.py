@@ -1,9 +1,7 @@
 """One forward an image: a generator in the place of a denoiser, a solver and its steps."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,26 +9,14 @@ from torch import Tensor
 from dgfast import bundle as bundles
 from dgfast.devices import device_of, seconds_of
 from dgfast.errors import UserError
+from dgfast.graph import Function
 from dgfast.guidance import OUTSIDE_WINDOW
+from dgfast.job import GeneratorNet, generator
 from dgfast.networks import described, one_hot
 from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
-from dgfast.sampler import Function, OnStep, Runtime
-
-
-class GeneratorNet(Protocol):
-    """What is asked of a generator; `dgfast.nets.generator.Generator` provides it.
-
-    Called with latents [B, latent_dim] and class_labels [B, label_dim] or None, it returns images [B, C, R, R].
-
-    Attributes:
-        latent_dim: width of its latents. label_dim: number of its classes, 0 if unconditional.
-    """
-
-    latent_dim: int
-    label_dim: int
-
-    def __call__(self, latents: Tensor, class_labels: Tensor | None, /) -> Tensor: ...
+from dgfast.runtimes import RuntimeLike, chosen, form
+from dgfast.sampler import OnStep
 
 
 class OneStep:
@@ -53,23 +39,20 @@ class OneStep:
         self,
         generator: GeneratorNet,
         device: torch.device | str | None = None,
-        runtime: Runtime | None = None,
-        step_runtime: Runtime | None = None,
-        engine: Function | None = None,
+        runtime: RuntimeLike = "eager",
     ) -> None:
         """
         Args:
             device: where to draw; None: where the generator's weights are.
-            runtime, step_runtime: make a faster callable of the generator for one shape, such as
-                `runtimes.compiled.build`, and another of that, such as `runtimes.cuda_graph.build`.
-            engine: (latents, class_labels) -> (images,) that takes the generator's place, such as
-                `engines.generated_by` gives.
+            runtime: what executes the generator; see `Sampler`.
+
+        Raises:
+            UserError: no runtime of that name.
         """
         self.generator = generator
         self.device = device_of(generator) if device is None else torch.device(device)
-        self._engine = engine
-        self._runtimes = [make for make in (runtime, step_runtime) if make is not None]
-        self._functions: dict[torch.Size, Function] = {}
+        self._runtime = chosen(runtime)
+        self._functions: dict[tuple[object, ...], Function] = {}
 
     @classmethod
     def load(
@@ -77,8 +60,7 @@ class OneStep:
         bundle: str | Path | bundles.Bundle = bundles.DEFAULT,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        runtime: Runtime | None = None,
-        step_runtime: Runtime | None = None,
+        runtime: RuntimeLike = "eager",
     ) -> "OneStep":
         """The generator of a bundle, as `networks.load` finds bundles.
 
@@ -87,7 +69,7 @@ class OneStep:
         """
         found = bundle if isinstance(bundle, bundles.Bundle) else bundles.read(bundle)
         generator = found.load("generator", device, dtype)
-        return cls(generator, device, runtime, step_runtime)  # type: ignore[arg-type]  # a module types no attributes
+        return cls(generator, device, runtime)  # type: ignore[arg-type]  # a module types no attributes
 
     def __repr__(self) -> str:
         """Two lines: the generator, cost and device."""
@@ -152,17 +134,9 @@ class OneStep:
         return latents, streams.labels(classes) if classes else None
 
     def _function(self, latents: Tensor, class_labels: Tensor | None) -> Function:
-        """(latents, class_labels) -> (images,), in this sampler's runtimes, built once a shape."""
-        function: Function = self._engine or partial(_forward, self.generator)
-        if self._engine is not None or not self._runtimes:
-            return function
-        if latents.shape not in self._functions:
-            for make in self._runtimes:
-                function = make(function, (latents, class_labels))
-            self._functions[latents.shape] = function
-        return self._functions[latents.shape]
-
-
-def _forward(generator: GeneratorNet, latents: Tensor, class_labels: Tensor | None) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return (generator(latents, class_labels),)
+        """(latents, class_labels) -> (images,), in this sampler's runtime, built once for each form of arguments."""
+        example = latents, class_labels
+        key = form(example)
+        if key not in self._functions:
+            self._functions[key] = self._runtime.whole(generator(self.generator), example)
+        return self._functions[key]

@@ -4,7 +4,7 @@ A formula's symbol is the metavar of its option. Behind an option's help stands 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -13,21 +13,17 @@ from typing import Any
 import click
 
 from dgfast import __version__, bounds
-from dgfast.config import CLEAN_TIMES, NORMALIZATIONS, GuidanceConfig, SamplingConfig
+from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.guidance import declaration
 from dgfast.ranges import Ranges
 
 
 class Group(StrEnum):
-    """The sections of `--help`, in their order; a guidance's has its formula."""
+    """The sections of `--help` beside those of the guidances, which come after the solver's."""
 
     INPUT = "Input"
     TRAINING = "Training"
     SOLVER = "Schedule and solver"
-    DISCRIMINATOR = "Discriminator guidance, D + w sigma^2 grad_x log d / (1 - d)"
-    CLASSIFIER = "Classifier guidance, D + s sigma^2 grad_x log p(y | x)"
-    CLASSIFIER_FREE = "Classifier-free guidance, D_u + s (D - D_u)"
-    AUTOGUIDANCE = "Autoguidance, D_ref + w (D - D_ref)"
-    LOW_DENSITY = "Low-density guidance, D - a sigma^2 grad_x log p(y | x) + b sigma^2 grad_x0 log p(y | x0)"
     RUNTIME = "Runtime"
     OUTPUT = "Output"
     OTHER = "Other"
@@ -36,7 +32,7 @@ class Group(StrEnum):
 class Option(click.Option):
     """An option in a section of `--help`; of one that a bundle has a default for, the help says it."""
 
-    def __init__(self, *arguments: Any, group: Group, **settings: Any) -> None:
+    def __init__(self, *arguments: Any, group: str, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.group = group
 
@@ -64,14 +60,14 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[Group, list[tuple[str, str]]] = {group: [] for group in Group}
+        sections: dict[str, list[tuple[str, str]]] = {name: [] for name in sections_of_help()}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):  # the text says what the arguments are
                 sections[getattr(parameter, "group", Group.OTHER)].append(record)
-        for group, records in sections.items():
+        for name, records in sections.items():
             if records:
-                with formatter.section(group.value):
+                with formatter.section(str(name)):
                     formatter.write_dl(records)
 
     def bundled_defaults(self, ctx: click.Context) -> tuple[str, Mapping[str, Any]]:
@@ -123,7 +119,18 @@ def command_line() -> list[str]:
     return list(click.get_current_context().meta[_ARGUMENTS])
 
 
-def option(*names: str, group: Group, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def sections_of_help() -> list[str]:
+    """The sections in their order; a guidance's has its formula."""
+    groups = list(Group)
+    at = groups.index(Group.SOLVER) + 1
+    return [*groups[:at], *map(_section, declaration.GUIDANCES), *groups[at:]]
+
+
+def _section(guidance: type[declaration.Guidance]) -> str:
+    return f"{guidance.name[:1].upper()}{guidance.name[1:]}, {guidance.formula}"
+
+
+def option(*names: str, group: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`click.option`, in a section of `--help`."""
     return click.option(*names, cls=Option, group=group, **settings)
 
@@ -222,66 +229,44 @@ class FiniteFloat(click.ParamType):  # type: ignore[type-arg]  # generic only in
 
 
 NUMBER = FiniteFloat()
-_GUIDANCE = (
-    option("--dg-weight", group=Group.DISCRIMINATOR, type=NUMBER, metavar="w", help="Weight; 0 turns it off."),
-    option("--dg-weight-2nd", group=Group.DISCRIMINATOR, type=NUMBER, metavar="w",
-           help="The same at the solver's second point."),
-    option("--dg-window", group=Group.DISCRIMINATOR, type=FloatPair(), metavar="tau,tau",
-           help="VP times between which it acts."),
-    option("--dg-schedule", group=Group.DISCRIMINATOR, type=WeightPoints(), metavar="tau:factor,...",
-           help="Factor on --dg-weight by VP time, linear between points."),
-    option("--boosting", group=Group.DISCRIMINATOR, is_flag=True, default=None,
-           help="DG's boosting, for conditional nets."),
-    option("--published-window", group=Group.DISCRIMINATOR, is_flag=True, default=None,
-           help="Judge the window by the batch, as DG's code does."),
-    option("--classifier-scale", group=Group.CLASSIFIER, type=NUMBER, metavar="s", help="Scale; 0 turns it off."),
-    option("--classifier-schedule", group=Group.CLASSIFIER, type=WeightPoints(), metavar="tau:factor,...",
-           help="Factor on --classifier-scale, as --dg-schedule."),
-    option("--cfg-scale", group=Group.CLASSIFIER_FREE, type=NUMBER, metavar="s",
-           help="Scale; 1 turns it off. Ho and Salimans' w is s - 1."),
-    option("--cfg-scale-low", group=Group.CLASSIFIER_FREE, type=NUMBER, metavar="s",
-           help="The same at noise levels of --cfg-branch and below."),
-    option("--cfg-branch", group=Group.CLASSIFIER_FREE, type=NUMBER, metavar="sigma",
-           help="Noise level at which the one scale takes over."),
-    option("--cfg-channels", group=Group.CLASSIFIER_FREE, type=int, metavar="C",
-           help="Guide the first so many channels alone; 3 is DiT's published way."),
-    option("--guidance-interval", group=Group.CLASSIFIER_FREE, type=FloatPair(), metavar="sigma,sigma",
-           help="Noise levels between which --cfg-scale acts."),
-    option("--autoguidance", group=Group.AUTOGUIDANCE, type=NUMBER, metavar="w",
-           help="Weight of guidance by a worse net; 1 turns it off."),
-    option("--diversity", group=Group.LOW_DENSITY, type=NUMBER, metavar="a",
-           help="Away from what the classifier is sure of; 0 turns it off."),
-    option("--perceptual", group=Group.LOW_DENSITY, is_flag=True, default=None,
-           help="Turn --diversity round: toward the class."),
-    option("--fidelity", group=Group.LOW_DENSITY, type=NUMBER, metavar="b",
-           help="Toward the class in the predicted clean image x0; 0 turns it off."),
-    option("--normalize", group=Group.LOW_DENSITY, type=click.Choice(NORMALIZATIONS),
-           help="What both do to their gradients' lengths."),
-    option("--clean-time", group=Group.LOW_DENSITY, type=click.Choice(CLEAN_TIMES),
-           help="Classifier's time for the predicted clean image."),
-    option("--target-class", group=Group.LOW_DENSITY, type=int, metavar="y",
-           help="Class of the --diversity term; default: each image's own."),
-    option("--base-class", group=Group.LOW_DENSITY, type=int, metavar="y",
-           help="Class of the --fidelity term; default: each image's own."),
+_TYPES = {float: NUMBER, int: int, str: str, declaration.PAIR: FloatPair(), declaration.POINTS: WeightPoints()}
+
+
+class GuidedCommand(Command):
+    """A command with what decides on the guided function: all declared guidances, and what stands before them.
+
+    They are looked up when the command runs, so that a guidance declared since its making is among them.
+
+    Args:
+        exported: leave out what no exported file can do.
+    """
+
+    def __init__(self, *arguments: Any, exported: bool = False, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._exported = exported
+        clip = "Keep denoised images in [-1, 1]; or =false."
+        option("--clip-denoised", group=Group.SOLVER, type=bool, is_flag=False, flag_value="true", help=clip)(self)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), *_guidance_options(self._exported)]
+
+
+def _guidance_options(exported: bool) -> Iterator[Option]:
+    sections: dict[str, str] = {}
+    for guidance in declaration.GUIDANCES:
+        for one in guidance.options():
+            sections.setdefault(one.name, _section(guidance))  # some options are of two guidances
+    for one in declaration.all_options():
+        if one.exported or not exported:
+            kind = {"is_flag": True, "default": None} if one.kind is bool else {"type": _TYPES[one.kind]}
+            choices = {"type": click.Choice(one.choices)} if one.choices else {"metavar": one.symbol}
+            name = f"--{one.name.replace('_', '-')}"
+            yield Option([name], group=sections[one.name], help=one.help, **kind | choices)
+
+
+WHAT = option(
+    "--what", group=Group.INPUT, type=click.Choice(["denoiser", "posterior", "step", "generator"]),
+    help="The guided denoiser; what the ddpm solver calls in its place; a whole step of the solver; the one-step "
+    "generator.  [default: what the bundle's solver calls]",
 )  # fmt: skip
-
-
-def guidance_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What decides on the guided function, for every command that makes one: guidance, and what stands before it."""
-    command = option(
-        "--clip-denoised", group=Group.SOLVER, type=bool, is_flag=False, flag_value="true",
-        help="Keep denoised images in [-1, 1]; or =false.",
-    )(command)  # fmt: skip
-    for guidance in reversed(_GUIDANCE):
-        command = guidance(command)
-    return command
-
-
-def function_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Which function of a bundle to export, and under which guidance."""
-    what = option(
-        "--what", group=Group.INPUT, type=click.Choice(["denoiser", "posterior", "step", "generator"]),
-        help="The guided denoiser; what the ddpm solver calls in its place; a whole step of heun or euler; the "
-        "one-step generator.  [default: what the bundle's solver calls]",
-    )  # fmt: skip
-    return what(guidance_options(command))
+"""Which function of a bundle to export."""

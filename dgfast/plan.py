@@ -3,36 +3,23 @@
 So a compiled function has no branch, and a guidance outside of its window, or of weight 0, runs no network at all.
 """
 
-import inspect
 import math
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgfast.config import VARIANCES, GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
-from dgfast.guidance import (
-    Autoguidance,
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
-    DiscriminatorGuidance,
-    Guidance,
-    LowDensityGuidance,
-    PredictedCleanGuidance,
-    WeightSchedule,
-)
-from dgfast.guidance.classifier import NoisyClassifier as Classifier
-from dgfast.nets.discriminator import NoisyClassifier
+from dgfast.guidance import DiscriminatorGuidance, Guidance
+from dgfast.guidance.declaration import guiding
 from dgfast.networks import Networks
 from dgfast.noise_levels import Coordinates, posterior_log_variances, respaced_levels, sigma_grid
+from dgfast.solvers import SOLVERS
 
 # DG's boosting (arXiv 2211.17091, published code): every 5th step churns, every 2nd doubles the guidance.
 _BOOST_CHURN, _BOOST_CHURN_PERIOD = 4.0, 5
 _BOOST_WEIGHT, _BOOST_WEIGHT_PERIOD = 2.0, 2
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,12 +67,14 @@ def plan(
     Raises:
         UserError: a guidance whose network is missing or does not fit.
     """
-    if config.solver in ("ddpm", "ddim") and (guidance.boosting or (config.solver == "ddpm" and guidance.dg_every > 1)):
+    solver = SOLVERS[config.solver]
+    if (solver.unit_start and guidance.boosting) or (solver.function == "posterior" and guidance.dg_every > 1):
         raise UserError(f"boosting does not go with {config.solver}, nor dg_every above 1 with ddpm")
     net = networks.denoiser
     levels = net.round_sigma(sigmas).cpu()
     times = [*coordinates.sigma_inv(levels).tolist(), 0.0]
-    predictors, boosted, correctors = all_guidances(networks, guidance)
+    predictors, correctors = all_guidances(networks, guidance)
+    doubled = boosted(predictors)
     variances = _log_variances(networks, config, levels)
     steps = []
     for i, (sigma, t, t_next) in enumerate(zip(levels.tolist(), times[:-1], times[1:], strict=True)):
@@ -94,9 +83,9 @@ def plan(
             boost_gamma = replace(config, S_churn=_BOOST_CHURN).gamma(sigma)
         highest = torch.tensor([sigma * (1 + max(gamma, boost_gamma or 0.0))], dtype=torch.float64)
         raised = float(net.round_sigma(highest.to(sigmas.device)))
-        usual = boosted if guidance.boosting and i % _BOOST_WEIGHT_PERIOD == 0 else predictors
+        usual = doubled if guidance.boosting and i % _BOOST_WEIGHT_PERIOD == 0 else predictors
         corrector = None
-        if config.solver == "heun" and i < len(sigmas) - 1:
+        if solver.points == 2 and i < len(sigmas) - 1:
             t_prime = torch.tensor([t + config.alpha * (t_next - t)], dtype=torch.float64)
             # Churn moves the second point between t_hat and t_next; only alpha < 1 makes it depend on t_hat.
             low = float(coordinates.sigma(t_prime))
@@ -109,20 +98,14 @@ def plan(
 
 def class_count(networks: Networks, guidance: GuidanceConfig) -> int:
     """Number of classes among which a label chooses: the score network's, or those of the classifier that guides it."""
-    rare = (guidance.diversity and guidance.target_class is None) or (guidance.fidelity and guidance.base_class is None)
-    if networks.denoiser.label_dim or not (guidance.classifier_scale or rare):
-        return networks.denoiser.label_dim
-    return _classes(networks.classifier)
-
-
-def _classes(classifier: object) -> int:
-    """The classes of one of dgfast's classifiers; 0, for not known, of any other function."""
-    return classifier.encoder.out_channels if isinstance(classifier, NoisyClassifier) else 0
+    return networks.denoiser.label_dim or max(
+        (kind.classes(networks, guidance) for kind in guiding(guidance)), default=0
+    )
 
 
 def _log_variances(networks: Networks, config: SamplingConfig, levels: Tensor) -> list[tuple[float, float]]:
     """Logarithms of the ancestral steps' least and most variance; the same one twice where the network learns none."""
-    if config.solver == "ddpm" and not bool((levels.diff() < 0).all()):
+    if SOLVERS[config.solver].function == "posterior" and not bool((levels.diff() < 0).all()):
         raise UserError("two of the steps round to one noise level of the network: use --respacing, or fewer --steps")
     bounds = posterior_log_variances(levels)
     if getattr(networks.denoiser, "learn_sigma", False):
@@ -132,84 +115,24 @@ def _log_variances(networks: Networks, config: SamplingConfig, levels: Tensor) -
     return [(fixed, fixed) for fixed in (*bounds[:-1, VARIANCES.index(config.fixed_variance)].tolist(), *last)]
 
 
-def all_guidances(nets: Networks, wanted: GuidanceConfig) -> tuple[list[Guidance], list[Guidance], list[Guidance]]:
-    """The guidances at the first point, the same with boosting's doubled weight, and those at the second point."""
-    shared: list[Guidance] = []
-    if wanted.classifier_scale:
-        classifier = _classifier(nets, "classifier guidance")
-        schedule = WeightSchedule(wanted.classifier_schedule)
-        shared.append(ClassifierGuidance(classifier, wanted.classifier_scale, nets.time, schedule))
-    if wanted.classifier_free:
-        shared.append(_classifier_free(nets, wanted))
-    if wanted.classifier_free and getattr(nets.denoiser, "null_class", 0) is None:
-        raise UserError("classifier-free guidance needs a score network that was trained without labels too")
-    if wanted.autoguidance != 1:
-        reference = _needed(nets.reference, "autoguidance", "reference")
-        shared.append(Autoguidance(reference, wanted.autoguidance))
-    if wanted.classifier_free and not nets.denoiser.label_dim:
-        raise UserError("classifier-free guidance needs a conditional score network")
-    shared += _low_density(nets, wanted)
+def all_guidances(networks: Networks, config: GuidanceConfig) -> tuple[list[Guidance], list[Guidance]]:
+    """The guidances at the solver's first and at its second point.
 
-    def discriminator(weight: float, boost: float = 1.0) -> list[Guidance]:
-        if not weight:
-            return []
-        net = _needed(nets.discriminator, "discriminator guidance", "discriminator")
-        window, published, schedule = wanted.dg_window, wanted.published_window, WeightSchedule(wanted.dg_schedule)
-        return [DiscriminatorGuidance(net, weight, window, nets.time, published, boost, schedule)]
-
-    return (
-        shared + discriminator(wanted.dg_weight),
-        shared + discriminator(wanted.dg_weight, _BOOST_WEIGHT),
-        shared + discriminator(wanted.dg_weight_2nd),
-    )
+    Raises:
+        UserError: a guidance whose network is missing or does not fit.
+    """
+    first: list[Guidance] = []
+    second: list[Guidance] = []
+    for kind in guiding(config):
+        guidance = kind.make(networks, config)
+        first += [guidance] if kind.on(config) else []
+        second += [guidance.at_second_point(config)] if kind.on(config, second=True) else []
+    return first, second
 
 
-def _classifier_free(nets: Networks, wanted: GuidanceConfig) -> ClassifierFreeGuidance:
-    channels, there = wanted.cfg_channels, nets.denoiser.img_channels
-    if channels is not None and channels > there:
-        raise UserError(f"--cfg-channels {channels}: this network's images have {there}")
-    return ClassifierFreeGuidance(
-        nets.denoiser, wanted.cfg_scale, wanted.guidance_interval, wanted.cfg_scale_low, wanted.cfg_branch, channels
-    )
-
-
-def _low_density(nets: Networks, wanted: GuidanceConfig) -> list[Guidance]:
-    """The two terms of low-density guidance: in the noisy image, and in the predicted clean one."""
-    found: list[Guidance] = []
-    if wanted.diversity:
-        a = -wanted.diversity if wanted.perceptual else wanted.diversity
-        classifier = _classifier(nets, "low-density guidance", "target class", wanted.target_class)
-        found.append(LowDensityGuidance(classifier, a, wanted.normalize, wanted.target_class, nets.time))
-    if wanted.fidelity:
-        how, label = wanted.normalize, wanted.base_class
-        classifier = _classifier(nets, "guidance toward the predicted clean image", "base class", label)
-        found.append(
-            PredictedCleanGuidance(classifier, wanted.fidelity, how, label, wanted.clean_time == "t", nets.time)
-        )
-    return found
-
-
-def _classifier(nets: Networks, guidance: str, role: str = "", label: int | None = None) -> Classifier:
-    """The classifier, if it is noise-aware and knows the class `label`, or for None those that labels choose among."""
-    classifier = _needed(nets.classifier, guidance, "classifier")
-    try:
-        inspect.signature(classifier.forward if isinstance(classifier, nn.Module) else classifier).bind(None, None)
-    except TypeError:
-        raise UserError(
-            f"{guidance} needs a noise-aware classifier, (u, t) -> logits; this one takes no time"
-        ) from None
-    own, classes = nets.denoiser.label_dim, _classes(classifier)
-    if label is None and not (own or classes):
-        either = f", a {role}," if role else ""
-        raise UserError(f"{guidance} needs a conditional score network{either} or a classifier that says its classes")
-    if label is None and own and classes not in (0, own):
-        raise UserError(
-            f"the classifier knows {classes} classes, the score network {own}: no classifier guidance between them"
-        )
-    known = classes or own
-    if label is not None and known and label >= known:
-        raise UserError(f"{role} {label} is out of range; the classifier knows classes 0 to {known - 1}")
-    return classifier
+def boosted(guidances: list[Guidance]) -> list[Guidance]:
+    """The same guidances with boosting's doubled weight on the discriminator's."""
+    return [replace(g, boost=_BOOST_WEIGHT) if isinstance(g, DiscriminatorGuidance) else g for g in guidances]
 
 
 def _with_reuse(steps: list[Step], every: int) -> tuple[Step, ...]:
@@ -230,9 +153,3 @@ def _with_reuse(steps: list[Step], every: int) -> tuple[Step, ...]:
 
 def _active(guidances: list[Guidance], sigma_low: float, sigma_high: float) -> tuple[Guidance, ...]:
     return tuple(guidance for guidance in guidances if guidance.active(sigma_low, sigma_high))
-
-
-def _needed(network: T | None, guidance: str, role: str) -> T:
-    if network is None:
-        raise UserError(f"{guidance} needs a {role} network, which this bundle does not have")
-    return network

@@ -21,21 +21,20 @@ from dgfast.config import (
     GRID_IMAGES,
     KEPT,
     PRODUCTS,
-    REUSES,
     SCALINGS,
     SCHEDULES,
-    SOLVERS,
     VARIANCES,
     GuidanceConfig,
     SamplingConfig,
 )
 from dgfast.errors import UserError
 from dgfast.files import sha256
-from dgfast.options import NUMBER, Command, Duration, Group, IntegerRanges, guidance_options, option
+from dgfast.options import NUMBER, Duration, Group, GuidedCommand, IntegerRanges, option
 from dgfast.ranges import Ranges
+from dgfast.runtimes import PRECISIONS, RUNTIMES, Runtime
+from dgfast.solvers import SOLVERS
 from dgfast.stopping import interruptible
 
-RUNTIMES = ("eager", "compiled", "onnx", "tensorrt")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
@@ -43,7 +42,7 @@ _SAMPLING = (
 )  # fmt: skip
 
 
-@click.command(cls=Command, help=__doc__)
+@click.command(cls=GuidedCommand, help=__doc__)
 @option(
     "--bundle",
     group=Group.INPUT,
@@ -75,7 +74,7 @@ _SAMPLING = (
     help="One forward of the bundle's generator, without solver and guidance.",
 )
 @option("--steps", "num_steps", group=Group.SOLVER, type=int, metavar="N", help="Noise levels above 0.")
-@option("--solver", group=Group.SOLVER, type=click.Choice(SOLVERS), help="What integrates the ODE or SDE.")
+@option("--solver", group=Group.SOLVER, type=click.Choice(tuple(SOLVERS)), help="What integrates the ODE or SDE.")
 @option(
     "--grid",
     "discretization",
@@ -121,19 +120,10 @@ _SAMPLING = (
 @option(
     "--fixed-variance", group=Group.SOLVER, type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none."
 )
-@guidance_options
-@option(
-    "--dg-every",
-    group=Group.DISCRIMINATOR,
-    type=int,
-    metavar="K",
-    help="Compute the discriminator's gradient at every so many guided calls only.",
-)
-@option("--dg-reuse", group=Group.DISCRIMINATOR, type=click.Choice(REUSES), help="What the calls between use.")
 @option(
     "--dtype",
     group=Group.RUNTIME,
-    type=click.Choice(["float32", "tf32", "bf16", "fp16"]),
+    type=click.Choice(PRECISIONS),
     default="float32",
     show_default=True,
     help="Of the networks; the solver's state stays float64.",
@@ -152,7 +142,7 @@ _SAMPLING = (
 @option(
     "--runtime",
     group=Group.RUNTIME,
-    type=click.Choice(RUNTIMES),
+    type=click.Choice(list(RUNTIMES)),
     help="What executes the guided denoiser; --compile is short for --runtime compiled.  [default: eager]",
 )
 @option(
@@ -226,8 +216,7 @@ def _main(options: dict[str, Any], began: float) -> None:
         _require_fit(engine, bundle, settings)
 
     def make(runtime: str) -> Any:
-        keywords = _keywords(runtime, device, engine, settings is None, options["provider"])
-        return _sampler(networks, settings, device, keywords)
+        return _sampler(networks, settings, device, _executing(runtime, engine, options["provider"]))
 
     _check_labels(make("eager"), options["labels"])
     chunks = _chunks(options, engine)
@@ -265,7 +254,8 @@ def _settings(bundle: Any, given: dict[str, Any]) -> tuple[SamplingConfig, Guida
     """
     if given["one_step"]:
         idle = {*_SAMPLING, *asdict(GuidanceConfig())} & {*given}
-        names = [option.opts[0] for option in click.get_current_context().command.params if option.name in idle]
+        context = click.get_current_context()
+        names = [option.opts[0] for option in context.command.get_params(context) if option.name in idle]
         if names:
             raise UserError(f"--one-step has no solver and no guidance: leave out {', '.join(names)}, or --one-step")
         return None
@@ -297,7 +287,7 @@ def _runtime(options: dict[str, Any]) -> str:
     runtime = options["runtime"] or short or "eager"
     if short not in (None, runtime):
         raise UserError(f"--compile and --runtime {runtime} contradict each other; give one of them")
-    for name, runtimes in (("engine", ("onnx", "tensorrt")), ("provider", ("onnx",))):
+    for name, runtimes in (("engine", [r.name for r in RUNTIMES.values() if r.open]), ("provider", ["onnx"])):
         if options[name] and runtime not in runtimes:
             raise UserError(f"--{name} goes with --runtime {' or '.join(runtimes)}, not with {runtime}")
     if runtime == "tensorrt" and not options["engine"]:
@@ -305,31 +295,24 @@ def _runtime(options: dict[str, Any]) -> str:
     return runtime
 
 
-def _keywords(runtime: str, device: Any, engine: Any, one_step: bool, provider: str | None) -> dict[str, Any]:
-    """What a sampler takes to run in this runtime."""
-    if runtime == "eager":
-        return {}
-    if engine is not None:
-        from dgfast.engines import generated_by, guided_by
+def _executing(name: str, engine: Any, provider: str | None) -> Runtime:
+    """The runtime of that name; with an engine file, what executes that file."""
+    if engine is not None and name != "eager":
+        from dgfast.engines import runtime_of
 
-        return {"engine": generated_by(engine) if one_step else guided_by(engine)}
-    if runtime == "onnx":
-        from dgfast.runtimes import onnx
+        return runtime_of(engine)
+    if provider is None:
+        return RUNTIMES[name]
+    from dgfast.runtimes.onnx.build import build
 
-        return {"runtime": partial(onnx.build, provider=provider)}
-    if runtime == "compiled":
-        from dgfast.runtimes import compiled, cuda_graph
-
-        return {"runtime": compiled.build, "step_runtime": cuda_graph.build if device.type == "cuda" else None}
-    return {}
+    return replace(RUNTIMES[name], build=partial(build, provider=provider))
 
 
 def _engine(runtime: str, path: Path, device: Any, provider: str | None) -> Any:
     """The file, opened and tested."""
-    from dgfast.runtimes import tensorrt
-    from dgfast.runtimes.onnx import OnnxEngine
-
-    engine: Any = tensorrt.load(path, device) if runtime == "tensorrt" else OnnxEngine(path, device, provider)
+    opened = RUNTIMES[runtime].open
+    assert opened is not None, "the options were checked"
+    engine = opened(path, device, provider) if provider else opened(path, device)
     engine.self_test()
     return engine
 
@@ -368,13 +351,13 @@ def _networks(bundle: Any, settings: tuple[SamplingConfig, GuidanceConfig] | Non
     return bundle.load("generator", device, dtype) if settings is None else load(bundle, device, dtype, settings[1])
 
 
-def _sampler(networks: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, device: Any, keywords: Any) -> Any:
+def _sampler(
+    networks: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, device: Any, runtime: Runtime
+) -> Any:
     from dgfast.one_step import OneStep
     from dgfast.sampler import Sampler
 
-    return (
-        OneStep(networks, device, **keywords) if settings is None else Sampler(networks, *settings, device, **keywords)
-    )
+    return OneStep(networks, device, runtime) if settings is None else Sampler(networks, *settings, device, runtime)
 
 
 def _fetcher(bundle: Any, networks: Any, device: Any, vae: str | None, formats: list[str]) -> Any:

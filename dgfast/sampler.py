@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -12,24 +12,15 @@ from torch import Tensor, nn
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.devices import device_of, require_float64, seconds_of
 from dgfast.errors import UserError
-from dgfast.guidance import (
-    CarriedGradient,
-    DiscriminatorGuidance,
-    Guidance,
-    gradient_keeping_denoiser,
-    guided_denoiser,
-    guided_posterior,
-)
+from dgfast.graph import Function
+from dgfast.guidance import CarriedGradient, DiscriminatorGuidance, Guidance
+from dgfast.job import Job
 from dgfast.networks import Networks, one_hot
-from dgfast.noise_levels import coordinates, sigma_bounds, vp_alpha
-from dgfast.plan import Step, class_count, noise_grid, plan
+from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
-from dgfast.solvers import ancestral_step, churn, ddim_step, dpmpp_2m_step, euler_step, heun_step
+from dgfast.runtimes import RuntimeLike, chosen, form
+from dgfast.solvers import LAST, Call, churn
 
-Function = Callable[..., tuple[Tensor, ...]]
-Runtime = Callable[[Function, tuple[Tensor | None, ...]], Function]
-"""Makes a faster callable of a pure function of tensors (or None), for the shapes of the example."""
-Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 OnStep = Callable[[Step, Tensor, Tensor, Tensor], Tensor | None]
 """See `Sampler.integrate`."""
 
@@ -43,7 +34,8 @@ class Sampler:
     ```
 
     Attributes:
-        steps: the plan. score_evaluations, guidance_gradients: network calls that one image costs.
+        job: what it draws, with the functions that it calls. steps: the plan.
+        score_evaluations, guidance_gradients: network calls that one image costs.
         classes: number of classes among which a label chooses, 0 for none. shape: of one image, [C, H, W].
     """
 
@@ -53,37 +45,30 @@ class Sampler:
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
         guidance: GuidanceConfig = GuidanceConfig(),  # noqa: B008 - frozen
         device: torch.device | str | None = None,
-        runtime: Runtime | None = None,
+        runtime: RuntimeLike = "eager",
         state_dtype: torch.dtype = torch.float64,
-        step_runtime: Runtime | None = None,
-        engine: Callable[[tuple[Guidance, ...]], Function] | None = None,
     ) -> None:
         """
         Args:
             device: where to sample; None: where the denoiser's weights are.
-            runtime: makes a faster callable of the guided denoiser for one shape, such as `runtimes.compiled.build`;
-                None runs it as it is.
-            step_runtime: the same for a whole step of the solver, such as `runtimes.cuda_graph.build`.
+            runtime: what executes the guided denoiser: the name of one of `runtimes.RUNTIMES`; a `runtimes.Runtime`,
+                such as `engines.runtime_of` an opened engine file; or a function (function, example) -> function that
+                makes a faster callable of a pure one for arguments of the example's shapes.
             state_dtype: type of the solver's state; float64 as EDM's.
-            engine: gives the guided denoiser for these guidances, such as `engines.guided_by`, instead of making it
-                from the networks.
 
         Raises:
-            UserError: a guidance whose network is missing, a grid that does not exist, or a device without float64.
+            UserError: a guidance whose network is missing, a grid that does not exist, no runtime of that name, or a
+                device without float64.
         """
-        self.networks, self.guidance = networks, guidance
-        net = networks.denoiser
-        self.device, self.state_dtype = device_of(net) if device is None else torch.device(device), state_dtype
+        self.device = device_of(networks.denoiser) if device is None else torch.device(device)
         require_float64(self.device)
-        self._runtime, self._step_runtime, self._engine = runtime, step_runtime, engine
+        self.job = job = Job(networks, sampling, guidance, self.device)
+        self.networks, self.guidance, self.sampling = networks, guidance, job.sampling
+        self.coordinates, self.steps, self.classes, self.shape = job.coordinates, job.steps, job.classes, job.shape
+        self.state_dtype, self._solver = state_dtype, job.solver
+        self._runtime = chosen(runtime)
+        self._capture = self._runtime.capture(self.device)
         self._functions: dict[tuple[object, ...], Function] = {}
-        low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
-        self.coordinates = coordinates(sampling, low, high)
-        grid = noise_grid(networks, sampling, low, high).to(self.device)
-        self.sampling = sampling = replace(sampling, num_steps=len(grid))
-        self.classes = class_count(networks, guidance)
-        self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        self.steps = plan(networks, sampling, guidance, grid, self.coordinates)
         calls = [g for step in self.steps for g in (step.predictor, step.corrector) if g is not None]
         self.score_evaluations = sum(1 + sum(guidance.evaluations for guidance in call) for call in calls)
         self.guidance_gradients = sum(guidance.gradients for call in calls for guidance in call)
@@ -172,17 +157,15 @@ class Sampler:
 
         log_ratio = torch.full((batch,), torch.inf, dtype=torch.float64, device=latents.device)
         first_bad = torch.full((), len(self.steps), device=latents.device)  # on the device: looking would wait for it
-        previous: tuple[Tensor, Tensor] | None = None
+        last = torch.zeros_like(latents, dtype=self.state_dtype), time(torch.inf)
         carried = CarriedGradient(self.guidance.dg_reuse) if self.guidance.dg_every > 1 else None
         x = self.first_state(latents)
         for step in self.steps:
             t, t_next = time(step.t), time(step.t_next)
             t_hat, x_hat = self._churn(step, x, t, log_ratio, noise)
-            fresh = self._fresh_noise(step, x_hat, noise)
-            arguments = (x_hat, t_hat, t_next, class_labels, *fresh, *(previous or ()))
+            arguments = (x_hat, t_hat, t_next, class_labels, *self._more(step, last, noise))
             x, denoised, log_ratio = self._step_function(step, arguments, carried)(*arguments)
-            if self.sampling.solver == "dpmpp-2m":
-                previous = denoised, t_hat
+            last = denoised, t_hat
             changed = None if on_step is None else on_step(step, x, denoised, log_ratio)
             if changed is not None:
                 x = self._accepted(changed, x)
@@ -208,10 +191,7 @@ class Sampler:
     def first_state(self, latents: Tensor) -> Tensor:
         """The state [B, C, H, W] in `state_dtype` at the highest noise level, of unit normal latents [B, C, H, W]."""
         t = torch.full((len(latents), 1, 1, 1), self.steps[0].t, dtype=torch.float64, device=latents.device)
-        scale = self.coordinates.sigma(t) * self.coordinates.s(t)
-        if self.sampling.solver in ("ddpm", "ddim"):  # DDPM starts at unit variance, as if it were all noise
-            scale = 1 / vp_alpha(self.coordinates.sigma(t))
-        return latents.to(self.state_dtype) * scale.to(self.state_dtype)
+        return latents.to(self.state_dtype) * self._solver.scale_of_first_state(t).to(self.state_dtype)
 
     def _accepted(self, changed: Tensor, x: Tensor) -> Tensor:
         """What `on_step` returned in the place of the state x, as such a state."""
@@ -224,7 +204,7 @@ class Sampler:
         """Build every function that the plan calls for batches of this size, so that sampling itself compiles none."""
         for call, _ in self._calls(batch):
             call()
-        if self._step_runtime is not None:
+        if self._capture is not None:
             x, _, labels = self._example(batch)
             self.integrate(x.float(), labels, lambda: torch.zeros_like(x))
 
@@ -235,7 +215,8 @@ class Sampler:
     def _calls(self, batch: int) -> Iterator[tuple[Callable[[], object], int]]:
         """Each function of the plan, called with zeros, and how often the plan calls it."""
         x, sigma, labels = self._example(batch)
-        example = (x, sigma, labels, *self._fresh_noise(self.steps[0], x, lambda: x)[1:])
+        bounds = self._log_variances(self.steps[0], batch).unbind() if self._solver.function == "posterior" else ()
+        example = (x, sigma, labels, *bounds)
         calls = Counter(g for step in self.steps for g in (step.predictor, step.corrector) if g is not None)
         with torch.no_grad():
             for guidances, count in calls.items():
@@ -264,93 +245,76 @@ class Sampler:
         t_hat = coords.sigma_inv(self.networks.denoiser.round_sigma(sigma + gamma * sigma))
         return t_hat, churn(x, t, t_hat, noise(), S_noise, coords)
 
-    def _fresh_noise(self, step: Step, x: Tensor, noise: Callable[[], Tensor] | None) -> tuple[Tensor, ...]:
-        """The step's noise, for solvers that add some, and for the ancestral one its log-variances [B] too."""
-        if self.sampling.solver != "ddpm" and not self.sampling.eta:
-            return ()
-        assert noise is not None, "the ddpm solver and eta need noise"
-        bounds = torch.tensor([step.log_variances] * len(x), dtype=torch.float64).to(x.device)
-        return (noise(),) if self.sampling.solver == "ddim" else (noise(), *bounds.unbind(dim=1))
+    def _more(self, step: Step, last: tuple[Tensor, Tensor], noise: Callable[[], Tensor] | None) -> tuple[Tensor, ...]:
+        """What the solver's step needs beyond state, times and labels: its `inputs`."""
+        values, names = dict(zip(LAST, last, strict=True)), self._solver.inputs
+        if "noise" in names:
+            assert noise is not None, "the ddpm solver and eta need noise"
+            values["noise"] = noise()
+        if "log_least" in names:
+            values["log_least"], values["log_most"] = self._log_variances(step, len(last[0]))
+        return tuple(values[name] for name in names)
+
+    def _log_variances(self, step: Step, batch: int) -> Tensor:
+        """The step's log-variances for every sample: [2, B]."""
+        return torch.tensor([[bound] * batch for bound in step.log_variances], dtype=torch.float64).to(self.device)
 
     def _step_function(
         self, step: Step, example: tuple[Tensor | None, ...], carried: CarriedGradient | None
     ) -> Function:
-        """(x_hat, t_hat, t_next, class_labels, further) -> (x_next, denoised, log_ratio).
+        """(x_hat, t_hat, t_next, class_labels, *more) -> (x_next, denoised, log_ratio)."""
 
-        Further arguments: the last denoised images and time for the second-order multistep solver, but in its first
-        step; what `_fresh_noise` returns for those with noise.
-        """
-        solver = self.sampling.solver
-
-        def advance(x_hat: Tensor, t_hat: Tensor, t_next: Tensor, labels: Tensor | None, *further: Tensor) -> Any:
-            if solver == "ddpm":
-                example = (x_hat, t_hat.flatten(), labels, *further[1:])
-                denoised, shift, variance, log_ratio = self._function(step.predictor, example)(*example)
-                x = ancestral_step(x_hat, denoised, shift, variance, t_hat, t_next, further[0])
-                return x.to(self.state_dtype), denoised, log_ratio
-            predict = self._denoise(step.predictor, labels, step.carried[0], carried)
-            denoised, log_ratio = predict(x_hat, t_hat)
-            if solver == "dpmpp-2m":
-                x = dpmpp_2m_step(x_hat, denoised, t_hat, t_next, (further[0], further[1]) if further else None)
-            elif solver == "ddim":
-                x = ddim_step(x_hat, denoised, t_hat, t_next, further[0] if further else None, self.sampling.eta)
-            elif step.corrector is None:
-                x = euler_step(x_hat, denoised, t_hat, t_next, self.coordinates)
-            else:
-                correct = self._denoise(step.corrector, labels, step.carried[1], carried)
-                x = heun_step(
-                    x_hat, denoised, t_hat, t_next, lambda x, t: correct(x, t)[0], self.coordinates, self.sampling.alpha
-                )
+        def advance(x_hat: Tensor, t_hat: Tensor, t_next: Tensor, labels: Tensor | None, *more: Tensor) -> Any:
+            predict = self._call(step.predictor, labels, step.carried[0], carried)
+            correct = None
+            if step.corrector is not None:
+                correct = self._call(step.corrector, labels, step.carried[1], carried)
+            named = dict(zip(self._solver.inputs, more, strict=True))
+            x, denoised, log_ratio = self._solver.step(x_hat, t_hat, t_next, predict, correct, named)
             return x.to(self.state_dtype), denoised, log_ratio
 
-        if self._step_runtime is None or carried is not None:  # what is carried lives outside of any one step
+        if self._capture is None or carried is not None:  # what is carried lives outside of any one step
             return advance
-        key = ("step", step.predictor, step.corrector, tuple(None if a is None else a.shape for a in example))
+        key = ("step", step.predictor, step.corrector, form(example))
         if key not in self._functions:
-            self._functions[key] = self._step_runtime(advance, example)
+            self._functions[key] = self._capture(advance, example)
         return self._functions[key]
 
-    def _denoise(
+    def _call(
         self,
         guidances: tuple[Guidance, ...],
         class_labels: Tensor | None,
         reusing: DiscriminatorGuidance | None = None,
         carried: CarriedGradient | None = None,
-    ) -> Denoise:
-        """(x, t) -> denoised images and log-ratio under the given guidances."""
+    ) -> Call:
+        """The solver's function under the given guidances."""
         coords = self.coordinates
 
-        def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        def call(x: Tensor, t: Tensor, *bounds: Tensor) -> tuple[Tensor, ...]:
             sigma = coords.sigma(t).flatten()
-            arguments = (x / coords.s(t)).to(self.state_dtype), sigma, class_labels
-            denoised, log_ratio, *gradient = self._function(guidances, arguments, carried is not None)(*arguments)
-            if carried is not None and gradient:
+            arguments = (x / coords.s(t)).to(self.state_dtype), sigma, class_labels, *bounds
+            results = self._function(guidances, arguments, carried is not None)(*arguments)
+            if carried is None:
+                return results
+            denoised, log_ratio, *gradient = results
+            if gradient:
                 carried.keep(sigma, gradient[0])
-            if carried is not None and reusing is not None:
+            if reusing is not None:
                 denoised = denoised + carried.correction(sigma, reusing.weight_at(sigma)).to(denoised.dtype)
             return denoised, log_ratio
 
-        return denoise
+        return call
 
     def _function(
         self, guidances: tuple[Guidance, ...], example: tuple[Tensor | None, ...], keep: bool = False
     ) -> Function:
-        """The guided denoiser, or posterior, for these guidances in this sampler's runtime, built once a shape.
+        """The job's function of these guidances in this sampler's runtime, built once for each form of its arguments.
 
         Args:
             keep: return the discriminator's gradient too, where there is one.
         """
-        key = (guidances, example[0].shape if self._runtime and example[0] is not None else None)
-        if key not in self._functions and self._engine is not None:
-            self._functions[key] = self._engine(guidances)
+        function = self.job.called(guidances, keep)
+        key = (*function.identity, form(example))
         if key not in self._functions:
-            net, clip = self.networks.denoiser, self.sampling.clip_denoised
-            function: Function = guided_denoiser(net, guidances, clip)
-            if self.sampling.solver == "ddpm":
-                function = guided_posterior(net, guidances, clip)
-            discriminator = next((g for g in guidances if isinstance(g, DiscriminatorGuidance)), None)
-            if keep and discriminator is not None:
-                others = [g for g in guidances if g is not discriminator]
-                function = gradient_keeping_denoiser(net, others, discriminator, clip)
-            self._functions[key] = self._runtime(function, example) if self._runtime else function
+            self._functions[key] = self._runtime.build(function, example)
         return self._functions[key]

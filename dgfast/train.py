@@ -136,15 +136,18 @@ def features(**options: Any) -> None:
 )
 def discriminator(generated: Path, dg_weight: float, **options: Any) -> None:
     """DG's discriminator: a head on the frozen classifier, real against generated images."""
+    from dgfast.errors import UserError
     from dgfast.image_folder import read_images
     from dgfast.nets.discriminator import Discriminator
     from dgfast.training.data import ImageSet, split
     from dgfast.training.discriminator import discriminator_loss, judge_by_sigma
 
     job = _Job("discriminator", **options)
-    trunk: Any = job.bundle.load("classifier", job.device)
     images, labels = read_images(generated)
+    if len(images) < 5:
+        raise UserError(f"{generated} holds {len(images)} images: a fifth of them is held out, so draw at least 5")
     fakes, held_out_fakes = split(ImageSet(images, labels), len(images) // 5)
+    trunk: Any = job.bundle.load("classifier", job.device)
     keywords = {
         "image_size": trunk.feature_size, "in_channels": trunk.feature_channels, "model_channels": 48,
         "out_channels": 1, "num_res_blocks": 1, "attention_resolutions": [1], "channel_mult": [1],

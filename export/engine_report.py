@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from dgfast.export.engine_builder import Built
 from dgfast.export.parity import Report, Runs, Tensors
 from dgfast.export.subject import Subject
-from dgfast.runtimes import compiled, cuda_graph
-from dgfast.runtimes.engine_file import NEVER_EXECUTED, EngineFile
-from dgfast.runtimes.tensorrt_library import FLAVORS
+from dgfast.runtimes import RUNTIMES
+from dgfast.runtimes.tensorrt.builder import Built
+from dgfast.runtimes.tensorrt.file import NEVER_EXECUTED, EngineFile
+from dgfast.runtimes.tensorrt.library import FLAVORS
 
 _WARM_UP, _ROUNDS = 5, 30
 
@@ -50,7 +50,7 @@ def against_eager(engine: Runs, subject: Subject, inputs: Mapping[int, Tensors],
     tables: list[str] = []
     for batch, given in inputs.items():
         example = tuple(given[name].to(device) for name in subject.inputs)
-        built = cuda_graph.build(compiled.build(subject.function, example), example)
+        built = RUNTIMES["compiled"].whole(subject.function, example)
 
         def run(inputs: Tensors, function: Any = built) -> Any:
             return function(*(inputs[name] for name in subject.inputs))

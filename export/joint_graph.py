@@ -1,132 +1,37 @@
-"""What is exported: the guided denoiser or posterior, or a whole step, with guidance weights as inputs.
+"""What is exported: a function of a job, with guidance weights as inputs, and what a file of it is tried with.
 
 Each is one pure function of named tensors, gradient and window included, so that one file serves every noise level and
-every weight. Lowering its gradient to inference operations is `dgfast.runtimes.graph` and `dgfast.runtimes.onnx_ops`.
+every weight. Lowering its gradient to inference operations is `dgfast.graph` and `dgfast.runtimes.onnx.operations`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
-from torch import Tensor
 
+from dgfast import job
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.denoiser import EDMPrecond, Preconditioner
-from dgfast.engines import DENOISER, POSTERIOR, function_of
-from dgfast.errors import UserError
-from dgfast.export.subject import Function, GeneratorSubject, Joint
-from dgfast.guidance import Guidance, guided_denoiser, guided_posterior
-from dgfast.guidance.weights import weights, with_weights
+from dgfast.export.subject import GeneratorSubject, Joint
 from dgfast.networks import Networks
-from dgfast.noise_levels import coordinates, sigma_bounds
-from dgfast.one_step import GeneratorNet
-from dgfast.plan import all_guidances, class_count
-from dgfast.sampler import Sampler
-from dgfast.solvers import euler_step, heun_step
-
-_OUTPUTS = {
-    "denoiser": ("denoised", "log_ratio"),
-    "posterior": ("denoised", "shift", "variance", "log_ratio"),
-    "step": ("x_next",),
-}
 
 
 def joint(networks: Networks, sampling: SamplingConfig, guidance: GuidanceConfig, what: str | None = None) -> Joint:
-    """The function `what` under the guidances whose weights are on.
-
-    Args:
-        what: "denoiser", "posterior" or "step"; None: what the solver calls, see `engines.function_of`.
+    """The function `what` under the guidances whose weights are on, see `Job.exported`.
 
     Raises:
         UserError: a missing network, or a plan whose steps are not all alike.
     """
-    what = what or function_of(sampling.solver)
-    plan = Sampler(networks, sampling, guidance).steps
-    first, boosted, second = all_guidances(networks, guidance)
-    predictor = boosted if guidance.boosting else first
-    classes, side = class_count(networks, guidance), networks.denoiser.img_resolution
-    labels = ("class_labels",) if classes else ()
-    if what == "step":
-        _require_plain_steps(sampling, guidance)
-        used = weights(predictor) | (_renamed(weights(second)) if sampling.solver == "heun" else {})
-        inputs = ("x", "sigma", "sigma_next", *labels, *used)
-        function = _step(networks, sampling, predictor, second, inputs)
-    else:
-        chosen = max(predictor, second, key=len)  # they differ by the discriminator alone, whose weight is an input
-        used = weights(chosen)
-        state = POSTERIOR if what == "posterior" else DENOISER
-        inputs = (*(name for name in state if name != "class_labels" or labels), *used)
-        function = _guided(networks, sampling.clip_denoised, chosen, state, inputs)
+    made = job.Job(networks, sampling, guidance)
+    function, net = made.exported(what), networks.denoiser
     return Joint(
-        what, function, inputs, _OUTPUTS[what], used, (*(step.sigma for step in plan), 0.0),
-        (networks.denoiser.img_channels, side, side), classes,
-        isinstance(networks.denoiser, Preconditioner) and not isinstance(networks.denoiser, EDMPrecond),
+        function.name, function, function.inputs, function.outputs, dict(function.weights),
+        (*(step.sigma for step in made.steps), 0.0), made.shape, made.classes,
+        isinstance(net, Preconditioner) and not isinstance(net, EDMPrecond),
     )  # fmt: skip
 
 
-def generator(net: GeneratorNet) -> GeneratorSubject:
+def generator(net: job.GeneratorNet) -> GeneratorSubject:
     """The one-step generator, (latents, class_labels) -> images."""
-    labels = ("class_labels",) if net.label_dim else ()
-
-    def generate(*arguments: Tensor) -> tuple[Tensor]:
-        return (net(arguments[0], arguments[1] if labels else None),)
-
-    with torch.no_grad():
-        image = generate(torch.zeros(1, net.latent_dim), torch.zeros(1, net.label_dim))[0].shape[1:]
-    return GeneratorSubject(generate, ("latents", *labels), net.latent_dim, net.label_dim, tuple(image))
-
-
-def _renamed(at_corrector: dict[str, float]) -> dict[str, float]:
-    """The discriminator's weight at the second point has its own name; the others are shared."""
-    return {("dg_weight_2nd" if name == "dg_weight" else name): weight for name, weight in at_corrector.items()}
-
-
-def _guided(
-    networks: Networks, clip: bool, guidances: Sequence[Guidance], state: Sequence[str], names: Sequence[str]
-) -> Function:
-    make: Callable[..., Any] = guided_posterior if "log_least" in state else guided_denoiser
-
-    def guided(*arguments: Tensor) -> tuple[Tensor, ...]:
-        given = dict(zip(names, arguments, strict=True))
-        function = make(networks.denoiser, with_weights(guidances, given), clip)
-        results: tuple[Tensor, ...] = function(*(given.get(name) for name in state))
-        return results
-
-    return guided
-
-
-def _require_plain_steps(sampling: SamplingConfig, guidance: GuidanceConfig) -> None:
-    if sampling.solver not in ("heun", "euler") or sampling.schedule != "linear" or sampling.scaling != "none":
-        raise UserError("--what step knows heun and euler with the linear schedule; export --what denoiser instead")
-    if guidance.boosting:
-        raise UserError("boosting goes from step to step: leave it off, or export --what denoiser")
-    if guidance.dg_every > 1:
-        raise UserError("--what step computes every gradient: leave dg_every at 1, or export --what denoiser")
-
-
-def _step(
-    networks: Networks, sampling: SamplingConfig, predictor: Sequence[Guidance], corrector: Sequence[Guidance],
-    names: Sequence[str],
-) -> Function:  # fmt: skip
-    net, clip = networks.denoiser, sampling.clip_denoised
-    coords = coordinates(sampling, *sigma_bounds(sampling, net.sigma_min, net.sigma_max))
-
-    def step(*arguments: Tensor) -> tuple[Tensor]:
-        given = dict(zip(names, arguments, strict=True))
-        x, labels = given["x"], given.get("class_labels")
-        t, t_next = (given[name].view(-1, 1, 1, 1) for name in ("sigma", "sigma_next"))
-        second = given | ({"dg_weight": given["dg_weight_2nd"]} if "dg_weight_2nd" in given else {})
-        first_call = guided_denoiser(net, with_weights(predictor, given), clip)
-        second_call = guided_denoiser(net, with_weights(corrector, second), clip)
-        denoised, _ = first_call(x, given["sigma"], labels)
-        euler = euler_step(x, denoised, t, t_next, coords)
-        if sampling.solver == "euler":
-            return (euler,)
-        going_on = t_next > 0  # the last step ends at sigma 0, where no network can look: it is of first order
-        target = torch.where(going_on, t_next, t)
-        heun = heun_step(
-            x, denoised, t, target, lambda x, t: second_call(x, t.flatten(), labels)[0], coords, sampling.alpha
-        )
-        return (torch.where(going_on, heun, euler),)
-
-    return step
+    function = job.generator(net)
+    function = function if net.label_dim else function.without_labels()
+    latents, labels = torch.zeros(1, net.latent_dim), torch.zeros(1, net.label_dim)
+    image = function(*(latents, labels)[: len(function.inputs)])[0].shape[1:]
+    return GeneratorSubject(function, function.inputs, net.latent_dim, net.label_dim, tuple(image))

@@ -13,8 +13,9 @@ import torch
 from dgfast.export.half_products import half_products, round_on_a_cpu
 from dgfast.export.parity import ParityError, Report, Row, Runs, compare, signature
 from dgfast.export.subject import Subject
-from dgfast.runtimes.onnx import OnnxEngine, remove, save, stored_tensor
-from dgfast.runtimes.onnx_writer import convert, operations
+from dgfast.runtimes.onnx.file import remove, save
+from dgfast.runtimes.onnx.session import OnnxEngine, stored_tensor
+from dgfast.runtimes.onnx.writer import convert, operations
 
 TOLERANCES = {"float32": 1e-4, "fp16": 2e-2}
 """Largest difference from eager float32, see `parity.Row`."""

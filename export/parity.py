@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dgfast.errors import UserError
-from dgfast.runtimes.agreement import relative_error
+from dgfast.graph.agreement import relative_error
 
 Tensors = Mapping[str, Tensor]
 Runs = Callable[[Tensors], Tensors]

@@ -18,8 +18,8 @@ from dgfast.errors import UserError
 from dgfast.export.joint_graph import generator, joint
 from dgfast.export.onnx_file import OPSET, export
 from dgfast.export.subject import Joint, Subject
+from dgfast.graph.agreement import PREDICTS_NOISE
 from dgfast.networks import load
-from dgfast.runtimes.agreement import PREDICTS_NOISE
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Request:
 def read(bundle: str, options: Mapping[str, Any]) -> Request:
     """
     Args:
-        options: of a command, by name, some of which are `function_options`.
+        options: of a `GuidedCommand`, by name.
 
     Raises:
         UserError: no such bundle, or options that the function has no use for.
@@ -100,7 +100,7 @@ def read(bundle: str, options: Mapping[str, Any]) -> Request:
 
 
 def named(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `function_options` that were given."""
+    """Those that were given and decide on the function."""
     known = ("what", "clip_denoised", *asdict(GuidanceConfig()))
     return {name: options[name] for name in known if options.get(name) is not None}
 

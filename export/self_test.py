@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from dgfast.export.parity import Case, Tensors
-from dgfast.runtimes.agreement import PREDICTS_NOISE, least_sizes
-from dgfast.runtimes.onnx import OnnxEngine
+from dgfast.graph.agreement import PREDICTS_NOISE, least_sizes
+from dgfast.runtimes.onnx.session import OnnxEngine
 
 _LEVELS = (0.5, 3.0, 0.01, 20.0, 80.0, 1.2)  # of sigma: inside of guidance's window, below it and above
+_LEVEL_FACTORS = {"sigma": 1.0, "sigma_next": 0.8, "sigma_last": 1.25}
 MOST = len(_LEVELS)
 """More samples than that test nothing new."""
 
@@ -22,8 +23,8 @@ def case(onnx: OnnxEngine, batch: int, seed: int = 0) -> Case:
     inputs = {}
     for name, (sizes, _) in onnx.inputs.items():
         shape = [batch if isinstance(size, str) else size for size in sizes]
-        if name in ("sigma", "sigma_next"):
-            inputs[name] = sigma if name == "sigma" else 0.8 * sigma
+        if name in _LEVEL_FACTORS:
+            inputs[name] = _LEVEL_FACTORS[name] * sigma
         elif name == "class_labels":
             inputs[name] = torch.eye(shape[1])[torch.arange(shape[0]) % shape[1]]
         elif name in ("log_least", "log_most"):
@@ -37,7 +38,7 @@ def case(onnx: OnnxEngine, batch: int, seed: int = 0) -> Case:
 
 
 def save(path: Path, inputs: Tensors, outputs: Tensors) -> None:
-    """Write what `dgfast.runtimes.tensorrt.read_self_test` reads."""
+    """Write what `dgfast.runtimes.tensorrt.engine.read_self_test` reads."""
     sides: dict[str, Tensor] = {f"input/{name}": x for name, x in inputs.items()}
     sides |= {f"output/{name}": x for name, x in outputs.items()}
     with path.open("wb") as file:

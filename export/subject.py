@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgfast.export.parity import Case, Row, Runs, Tensors, ValueMismatchError
-from dgfast.guidance.weights import OFF
+from dgfast.graph.agreement import least_sizes
+from dgfast.guidance.declaration import off_values
 from dgfast.noise_levels import posterior_log_variances
-from dgfast.runtimes.agreement import least_sizes
-from dgfast.solvers import ancestral_step, ddim_step
+from dgfast.solvers import LAST, ancestral_step, ddim_step
 
 Function = Callable[..., tuple[Tensor, ...]]
-_DOUBLE = ("x", "sigma", "sigma_next", "log_least", "log_most")
+_DOUBLE = ("x", "sigma", "sigma_next", "noise", "log_least", "log_most", *LAST)
 _LEVELS = 80.0, 0.5, 5.0, 0.01, 0.1, 160.0, 1.0, 20.0, 0.002, 2.0  # the window is 0.0447 to 152 by default
 _MOST_STEPS = 40
 
@@ -89,8 +89,8 @@ class Joint:
         return _run(self.function, arguments, self.outputs)
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
-        images = dict.fromkeys(("x", "x_next", "denoised", "shift", "variance"), self.image)
-        numbers = dict.fromkeys(("sigma", "sigma_next", "log_least", "log_most", "log_ratio"), ())
+        images = dict.fromkeys(("x", "x_next", "noise", "denoised_last", "denoised", "shift", "variance"), self.image)
+        numbers = dict.fromkeys(("sigma", "sigma_next", "sigma_last", "log_least", "log_most", "log_ratio"), ())
         return {**images, **numbers, "class_labels": (self.label_dim,)}
 
     def case(self, name: str, levels: Sequence[float], seed: int, weights: Mapping[str, float] | None = None) -> Case:
@@ -100,7 +100,9 @@ class Joint:
         clean = 0.5 * torch.randn(count, *self.image, generator=generator)
         x = clean + sigma.view(-1, 1, 1, 1) * torch.randn(clean.shape, generator=generator)
         classes = torch.randint(max(self.label_dim, 1), (count,), generator=generator)
-        values: dict[str, Tensor] = {"x": x, "sigma": sigma, "sigma_next": 0.8 * sigma}
+        noise = torch.randn(clean.shape, generator=generator)
+        values = {"x": x, "sigma": sigma, "sigma_next": 0.8 * sigma, "sigma_last": 1.25 * sigma}
+        values |= {"noise": noise, "denoised_last": clean + 0.1 * noise}
         values["log_least"], values["log_most"] = (s * sigma**2 / (1 + sigma**2) for s in (0.2, 0.4))
         values |= {key: values[key].log() for key in ("log_least", "log_most")}
         values["class_labels"] = F.one_hot(classes, max(self.label_dim, 1)).float()
@@ -117,12 +119,12 @@ class Joint:
 
     def amplified(self, name: str, levels: Sequence[float], seed: int) -> Case:
         """A case whose weights make the guidance as large as the image, so that an error in it cannot hide."""
-        usual = self.case(name, levels, seed)
-        off = self.case(name, levels, seed, {key: OFF[key] for key in self.weights})
+        zero, usual = off_values(), self.case(name, levels, seed)
+        off = self.case(name, levels, seed, {key: zero[key] for key in self.weights})
         plain, guided = (self(case.inputs)[self.outputs[0]] for case in (off, usual))
         share = float((guided - plain).abs().max() / plain.abs().max())
         factor = min(1 / share, 1e6) if share else 1.0
-        raised = {k: OFF[k] + factor * (w - OFF[k]) for k, w in self.weights.items() if k != "dg_boost"}
+        raised = {k: zero[k] + factor * (w - zero[k]) for k, w in self.weights.items() if k != "dg_boost"}
         return self.case(name, levels, seed, raised)
 
     def cases(self, batch: int) -> list[Case]:
@@ -155,17 +157,20 @@ class Joint:
         start = self.case("", [sigmas[0]] * batch, seed=7)
         inputs, x, generator = dict(start.inputs), start.inputs["x"], torch.Generator().manual_seed(8)
         bounds = posterior_log_variances(torch.tensor(sigmas[:-1])).tolist()
+        last = {"denoised_last": torch.zeros_like(x), "sigma_last": torch.full((batch,), torch.inf)}
         for sigma, sigma_next, (least, most) in zip(sigmas[:-1], sigmas[1:], bounds, strict=True):
             numbers = {"sigma": sigma, "sigma_next": sigma_next, "log_least": least, "log_most": most}
-            found = runs(inputs | {k: torch.full((batch,), v) for k, v in numbers.items() if k in inputs} | {"x": x})
+            noise = torch.randn(x.shape, generator=generator)
+            values = {key: torch.full((batch,), value) for key, value in numbers.items()} | {"x": x, "noise": noise}
+            results = runs(inputs | {key: value for key, value in (values | last).items() if key in inputs})
             t, t_next = (torch.full((batch, 1, 1, 1), level) for level in (sigma, sigma_next))
             if self.what == "step":
-                x = found["x_next"]
+                x = results["x_next"]
+                last = {"denoised_last": results.get("denoised", x), "sigma_last": values["sigma"]}
             elif self.what == "denoiser":
-                x = ddim_step(x, found["denoised"], t, t_next, None, 0.0)
+                x = ddim_step(x, results["denoised"], t, t_next, None, 0.0)
             else:
-                noise = torch.randn(x.shape, generator=generator)
-                x = ancestral_step(x, found["denoised"], found["shift"], found["variance"], t, t_next, noise)
+                x = ancestral_step(x, results["denoised"], results["shift"], results["variance"], t, t_next, noise)
         return x
 
 

@@ -14,7 +14,7 @@ import click
 if __name__ == "__main__" and not __package__:  # run by its path: no file here stands in for a package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dgfast.options import Command, Group, function_options, option
+from dgfast.options import WHAT, Group, GuidedCommand, option
 
 
 class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
@@ -30,7 +30,7 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in c
         return int(value)
 
 
-@click.command(cls=Command, help=__doc__)
+@click.command(cls=GuidedCommand, exported=True, help=__doc__)
 @option(
     "--bundle",
     group=Group.INPUT,
@@ -52,7 +52,7 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in c
     "--for", "target", group=Group.OUTPUT, type=click.Choice(["onnxruntime", "tensorrt"]), default="onnxruntime",
     show_default=True, help="How normalisations are written: as ONNX Runtime is fastest, or so that TensorRT builds.",
 )  # fmt: skip
-@function_options
+@WHAT
 @option(
     "--out",
     group=Group.OUTPUT,
@@ -66,7 +66,7 @@ def main(bundle: str, batch: int | None, dtype: str, opset: int, target: str, ou
 
     require("onnx", "onnxruntime")
     from dgfast.export import request
-    from dgfast.runtimes.onnx import files_of
+    from dgfast.runtimes.onnx.file import files_of
 
     asked = request.read(bundle, options)
     request.make_folder(out)

@@ -21,13 +21,13 @@ if __name__ == "__main__" and not __package__:  # run by its path: no file here 
 
 from dgfast.errors import UserError
 from dgfast.export import request
-from dgfast.export.engine_builder import HARDWARE, Built, Options, build, parse
 from dgfast.export.request import Request
 from dgfast.extras import require
-from dgfast.options import Command, Group, function_options, option
-from dgfast.runtimes.engine_file import EXECUTED, EngineFile
-from dgfast.runtimes.onnx import files_of
-from dgfast.runtimes.tensorrt_library import FLAVORS, find, layer_table
+from dgfast.options import WHAT, Group, GuidedCommand, option
+from dgfast.runtimes.onnx.file import files_of
+from dgfast.runtimes.tensorrt.builder import HARDWARE, Built, Options, build, parse
+from dgfast.runtimes.tensorrt.file import EXECUTED, EngineFile
+from dgfast.runtimes.tensorrt.library import FLAVORS, find, layer_table
 
 TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1}
 """Most that an output may be off, relative to its sample; what float32 is held to everywhere, and what eager's own
@@ -51,7 +51,7 @@ class BatchRange(click.ParamType):  # type: ignore[type-arg]  # generic only in 
         return (sizes[0], sizes[len(sizes) // 2], sizes[-1])
 
 
-@click.command(cls=Command, help=__doc__)
+@click.command(cls=GuidedCommand, exported=True, help=__doc__)
 @option("--bundle", group=Group.INPUT, help="Folder, or name of a bundle that comes along.")
 @option(
     "--onnx",
@@ -59,7 +59,7 @@ class BatchRange(click.ParamType):  # type: ignore[type-arg]  # generic only in 
     type=click.Path(path_type=Path),
     help="A float32 file of `python -m dgfast.export.to_onnx` instead.",
 )
-@function_options
+@WHAT
 @option(
     "--batch",
     group=Group.OUTPUT,
@@ -155,9 +155,8 @@ def _in_type(onnx: Path, dtype: str, keep_float32: tuple[str, ...], out: Path) -
         UserError: it can't be read, or is in half precision already.
     """
     from dgfast.export.half_products import half_products, product_type
-    from dgfast.runtimes.onnx import save
+    from dgfast.runtimes.onnx.file import save
 
-    require("onnx")
     found = product_type(_read(onnx, weights=False))
     if found != "float32":
         raise UserError(f"{onnx}: is in {found}; give the float32 file, of which --dtype makes every other")
@@ -208,7 +207,7 @@ def _gpu() -> dict[str, Any]:
 def _write(file: EngineFile, built: Built, reference: Path) -> None:
     """Write the engine and what stands beside it; a description never stands beside another engine than its own."""
     from dgfast.export import self_test
-    from dgfast.runtimes.onnx import OnnxEngine
+    from dgfast.runtimes.onnx.session import OnnxEngine
 
     least, _, most = file.batch
     onnx = OnnxEngine(reference)
@@ -254,8 +253,8 @@ def _executed(file: EngineFile, reference: Path, asked: Request | None) -> tuple
 
     from dgfast.export import engine_report, self_test
     from dgfast.export.parity import compare
-    from dgfast.runtimes.onnx import OnnxEngine
-    from dgfast.runtimes.tensorrt import load
+    from dgfast.runtimes.onnx.session import OnnxEngine
+    from dgfast.runtimes.tensorrt.engine import load
 
     engine, onnx, device = load(file.folder), OnnxEngine(reference), torch.device("cuda")
     engine.self_test()

@@ -248,14 +248,24 @@ def two_jobs(job: Job) -> Row:
     """The same command twice at once: one of them draws, the other is refused and changes nothing."""
     row = Row("two jobs at once in one folder")
     for run in range(3):
-        out = job.scratch / f"two-{run}"
+        out, ended = job.scratch / f"two-{run}", job.scratch / f"ended-{run}"
         second: list[int] = []
 
-        def disturb(children: list[int], out: Path = out, second: list[int] = second) -> None:
+        def disturb(children: list[int], out: Path = out, second: list[int] = second, ended: Path = ended) -> None:
             _until((out / "manifest.json").exists)
             second += job.run(out, processes=1)
+            ended.touch()
 
-        first = job.run(out, processes=1, disturb=disturb)
+        def change(ended: Path = ended) -> None:
+            call = Sampler.__call__
+
+            def waiting(self: Sampler, *arguments: Any) -> Any:
+                _until(ended.exists)  # the first job draws while the second comes and goes
+                return call(self, *arguments)
+
+            Sampler.__call__ = waiting  # type: ignore[method-assign]
+
+        first = job.run(out, processes=1, disturb=disturb, change=change)
         if first != [0] or second != [2]:
             row.lost += IMAGES
         row.exits.update(second)

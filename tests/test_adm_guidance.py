@@ -14,6 +14,8 @@ from dgfast import noise_levels as nl
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.denoiser import DDPMPrecond
 from dgfast.errors import UserError
+from dgfast.graph.lower import lower
+from dgfast.graph.trace import trace
 from dgfast.guidance import (
     ClassifierGuidance,
     DiscriminatorGuidance,
@@ -23,8 +25,6 @@ from dgfast.guidance import (
 )
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.networks import Networks
-from dgfast.runtimes import compiled
-from dgfast.runtimes.graph import lower, trace
 from dgfast.sampler import Sampler
 from dgfast.solvers import ancestral_step
 from tests.support.adm import TINY, NetFactory, bounds_of, exact, images, one_hot, steps_of
@@ -233,7 +233,7 @@ def test_adm_compiled_sampling_equals_eager(filled_net: NetFactory, monkeypatch:
     networks = Networks(net, classifier=NoisyClassifier(filled_net("EncoderUNetModel", keywords, "b/")), time=net.time)
     config = SamplingConfig(solver="ddpm", respacing="4", clip_denoised=True)
     guidance = GuidanceConfig(classifier_scale=100.0)
-    eager, fast = (Sampler(networks, config, guidance, runtime=runtime) for runtime in (None, compiled.build))
+    eager, fast = (Sampler(networks, config, guidance, runtime=runtime) for runtime in ("eager", "compiled"))
     fast.prepare(2)
     (built,) = fast._functions.values()
     assert networks.classifier is not None

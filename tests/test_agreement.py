@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dgfast.runtimes.agreement import least_sizes, relative_error
+from dgfast.graph.agreement import least_sizes, relative_error
 
 
 def test_relative_error_is_a_share_of_the_same_sample() -> None:
@@ -51,7 +51,11 @@ def test_relative_error_takes_the_least_size_where_a_sample_is_smaller() -> None
     assert relative_error(wrong, reference, torch.tensor([0.01, 0.01])) == pytest.approx(1.0)
 
 
-def test_least_size_is_a_hundredth_of_the_noisy_image_where_the_network_predicts_noise() -> None:
+def test_least_size_of_a_difference_of_noisy_images_is_a_hundredth_of_them() -> None:
+    """Of every step's result, and of the denoised image of a network that predicts noise."""
     x = torch.stack([torch.full((1, 2, 2), -80.0), torch.full((1, 2, 2), 3.0)])
-    assert least_sizes(True, {"x": x})["denoised"].tolist() == pytest.approx([0.8, 0.03])
-    assert least_sizes(True, {"latents": x}) == least_sizes(False, {"x": x}) == {}
+    for predicts_noise, outputs in ((True, {"x_next", "denoised"}), (False, {"x_next"})):
+        least = least_sizes(predicts_noise, {"x": x})
+        assert least.keys() == outputs
+        assert all(sizes.tolist() == pytest.approx([0.8, 0.03]) for sizes in least.values())
+        assert least_sizes(predicts_noise, {"latents": x}) == {}

@@ -17,28 +17,54 @@ HEAVY = {"mlxtend", "torchmetrics", "prdc", "matplotlib", "onnx", "onnxruntime",
 ROOMS = {
     "errors": (set(), {"click"}),
     "bounds": ({"errors"}, set()),
-    "config": ({"errors"}, set()),
-    "noise_levels": ({"config", "errors"}, {"torch"}),
+    "extras": ({"errors"}, set()),
+    "ranges": (set(), set()),
+    "files": (set(), set()),
+    "manifest": ({"errors", "files"}, set()),
+    "job_folder": (
+        {"config", "errors", "files", "image_folder", "manifest", "outputs", "ranges"},
+        {"numpy", "filelock"},
+    ),
+    "team": ({"errors", "ranges"}, {"torch"}),
+    "config": ({"errors", "guidance", "solvers"}, set()),
+    "vp": (set(), {"torch"}),
+    "noise_levels": ({"config", "errors", "vp"}, {"torch"}),
     "randomness": ({"errors"}, {"torch"}),
     "kernels": (set(), {"torch", "triton"}),
-    "extras": ({"errors"}, set()),
     "ops": ({"errors", "extras", "kernels"}, {"torch"}),
-    "solvers": ({"noise_levels", "ops"}, {"torch"}),
+    "solvers": ({"errors", "ops", "vp"}, {"torch"}),
     "denoiser": ({"noise_levels"}, {"torch"}),
     "nets": ({"denoiser", "errors", "ops"}, {"torch", "numpy"}),
-    "guidance": ({"errors", "noise_levels", "ops"}, {"torch"}),
-    "runtimes": ({"bounds", "devices", "errors", "extras"}, {"torch", "numpy", "onnx", "onnxruntime"}),
-    "engines": ({"bundle", "config", "errors", "guidance"}, {"torch"}),
-    "outputs": ({"errors"}, {"torch", "numpy", "PIL"}),
-    "plan": ({"config", "errors", "guidance", "nets", "networks", "noise_levels"}, {"torch"}),
-    "options": ({"__version__", "bounds", "config"}, {"click"}),
-    "one_step": ({"bundle", "devices", "errors", "networks", "plan", "randomness", "sampler"}, {"torch"}),
-    "batches": ({"one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
+    "guidance": ({"errors", "ops", "vp"}, {"torch"}),
+    "graph": ({"errors"}, {"torch"}),
+    "runtimes": ({"bounds", "devices", "errors", "extras", "graph"}, {"torch", "numpy", "onnx", "onnxruntime"}),
+    "job": (
+        {"config", "devices", "errors", "graph", "guidance", "networks", "noise_levels", "plan", "solvers"},
+        {"torch"},
+    ),
+    "sampler": (
+        {"config", "devices", "errors", "graph", "guidance", "job", "networks", "plan", "randomness", "runtimes"}
+        | {"solvers"},
+        {"torch"},
+    ),
+    "engines": ({"bundle", "config", "errors", "graph", "guidance", "job", "runtimes", "solvers"}, {"torch"}),
+    "outputs": ({"errors", "files", "ranges"}, {"torch", "numpy", "PIL"}),
+    "plan": ({"config", "errors", "guidance", "networks", "noise_levels", "solvers"}, {"torch"}),
+    "options": ({"__version__", "bounds", "config", "guidance", "ranges"}, {"click"}),
+    "one_step": (
+        {"bundle", "devices", "errors", "graph", "guidance", "job", "networks", "plan", "randomness", "runtimes"}
+        | {"sampler"},
+        {"torch"},
+    ),
+    "batches": ({"errors", "one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }
+# Folder of a runtime -> the folders of others from which it takes something.
+RUNTIMES = {"cpu": set(), "cuda": {"cpu"}, "onnx": set(), "tensorrt": {"onnx"}}
+DOORS = {"__main__", "convert", "evaluate", "report", "sample", "train"}
 
 
 def imports(path: Path, whole_file: bool = True) -> Iterator[str]:
-    """Full names of what a module imports; without `whole_file`, only what runs when it is imported itself."""
+    """Full names of what a module imports, but for types; without `whole_file`, only what runs when it is imported."""
     waiting: list[ast.AST] = [ast.parse(path.read_text())]
     while waiting:
         node = waiting.pop()
@@ -49,7 +75,7 @@ def imports(path: Path, whole_file: bool = True) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         typing_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        if whole_file or not (function or typing_only):
+        if not typing_only and (whole_file or not function):
             waiting += ast.iter_child_nodes(node)
 
 
@@ -64,6 +90,23 @@ def test_architecture_rooms_import_only_what_they_may(room: str) -> None:
             assert second in rooms | {room}, f"{room} may not import {name}"
         else:
             assert first in packages | sys.stdlib_module_names, f"{room} may not import {name}"
+
+
+@pytest.mark.parametrize("folder", RUNTIMES)
+def test_architecture_runtimes_stand_beside_one_another(folder: str) -> None:
+    """Each has one `build`, and none imports the table that it stands in."""
+    paths = [*(PACKAGE / "runtimes" / folder).rglob("*.py")]
+    assert PACKAGE / "runtimes" / folder / "build.py" in paths
+    assert {path.parent.name for path in (PACKAGE / "runtimes").glob("*/__init__.py")} == {*RUNTIMES}
+    for name in (name for path in paths for name in imports(path) if name.startswith("dgfast.runtimes.")):
+        assert name.split(".")[2] in RUNTIMES[folder] | {folder}, f"{folder} may not import {name}"
+
+
+def test_architecture_nobody_imports_a_door() -> None:
+    for path in MODULES:
+        doors = {f"dgfast.{door}" for door in DOORS - {path.stem if path.parent == PACKAGE else ""}}
+        inside = [name for name in imports(path) if doors & {name, name.rpartition(".")[0]}]
+        assert not inside or path.name == "__main__.py", f"{path} may not import {inside}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(PACKAGE)) for path in MODULES])
@@ -87,7 +130,8 @@ import sys
 sys.modules.update(dict.fromkeys({sorted(HEAVY)}))  # None: importing it raises ImportError
 import dgfast
 assert "torch" not in sys.modules, "import dgfast takes as long as torch"
-import dgfast.ops, dgfast.nets, dgfast.sampler, dgfast.runtimes.compiled
+import dgfast.ops, dgfast.nets, dgfast.sampler
+import dgfast.runtimes.cpu.build, dgfast.runtimes.cuda.build, dgfast.runtimes.onnx.build
 assert "torch._dynamo" not in sys.modules, "torch's compiler takes as long to import as torch"
 for name in ("load", "OneStep", "Sampler", "Networks", "SamplingConfig", "GuidanceConfig"):
     assert name in dgfast.__all__ and getattr(dgfast, name).__name__ == name

@@ -1,7 +1,5 @@
 """The readers of other people's checkpoints: exact on honest files, calm and harmless on all others."""
 
-import pickle
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from dgfast import bundle, nets
 from dgfast.checkpoints import nvidia_pickle, one_line, openai_pt
 from dgfast.errors import UserError
+from tests.support.snapshots import Persistent, persistent, pickled
 
 TINY: dict[str, Any] = {
     "img_resolution": 8, "img_channels": 1, "label_dim": 0, "model_type": "SongUNet",
@@ -28,48 +27,13 @@ ADM: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Persistent:
-    """Is pickled as EDM's persistent objects are."""
-
-    def __init__(self, class_name: str, state: dict[str, Any]) -> None:
-        self.meta: dict[str, Any] = {"type": "class", "version": 6, "module_src": "1 / 0"}
-        self.meta |= {"class_name": class_name, "state": state}
-
-    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
-        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (self.meta,)
-
-
-def persistent(net: nn.Module, **keywords: Any) -> Any:
-    """The network as a tree of such objects, with plain torch containers in between."""
-    children: dict[str, Any] = {name: child and persistent(child) for name, child in net._modules.items()}
-    if isinstance(net, nn.ModuleDict):
-        container = nn.ModuleDict()
-        container._modules = children
-        return container
-    own = {name: dict(getattr(net, name)) for name in ("_parameters", "_buffers")}
-    temporary = {"_non_persistent_buffers_set": set(net._non_persistent_buffers_set)}
-    arguments = {"_init_args": (), "_init_kwargs": keywords}
-    return Persistent(type(net).__name__, own | temporary | arguments | {"_modules": children})
-
-
 @pytest.fixture(scope="session")
 def dump(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
     """(object) -> a file with its pickle, in which persistent objects name EDM's module."""
-    module = ModuleType("torch_utils.persistence")
-
-    def _reconstruct_persistent_obj(meta: Any) -> None:
-        raise AssertionError("a reader called it")
-
-    _reconstruct_persistent_obj.__module__ = module.__name__
-    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
-    module.__dict__["_reconstruct_persistent_obj"] = _reconstruct_persistent_obj
 
     def write(content: Any) -> Path:
         path = tmp_path_factory.mktemp("snapshot") / "net.pkl"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(sys.modules, "torch_utils", ModuleType("torch_utils"))
-            patch.setitem(sys.modules, module.__name__, module)
-            path.write_bytes(pickle.dumps(content, protocol=4))
+        path.write_bytes(pickled(content))
         return path
 
     return write

@@ -175,10 +175,23 @@ def test_roles_join_in_one_bundle_and_are_never_replaced(
     assert len(bundles.read(out).nets) == 3
 
 
+def test_a_file_name_of_control_characters_does_not_spoil_the_bundle(
+    saved: Callable[..., Any], own_golden_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a\nb\x1b[2J.pkl").write_bytes((own_golden_folder / "edm_tiny.pkl").read_bytes())
+    code, output = convert(tmp_path / "a\nb\x1b[2J.pkl", "--out", tmp_path / "b")
+    bundle = bundles.read(tmp_path / "b")
+    assert code == 0 and "\x1b" not in output
+    assert (bundle.name, bundle.provenance) == ("a b [2J", "score: converted from a b [2J.pkl")
+
+
 def test_a_file_that_lies_in_the_folder_is_not_overwritten(own_golden_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "score.safetensors").write_text("precious")
     output = refused(own_golden_folder / "edm_tiny.pkl", "--out", tmp_path)
-    assert "has a score network already, though no bundle.json names it" in output and "remove score.saf" in output
+    assert (
+        "has a score network already, though no bundle.json names it" in output
+        and "move score.safetensors away" in output
+    )
     assert (tmp_path / "score.safetensors").read_text() == "precious"
 
 
@@ -279,10 +292,14 @@ def test_tensors_that_do_not_fit_are_named(
         pytest.param("x.pkl", "--set a=1", "leave out --kind", id="pkl_set"),
         pytest.param("x.pkl", "--role classifier", "cannot be of the kind 'EDMPrecond'", id="pkl_role"),
         pytest.param("x.pkl", "--time-schedule linear", "a score network has none", id="score_time"),
-        pytest.param("x.pt", "--role score", "give --kind (EDMPrecond", id="score_without_kind"),
-        pytest.param("x.pt", "--role score --kind SongUNet", "cannot be of the kind 'SongUNet'", id="unknown_kind"),
+        pytest.param("x.pt", "--role score", "an encoder of ADM: give --role classifier or disc", id="encoder_role"),
+        pytest.param("score.pt", "--role discriminator", "makes images: give --role score or ref", id="score_role"),
+        pytest.param("score.pt", "--role score", "give --kind (EDMPrecond", id="score_without_kind"),
+        pytest.param("none.pt", "--role score", "cannot read none.pt: No such file", id="no_file"),
+        pytest.param("x.pt", "--role discriminator --name a\tb", "--name has control characters", id="name"),
+        pytest.param("score.pt", "--role score --kind SongUNet", "cannot be of the kind 'SongUNet'", id="unknown_kind"),
         pytest.param("x.pt", "--role classifier --kind EDMPrecond", "cannot be of the kind", id="unfit_kind"),
-        pytest.param("x.pt", "--role score --kind EDMPrecond", "its keywords make no EDMPrecond", id="no_keywords"),
+        pytest.param("score.pt", "--role score --kind EDMPrecond", "its keywords make no EDMPrecond", id="no_keywords"),
         pytest.param("x.pt", "--role discriminator --set image_size=9", "known sizes", id="image_size"),
         pytest.param("x.pt", "--role discriminator --set colour=red", "unexpected keyword", id="unknown_keyword"),
         pytest.param("x.pt", "--role discriminator --set classifier_width=-64", "negative", id="negative_width"),
@@ -306,10 +323,11 @@ def test_orders_that_make_no_sense(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     saved("x.pt", "create_classifier", HEAD)
+    saved("score.pt", "EDMPrecond", TINY)
     Path("x.pkl").write_bytes((own_golden_folder / "edm_tiny.pkl").read_bytes())
     Path("x.onnx").touch()
     Path("list.json").write_text("[]")
-    assert complaint in refused(name, "--out", "b", *options.split())
+    assert complaint in refused(name, "--out", "b", *filter(None, options.split(" ")))
     assert not Path("b").exists()
 
 

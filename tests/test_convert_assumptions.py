@@ -210,6 +210,7 @@ def test_defaults_that_no_shape_shows_are_printed(adm: Callable[..., Any], tmp_p
     file, options = adm()
     printed = rows(convert(file, "score", tmp_path / "b", *options))
     unseen = {"noise_schedule", "steps", "predict_xstart", "rescale_timesteps", "num_heads", "use_new_attention_order"}
+    assert stripped(printed["num_heads"])[0] == "4", "as guided-diffusion's scripts have it, unlike its constructor"
     assert unseen <= printed.keys() and not printed.keys() & {"dropout", "resblock_updown", "use_fp16", "learn_sigma"}
     told = ["--set", "num_heads=4", "--set", "steps=500", "--set", "predict_xstart=True"]
     printed = rows(convert(file, "score", tmp_path / "told", *options, *told))

@@ -22,7 +22,7 @@ from dgfast.nets.discriminator import Discriminator
 from dgfast.nets.dit import PRESETS
 from dgfast.networks import Networks, load
 from dgfast.noise_levels import vp_alpha, vp_time
-from dgfast.runtimes import compiled
+from dgfast.runtimes.cpu import build as cpu
 from dgfast.sampler import Sampler
 
 FilledNet = Callable[..., Any]
@@ -171,11 +171,11 @@ def test_guidance_config_refuses_what_makes_no_schedule(wrong: dict[str, Any], s
         GuidanceConfig(**wrong)
 
 
-def test_guidance_config_knows_whether_classifier_free_guidance_acts() -> None:
-    assert GuidanceConfig(cfg_scale_low=3.0, cfg_branch=0.5).classifier_free
-    assert GuidanceConfig(cfg_scale=2.0).classifier_free
-    assert not GuidanceConfig(cfg_scale_low=1.0, cfg_branch=0.5).classifier_free
-    assert not GuidanceConfig(cfg_channels=3).classifier_free
+def test_classifier_free_guidance_is_on_at_either_scale() -> None:
+    assert ClassifierFreeGuidance.on(GuidanceConfig(cfg_scale_low=3.0, cfg_branch=0.5))
+    assert ClassifierFreeGuidance.on(GuidanceConfig(cfg_scale=2.0))
+    assert not ClassifierFreeGuidance.on(GuidanceConfig(cfg_scale_low=1.0, cfg_branch=0.5))
+    assert not ClassifierFreeGuidance.on(GuidanceConfig(cfg_channels=3))
 
 
 # Guided sampling ------------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_dit_compiled_equals_eager(
         bounds = torch.full_like(sigma, -4.0), torch.full_like(sigma, -2.0)
         return x, sigma, torch.eye(5)[[t % 5 for t in timesteps]], *bounds
 
-    built = compiled.build(function, inputs(0, 500, 500, 500))
+    built = cpu.build(function, inputs(0, 500, 500, 500))
     for seed, timesteps in enumerate([(999, 640, 201), (200, 101, 100), (3, 0, 700)]):
         arguments = inputs(seed, *timesteps)
         for mine, reference in zip(built(*arguments), function(*arguments), strict=True):

@@ -27,8 +27,10 @@ from dgfast.export.joint_graph import joint
 from dgfast.export.parity import Case, Row, compare, signature
 from dgfast.export.subject import Joint
 from dgfast.image_folder import read_images
+from dgfast.job import Job
 from dgfast.networks import load
-from dgfast.runtimes.onnx import OnnxEngine, save
+from dgfast.runtimes.onnx.file import save
+from dgfast.runtimes.onnx.session import OnnxEngine
 from dgfast.sample import main as sample
 
 ROOT = Path(__file__).parents[1]
@@ -207,8 +209,8 @@ def test_export_bad_input_is_one_line(bundle: Bundle, tmp_path: Path, options: l
 
 def test_export_knows_only_plans_of_equal_steps(bundle: Bundle) -> None:
     networks = load(bundle)
-    with pytest.raises(UserError, match="heun and euler"):
-        joint(networks, replace(bundle.sampling, solver="dpmpp-2m"), bundle.guidance, "step")
+    with pytest.raises(UserError, match="linear schedule"):
+        joint(networks, replace(bundle.sampling, schedule="vp"), bundle.guidance, "step")
     with pytest.raises(UserError, match="boosting"):
         joint(networks, bundle.sampling, replace(bundle.guidance, boosting=True), "step")
 
@@ -355,7 +357,8 @@ def test_engine_refuses_another_job(bundle: Bundle, denoiser_file: Path, step_fi
     assert classifier_free.weights == {"cfg_scale": 2.0}
     done = _sample(bundle, tmp_path / "out", "--runtime", "onnx", "--engine", str(denoiser_file), "--cfg-scale", "2")
     assert done.exit_code == 2 and "has no cfg_scale: export it with --cfg-scale" in done.output
-    assert guided_by(engine)(())
+    unguided = Job(load(bundle), bundle.sampling, GuidanceConfig()).called(())
+    assert guided_by(engine, unguided)
 
 
 def test_engine_options_must_agree(bundle: Bundle, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dgfast.bundle import Bundle
 from dgfast.config import GuidanceConfig, SamplingConfig
-from dgfast.engines import guided_by, require_fit
+from dgfast.engines import require_fit, runtime_of
 from dgfast.errors import UserError
 from dgfast.export.joint_graph import joint
 from dgfast.export.request import Request
@@ -155,8 +155,8 @@ def test_exported_function_draws_the_samplers_images(
     latents, labels = start()
     noises = torch.randn(4, *latents.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     images = [
-        Sampler(networks, sampling, asked, engine=engine).integrate(latents, labels, iter(noises).__next__)
-        for engine in (None, guided_by(file))
+        Sampler(networks, sampling, asked, runtime=runtime).integrate(latents, labels, iter(noises).__next__)
+        for runtime in ("eager", runtime_of(file))
     ]
     assert apart(images[1], images[0]) < 1e-5
 
@@ -165,8 +165,8 @@ def test_exported_function_calls_a_sample_without_class_one_of_none(networks: Ne
     file = file_of(networks, SamplingConfig(num_steps=4), GuidanceConfig(), small_bundle)
     latents, _ = start()
     images = [
-        Sampler(networks, SamplingConfig(num_steps=4), engine=engine).integrate(latents)
-        for engine in (None, guided_by(file))
+        Sampler(networks, SamplingConfig(num_steps=4), runtime=runtime).integrate(latents)
+        for runtime in ("eager", runtime_of(file))
     ]
     assert apart(images[1], images[0]) < 1e-5
 

@@ -60,7 +60,7 @@ def test_cases_have_every_class_and_the_least_size_of_a_noise_predictor() -> Non
         int(row.argmax()) for seed in range(8) for row in joint().case("", [1.0] * 4, seed).inputs["class_labels"]
     }
     assert classes == {0, 1, 2}
-    assert not joint().case("", [1.0], 0).least
+    assert "denoised" not in joint().case("", [1.0], 0).least
     case = joint(predicts_noise=True).case("", [50.0], 0)
     assert float(case.least["denoised"]) == pytest.approx(0.01 * float(case.inputs["x"].abs().max()))
 

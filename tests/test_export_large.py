@@ -13,15 +13,15 @@ from dgfast.bundle import Bundle
 from dgfast.errors import UserError
 from dgfast.export import onnx_file, to_onnx
 from dgfast.image_folder import read_images
-from dgfast.runtimes import onnx as runtime
-from dgfast.runtimes.onnx import OnnxEngine, data_of, files_of, save
-from dgfast.runtimes.onnx_writer import convert
+from dgfast.runtimes.onnx.file import data_of, files_of, save
+from dgfast.runtimes.onnx.session import OnnxEngine
+from dgfast.runtimes.onnx.writer import convert
 from dgfast.sample import main as sample
 
 
 @pytest.fixture(autouse=True)
 def low_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "LIMIT", 1000)
+    monkeypatch.setattr("dgfast.runtimes.onnx.file.LIMIT", 1000)
 
 
 def export(bundle: Bundle, out: Path, *options: str) -> Result:

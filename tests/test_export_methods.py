@@ -19,7 +19,7 @@ from dgfast.engines import require_fit
 from dgfast.errors import UserError
 from dgfast.export import to_onnx
 from dgfast.image_folder import read_images
-from dgfast.runtimes.onnx import OnnxEngine
+from dgfast.runtimes.onnx.session import OnnxEngine
 from dgfast.sample import main as sample
 
 _ADM = {

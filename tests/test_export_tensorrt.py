@@ -12,13 +12,13 @@ from benchmarks.workloads import WORKLOADS
 from dgfast.bundle import Bundle
 from dgfast.errors import UserError
 from dgfast.export import to_trt
-from dgfast.export.engine_builder import parse
 from dgfast.export.joint_graph import joint
-from dgfast.runtimes import engine_file
-from dgfast.runtimes import onnx as runtime
-from dgfast.runtimes.engine_file import EngineFile
-from dgfast.runtimes.onnx_writer import convert
-from dgfast.runtimes.tensorrt_library import find
+from dgfast.runtimes.onnx import file as onnx_file
+from dgfast.runtimes.onnx.writer import convert
+from dgfast.runtimes.tensorrt import file as engine_file
+from dgfast.runtimes.tensorrt.builder import parse
+from dgfast.runtimes.tensorrt.file import EngineFile
+from dgfast.runtimes.tensorrt.library import find
 
 try:
     find("tensorrt-rtx")
@@ -56,7 +56,7 @@ def test_trt_builds_the_generator_of_a_bundle(small_bundle: Bundle, tmp_path: Pa
 def test_trt_reads_weights_that_are_beside_the_file(
     small_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "LIMIT", 1000)
+    monkeypatch.setattr(onnx_file, "LIMIT", 1000)
     run(small_bundle, tmp_path / "first", "--what", "generator", "--parse-only")
     (path,) = (tmp_path / "first").glob("*.onnx")
     assert path.with_name(f"{path.name}.data").stat().st_size > 10 * 1000
@@ -76,6 +76,6 @@ def test_trt_parses_the_full_size_guided_step(tmp_path: Path) -> None:
     made = WORKLOADS["edm-cifar10"]()
     subject = joint(made.load(torch.device("cpu"), torch.float32), made.sampling, made.guidance, "denoiser")
     example = dict(subject.case("example", [1.0], seed=1).inputs)
-    runtime.save(convert(subject.function, example, subject.outputs, rank_4=True), tmp_path / "full.onnx")
+    onnx_file.save(convert(subject.function, example, subject.outputs, rank_4=True), tmp_path / "full.onnx")
     assert (tmp_path / "full.onnx").stat().st_size > 4e8
     assert parse(find("tensorrt-rtx")[1], tmp_path / "full.onnx") > 5000

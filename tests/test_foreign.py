@@ -37,9 +37,12 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 27
         pytest.param(b"<!DOCTYPE html>\n<html>Sign in</html>", "an HTML page", id="html"),
         pytest.param(b"\n  <HTML><body>404</body>", "an HTML page", id="bare_html"),
         pytest.param(b"<?xml version='1.0'?><Error><Code>AccessDenied", "an XML page", id="xml"),
-        pytest.param(gzip.compress(b"x"), "a compressed archive: unpack it", id="gzip"),
+        pytest.param(gzip.compress(b"x"), "an archive: unpack it", id="gzip"),
         pytest.param(b"\x89HDF\r\n\x1a\n", "an HDF5 file", id="keras"),
         pytest.param(b"GGUF\x03", "a GGUF file", id="gguf"),
+        pytest.param(b"\xef\xbb\xbf<!-- a page --><html>", "an HTML page", id="html_with_a_comment"),
+        pytest.param(b"model.pt".ljust(257, b"\0") + b"ustar\x0000", "an archive: unpack it", id="tar"),
+        pytest.param(b'{"error":"Repository not found"}', 'is a text, \'{"error":"Repository not found"}\'', id="json"),
         pytest.param(b"", "is empty: fetch it again", id="empty"),
     ],
 )
@@ -144,6 +147,12 @@ def test_a_folder_names_the_checkpoints_in_it(tmp_path: Path) -> None:
     assert "give one of its files (a0.pt, a1.pt, a2.pt, a3.pt, a4.pt and 2 more)" in refused(folder)
 
 
+def test_parts_of_a_checkpoint_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "model-00002-of-00003.safetensors"
+    save_file({"x": torch.ones(2)}, file)
+    assert "is part 2 of 3 of a checkpoint: join them" in refused(file)
+
+
 def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.pt")
     with pytest.raises(UserError, match="a pipe or a device"):
@@ -151,7 +160,7 @@ def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
 
 
 # Right content, wrong ending ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("ending", [".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors"])
+@pytest.mark.parametrize("ending", [".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".pkl", ".safetensors"])
 def test_the_first_bytes_tell_the_format_not_the_ending(tmp_path: Path, ending: str) -> None:
     torch.save({"x": torch.ones(2)}, tmp_path / f"torch{ending}")
     save_file({"x": torch.ones(2)}, tmp_path / "x")

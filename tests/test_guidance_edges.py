@@ -15,6 +15,7 @@ from dgfast.guidance import (
     ClassifierFreeGuidance,
     ClassifierGuidance,
     DiscriminatorGuidance,
+    Guidance,
     LowDensityGuidance,
     PredictedCleanGuidance,
     WeightSchedule,
@@ -124,7 +125,7 @@ def test_guidance_costs_and_does_what_it_says_by_default() -> None:
     }  # fmt: skip
     assert all((guidance.evaluations, guidance.gradients) == cost for guidance, cost in costs.items())  # type: ignore[attr-defined]
     judged = DiscriminatorGuidance(judge)
-    assert (judged.weight, judged.boost, judged.window, judged.published_window) == (1.0, 1.0, (0.01, 1.0), False)
+    assert (judged.weight, judged.boost, judged.window, judged.published_window) == (1.0, None, (0.01, 1.0), False)
     assert PredictedCleanGuidance(two_classes, 1.0).read_at_t
     x, sigma = torch.full((1, 1, 1, 1), 9.0, dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64)
     for guided in (
@@ -153,8 +154,8 @@ def test_discriminator_is_read_in_float32_and_believed_up_to_a_limit() -> None:
 
 
 def test_guidance_of_ones_own_is_in_no_exported_file() -> None:
-    class Own:
-        evaluations = gradients = 0
+    class Own(Guidance):
+        pass
 
     own: Any = Own()
     with pytest.raises(UserError, match="Own, a guidance of your own, is in no exported file"):

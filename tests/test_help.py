@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 from dgfast import __version__, sample
 from dgfast.config import GuidanceConfig, SamplingConfig
-from dgfast.options import Command, Group, Option
+from dgfast.options import Command, Group, Option, sections_of_help
 
 _MODULES = ["sample", "convert", "evaluate", "train", "export.to_onnx", "export.to_trt"]
-_GUIDANCES = [group for group in Group if "guidance" in group.lower()]
+_GUIDANCES = [section for section in sections_of_help() if section not in list(Group)]
 
 
 def _help(*arguments: str) -> str:
@@ -34,22 +34,24 @@ def _commands(module: str) -> list[click.Command]:
 def test_every_option_has_a_section_and_every_command_a_version(module: str) -> None:
     for command in _commands(module):
         assert isinstance(command, Command)
-        loose = {p.name for p in command.params if isinstance(p, click.Option) and not isinstance(p, Option)}
+        context = click.Context(command)
+        ours = [p for p in command.get_params(context) if p is not command.get_help_option(context)]
+        loose = {p.name for p in ours if isinstance(p, click.Option) and not isinstance(p, Option)}
         assert loose == {"version"}
         assert CliRunner().invoke(command, ["--version"]).output == f"dgfast {__version__}\n"
 
 
 def test_sections_stand_in_one_order_whatever_the_order_of_the_options() -> None:
     lines = _help().splitlines()
-    sections = [group for group in Group if f"{group}:" in lines]
-    assert sections == [group for group in Group if group is not Group.TRAINING]
-    assert [lines.index(f"{group}:") for group in sections] == sorted(lines.index(f"{group}:") for group in sections)
+    sections = [section for section in sections_of_help() if f"{section}:" in lines]
+    assert sections == [section for section in sections_of_help() if section is not Group.TRAINING]
+    assert [lines.index(f"{name}:") for name in sections] == sorted(lines.index(f"{name}:") for name in sections)
 
 
 def test_every_default_of_the_bundle_that_an_option_changes_is_shown() -> None:
     settings = asdict(SamplingConfig()) | asdict(GuidanceConfig(dg_weight=5.0))
     context = click.Context(sample.main)
-    for parameter in sample.main.params:
+    for parameter in sample.main.get_params(context):
         default = settings.get(parameter.name or "")
         if isinstance(default, int | float | str):
             text = {False: "off"}.get(default, default) if isinstance(default, str | bool) else f"{default:g}"
@@ -75,10 +77,10 @@ def test_help_needs_no_bundle_that_can_be_read(text: str | None, tmp_path: Path)
     assert "--steps" in _help("--bundle", str(tmp_path))
 
 
-@pytest.mark.parametrize("group", _GUIDANCES)
-def test_the_symbols_of_a_guidances_options_are_those_of_its_formula(group: Group) -> None:
-    formula = group.split(", ", 1)[1]
-    weights = {"w", "s", "a", "b"} & {str(p.metavar) for p in sample.main.params if getattr(p, "group", None) is group}
+@pytest.mark.parametrize("section", _GUIDANCES)
+def test_the_symbols_of_a_guidances_options_are_those_of_its_formula(section: str) -> None:
+    formula, parameters = section.split(", ", 1)[1], sample.main.get_params(click.Context(sample.main))
+    weights = {"w", "s", "a", "b"} & {str(p.metavar) for p in parameters if getattr(p, "group", None) == section}
     assert weights and all(f"{weight} " in formula for weight in weights)
 
 

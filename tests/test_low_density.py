@@ -17,8 +17,10 @@ from dgfast import bundle as bundles
 from dgfast import nets
 from dgfast import noise_levels as nl
 from dgfast.bundle import Bundle
-from dgfast.config import CLEAN_TIMES, NORMALIZATIONS, GuidanceConfig, SamplingConfig
+from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
+from dgfast.graph.lower import lower
+from dgfast.graph.trace import trace
 from dgfast.guidance import (
     ClassifierGuidance,
     Guidance,
@@ -27,11 +29,11 @@ from dgfast.guidance import (
     guided_denoiser,
     guided_posterior,
 )
-from dgfast.guidance.gradient import normalized
+from dgfast.guidance.gradient import NORMALIZATIONS, normalized
+from dgfast.guidance.predicted_clean import CLEAN_TIMES
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.networks import Networks
-from dgfast.runtimes import compiled
-from dgfast.runtimes.graph import lower, trace
+from dgfast.runtimes.cpu import build as cpu
 from dgfast.sampler import Sampler
 from dgfast.solvers import ancestral_step
 
@@ -406,7 +408,7 @@ def test_low_density_compiled_equals_eager(
     tiny_net: NetFactory, tiny_classifier: NoisyClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     function = guided_denoiser(tiny_net(label_dim=3, channel_mult=[1]), both_terms(tiny_classifier, "sample_l2"))
-    run = compiled.build(function, (*batch(seed=8, size=2, pixels=8), labels_of_three(2, 0)))
+    run = cpu.build(function, (*batch(seed=8, size=2, pixels=8), labels_of_three(2, 0)))
     x, sigma = batch(seed=9, size=2, pixels=8)
     inputs = x, sigma.flip(0), labels_of_three(2, 1)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor
 from dgfast.export import onnx_file
 from dgfast.export.parity import ParityError, Report
 from dgfast.export.subject import Joint
-from dgfast.runtimes.onnx import OnnxEngine
+from dgfast.runtimes.onnx.session import OnnxEngine
 
 MATRIX = torch.randn(16, 16, generator=torch.Generator().manual_seed(5)) / 4
 ABOUT = {"bundle": "small", "what": "denoiser", "weights_sha256": "abc", "commit": "def", "class_names": "[]"}

@@ -233,7 +233,7 @@ def test_sample_compile_try_without_a_compiler_samples_without(
 
 def test_sample_compile_try_compiles_where_it_can(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
-    monkeypatch.setattr("dgfast.runtimes.compiled.build", lambda function, example: built.append(example) or function)
+    monkeypatch.setattr("dgfast.runtimes.cpu.build.build", lambda function, example: built.append(example) or function)
     result = _run(tiny, tmp_path / "out", "--compile=try", "--batch", "3")
     assert result.exit_code == 0 and "compiled in" in result.output, result.output
     assert [tuple(x.shape) for x, _, _ in built] == [(3, 1, 8, 8)]  # the last batch of one image is filled up
@@ -341,10 +341,10 @@ def test_sample_out_of_memory_goes_on_in_smaller_batches(
         (["--grid", "iddpm", "--steps", "2000"], "lower --steps 2000"),
         (["--solver", "dpmpp-2m", "--s-churn", "5"], "dpmpp-2m"),
         (["--respacing", "10"], "--respacing is the whole grid: leave out --steps"),
-        (["--eta", "0.5"], "is for the solver ddim alone"),
+        (["--eta", "0.5"], "eta 0.5: heun has none, which is the noise of ddim"),
         (["--solver", "ddpm", "--s-churn", "5"], "ddpm takes no churn"),
         (["--solver", "ddpm", "--dg-weight", "1", "--boosting"], "boosting does not go with ddpm"),
-        (["--dg-schedule", "0.5"], "dg_schedule ((0.5,),): give pairs of numbers"),
+        (["--dg-schedule", "0.5"], "dg_schedule ((0.5,),): give at most 1000 pairs of numbers"),
         (["--dg-schedule", "0.5:1,0.1:2"], "by rising tau"),
         (["--dg-window", "1,0.5"], "two numbers, the first below the second"),
         (["--dg-window", "1"], "expected two numbers"),
@@ -355,12 +355,12 @@ def test_sample_out_of_memory_goes_on_in_smaller_batches(
         (["--dg-weight", "1", "--dg-every", "2", "--boosting"], "boosting judges every call by its own log-ratio"),
         (["--compile=maybe"], "'maybe' is not one of 'always', 'try'"),
         (["--kernels", "cuda"], "'cuda' is not one of 'reference', 'triton'"),
-        (["--diversity", "-1"], "diversity and fidelity are at least 0"),
+        (["--diversity", "-1"], "diversity is at least 0"),
         (["--perceptual"], "perceptual needs diversity"),
         (["--target-class", "1", "--fidelity", "1"], "target_class needs diversity"),
         (["--base-class", "0", "--diversity", "1"], "base_class needs fidelity"),
         (["--diversity", "1", "--target-class", "3"], "target class 3 is out of range; the classifier knows classes 0"),
-        (["--fidelity", "1", "--base-class", "-1"], "base_class -1 is no class; they are counted from 0"),
+        (["--fidelity", "1", "--base-class", "-1"], "base_class -1 must be a whole number, at least 0"),
         (["--diversity", "1", "--classifier-scale", "1"], "weigh one and the same gradient"),
         (["--diversity", "1", "--normalize", "l1"], "'l1' is not one of"),
         (["--rho", "nan"], "not a finite number"),

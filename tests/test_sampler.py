@@ -11,9 +11,11 @@ from torch import Tensor
 
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
+from dgfast.graph.trace import trace
 from dgfast.guidance import GuidedDenoiser
 from dgfast.networks import Networks
 from dgfast.randomness import SeedStreams
+from dgfast.runtimes import RUNTIMES, Runtime
 from dgfast.sampler import Sampler
 
 NetFactory = Callable[..., Any]
@@ -201,6 +203,33 @@ def test_sampler_prepare_builds_every_function_that_sampling_calls(
     assert built == [(3, 1, 8, 8)] * len(different)
     sampler([1, 2])  # another size is another set of functions
     assert built[len(different) :] == [(2, 1, 8, 8)] * len(different)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_sampler_builds_another_function_for_arguments_with_labels(tiny_net: NetFactory, captured: bool) -> None:
+    """A traced function has forgotten what it was not traced with: labels, or that there were none."""
+    networks = Networks(tiny_net(label_dim=4))
+    runtime = Runtime("traced", trace, lambda device: trace if captured else None)
+    sampler, eager = (Sampler(networks, SamplingConfig(num_steps=3), runtime=r) for r in (runtime, "eager"))
+    latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = [None, eager.class_labels([3, 1], 2), None]
+    images = [eager.integrate(latents, rows) for rows in labels]
+    assert not torch.allclose(images[0], images[1])
+    for rows, wanted in zip(labels, images, strict=True):
+        torch.testing.assert_close(sampler.integrate(latents, rows), wanted)
+
+
+def test_sampler_runs_in_the_runtime_that_it_is_given(tiny_net: NetFactory) -> None:
+    """By its name, as itself, and as a plain function; eager where none is given."""
+    networks, latents = Networks(tiny_net()), torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    config = SamplingConfig(num_steps=3)
+    plain = Sampler(networks, config).integrate(latents)
+    assert torch.equal(Sampler(networks, config, runtime="eager").integrate(latents), plain)
+    assert torch.equal(Sampler(networks, config, runtime=RUNTIMES["eager"]).integrate(latents), plain)
+    zeros = Sampler(networks, config, runtime=lambda f, example: lambda *x: tuple(0 * y for y in f(*x)))
+    assert zeros.integrate(latents).abs().max() < 1e-12
+    with pytest.raises(UserError, match="no runtime tvm: there are eager, compiled, onnx, tensorrt"):
+        Sampler(networks, config, runtime="tvm")
 
 
 def test_sampler_state_dtype_is_the_type_of_the_state(tiny_net: NetFactory) -> None:

@@ -188,6 +188,12 @@ def test_train_bad_input_is_one_line(squares: Path, tmp_path: Path, options: lis
     assert not (tmp_path / "bundle").exists()
 
 
+def test_train_discriminator_needs_images_to_hold_out(squares: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "few.npz", images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.zeros(4, np.int64))
+    result = _train("discriminator", tmp_path / "bundle", squares, "--generated", str(tmp_path))
+    assert result.exit_code == 2 and "draw at least 5" in result.output.splitlines()[-1]
+
+
 def test_training_noise_is_log_uniform_as_dg_draws_it() -> None:
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
     sigma = log_uniform_sigma(u)

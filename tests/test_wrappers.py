@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dgfast import bundle as bundles
 from dgfast.checkpoints import openai_pt
+from dgfast.checkpoints.torch_file import Opaque
 from dgfast.checkpoints.wrappers import StateDict, unwrap
 from dgfast.convert import main
 from dgfast.errors import UserError
@@ -151,6 +154,29 @@ def test_parts_that_hold_themselves_or_are_named_again_and_again_come_to_an_end(
     inner["model"] = inner
     with pytest.raises(UserError, match="parts within parts"):
         unwrap(inner, None, "x.pt")
+
+
+_WORDS = st.sampled_from(
+    ["ema", "model", "net", "state_dict", "module", "_orig_mod", "x", "y", "", ".", "a.b", "\x1b", "é"]
+)
+_NAMES = st.one_of(_WORDS, st.lists(_WORDS, max_size=4).map(".".join), st.integers(), st.none())
+_VALUES = st.one_of(
+    st.sampled_from([A, B, torch.zeros(0), torch.tensor(3), torch.zeros(2, dtype=torch.bool), Opaque("a.b")]),
+    st.none(), st.integers(), st.text(max_size=3),
+)  # fmt: skip
+_TREES = st.recursive(_VALUES, lambda inner: st.one_of(st.lists(inner), st.dictionaries(_NAMES, inner)), max_leaves=20)
+
+
+@settings(max_examples=300)
+@given(content=_TREES, key=st.one_of(st.none(), _WORDS, st.text(max_size=5)))
+def test_any_content_is_unwrapped_or_refused_in_one_line(content: Any, key: str | None) -> None:
+    try:
+        state = unwrap(content, key, "x.pt")
+    except UserError as error:
+        assert error.message.isprintable()
+    else:
+        assert state.tensors and all(value.is_floating_point() and value.numel() for value in state.tensors.values())
+        assert all(name.isprintable() for name in state.tensors)
 
 
 # At the door ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 from dgfast.bundle import Bundle, VaeSpec
 from dgfast.checkpoints.account import Assumed
 from dgfast.config import GuidanceConfig, SamplingConfig
-from dgfast.noise_levels import adm_time_schedule
+from dgfast.vp import adm_time_schedule
 
 _DIT_WINDOW = (0.1011, 2.0)  # DiT-G++ guides at timesteps above 100: tau is 0.1006 at 100, 0.1016 at 101, 1.0034 at 999
 _LATENT_CHANNELS = 4

@@ -12,13 +12,16 @@ from dgfast.bounds import open_file, read_json
 from dgfast.checkpoints import one_line
 from dgfast.errors import UserError
 
-SUFFIXES = (".pkl", ".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+SUFFIXES = (".pkl", ".pt", ".pth", ".tar", ".ckpt", ".bin", ".safetensors")  # .tar of a .pth.tar, which is none
 _HEAD = 512  # bytes at the beginning that tell what a file is
 _HEADS = (
     (rb"version https://git-lfs", "a Git LFS pointer and not the file itself: run `git lfs pull` where it comes from"),
-    (rb"\s*<(!doctype )?html", "an HTML page, such as a login or an error: download the file itself"),
-    (rb"\s*<\?xml", "an XML page, such as a storage service's error: download the file itself"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf", "a compressed archive: unpack it, and give the file that is in it"),
+    (
+        rb"(\xef\xbb\xbf)?\s*<(!doctype |!--|html)",
+        "an HTML page, such as a login or an error: download the file itself",
+    ),
+    (rb"(\xef\xbb\xbf)?\s*<\?xml", "an XML page, such as a storage service's error: download the file itself"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|(?s:.{257})ustar", "an archive: unpack it, and give the file that is in it"),
     (rb"\x89HDF", "an HDF5 file; those of PyTorch and safetensors are read"),
     (rb"GGUF", "a GGUF file of quantised weights; those of PyTorch and safetensors are read"),
 )
@@ -48,6 +51,8 @@ def file_format(path: Path) -> str:
         raise UserError(f"{path} is {_folder(path)}")
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: unknown ending {path.suffix!r}; use {', '.join(SUFFIXES)}")
+    if part := re.search(r"-0*(\d+)-of-0*(\d+)\.", path.name):
+        raise UserError(f"{path} is part {part[1]} of {part[2]} of a checkpoint: join them into one file")
     if path.name.startswith("diffusion_pytorch_model") and (name := _class_name(path.with_name("config.json"))):
         raise UserError(f"{path} is {_of_diffusers(name)}")
     with open_file(path) as file:
@@ -57,6 +62,8 @@ def file_format(path: Path) -> str:
     for pattern, what in _HEADS:
         if re.match(pattern, head, re.IGNORECASE):
             raise UserError(f"{path} is {what}")
+    if re.fullmatch(rb"[\t\n\r -~]+", head):
+        raise UserError(f"{path} is a text, {one_line(head.decode(), most=40)!r} ...: download the file itself")
     if head.startswith(b"PK\x03\x04"):
         return "torch"
     if path.suffix == ".safetensors" or head[4:9] == b"\0\0\0\0{":  # the upper half of the length of a JSON header

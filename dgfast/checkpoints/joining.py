@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from dgfast import bundle as bundles
 from dgfast.bundle import Bundle
-from dgfast.checkpoints import defaults
+from dgfast.checkpoints import defaults, one_line
 from dgfast.checkpoints.account import Assumed
 from dgfast.checkpoints.network import Converted
 from dgfast.errors import UserError
@@ -36,6 +36,9 @@ def join(
     Raises:
         UserError: there is no room for it, or the folder cannot be written; nothing has changed then.
     """
+    for option, text in (("name", name), ("license", license_), ("provenance", provenance)):
+        if text and not text.replace("\n", " ").isprintable():  # a bundle with such a text would not be read
+            raise UserError(f"--{option} has control characters: {one_line(text)!r}")
     assumed = list(converted.assumed)
     with _alone(out):
         bundle = room(out, role, name) or Bundle(folder=out, name=name or fallback_name, nets={})
@@ -68,7 +71,7 @@ def room(out: Path, role: str, name: str | None) -> Bundle | None:
     if (out / f"{role}.safetensors").exists():
         raise UserError(
             f"{out} has a {role} network already, though no bundle.json names it, as after an interrupted conversion: "
-            f"remove {role}.safetensors, or use another --out"
+            f"move {role}.safetensors away, or use another --out"
         )
     return bundle
 

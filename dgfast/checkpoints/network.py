@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dgfast import nets, weights
-from dgfast.checkpoints import DENOISERS, dit, nvidia_pickle, one_line, openai_pt
+from dgfast.checkpoints import DENOISERS, ENCODERS, dit, nvidia_pickle, one_line, openai_pt
 from dgfast.checkpoints.account import Assumed, listed
 from dgfast.checkpoints.foreign import file_format, require_own_names
 from dgfast.checkpoints.wrappers import StateDict
@@ -83,6 +83,7 @@ def _recognised(
 ) -> tuple[str, dict[str, Any], list[Assumed]]:
     """The kind of network that has these tensors, its keywords, and which of them are assumed."""
     require_own_names(tensors, file)
+    _require_role(tensors, role, file)
     if role not in DENOISERS and kind in (None, "create_classifier"):
         return "create_classifier", openai_pt.classifier_keywords(tensors, told, file), []
     if role not in DENOISERS:
@@ -98,8 +99,22 @@ def _recognised(
     elif kind is None:
         keywords, assumed = openai_pt.score_keywords(tensors, told, file)
     else:
-        return kind, dict(told), _defaults(kind, told)
+        keywords, assumed = openai_pt.with_script_defaults(kind, told)
+        return kind, keywords, assumed + _defaults(kind, keywords)
     return "DDPMPrecond", keywords, assumed + _defaults("DDPMPrecond", keywords)
+
+
+def _require_role(tensors: Mapping[str, Tensor], role: str, file: Path) -> None:
+    """
+    Raises:
+        UserError: the names of its tensors are those of a network for another role.
+    """
+    adm = "input_blocks.0.0.weight" in tensors
+    decodes = any(name.startswith(("output_blocks.", "dec.", "model.dec.")) for name in tensors) or dit.is_dit(tensors)
+    if role in DENOISERS and adm and not decodes:
+        raise UserError(f"{file} holds an encoder of ADM: give --role {' or '.join(ENCODERS)}")
+    if role not in DENOISERS and decodes:
+        raise UserError(f"{file} holds a network that makes images: give --role {' or '.join(DENOISERS)}")
 
 
 def _defaults(kind: str, keywords: Mapping[str, Any]) -> list[Assumed]:

@@ -21,11 +21,12 @@ from dgfast.checkpoints.wrappers import StateDict, unwrap
 from dgfast.denoiser import PRECONDITIONERS
 from dgfast.errors import UserError
 from dgfast.nets.adm_unet import PUBLISHED
-from dgfast.noise_levels import adm_time_schedule
+from dgfast.vp import adm_time_schedule
 
 # OpenAI's 64, 128, 256 and 512, DG's trunk for 32 and its discriminator on 8 x 8 features, each with either depth.
 _IMAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
 _DEPTHS = (2, 4)
+_SCRIPT_HEADS = 4
 
 
 def read(path: Path, key: str | None = None) -> StateDict:
@@ -121,10 +122,21 @@ def score_keywords(
             Assumed("noise_schedule", schedule, f"{published} was trained with it", "--set noise_schedule=..."),
         ]
         return {**read, **told}, [entry for entry in assumed if entry.name not in told]
-    known = ", ".join(PRECONDITIONERS)
-    raise UserError(
-        f"{source}: give --kind ({known}) and its keywords with --set; it is none of {', '.join(PUBLISHED)}"
-    )
+    adm = "input_blocks.0.0.weight" in tensors
+    own = "DDPMPrecond --set model_type=create_model" if adm else f"({', '.join(PRECONDITIONERS)})"
+    raise UserError(f"{source} is none of {', '.join(PUBLISHED)}: give --kind {own} and its keywords with --set")
+
+
+def with_script_defaults(kind: str, told: Mapping[str, Any]) -> tuple[dict[str, Any], list[Assumed]]:
+    """The keywords of a network of one's own, and what guided-diffusion's scripts give where its constructor differs.
+
+    That is the number of heads of its U-Net, which no tensor's shape tells.
+    """
+    own_heads = "num_heads" in told or told.get("num_head_channels", -1) != -1
+    if kind != "DDPMPrecond" or told.get("model_type") != "create_model" or own_heads:
+        return dict(told), []
+    entry = Assumed("num_heads", _SCRIPT_HEADS, "the default of guided-diffusion's scripts", "--set num_heads=...")
+    return {**told, "num_heads": _SCRIPT_HEADS}, [entry]
 
 
 def is_upsampler(tensors: Mapping[str, Tensor]) -> bool:

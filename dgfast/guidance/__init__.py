@@ -7,18 +7,25 @@ A gradient guidance toward a log-density l with weight w, in VE coordinates, is
 because the score is (D - x) / sigma^2 and a noise-aware network reads images at the VP process's unit scale.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from dgfast.guidance.autoguidance import Autoguidance
 from dgfast.guidance.classifier import ClassifierGuidance
 from dgfast.guidance.classifier_free import ClassifierFreeGuidance
-from dgfast.guidance.compose import Denoiser, Guidance, GuidedDenoiser, guided_denoiser, guided_posterior
+from dgfast.guidance.declaration import GUIDANCES, Guidance, option
 from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
 from dgfast.guidance.low_density import LowDensityGuidance
 from dgfast.guidance.predicted_clean import PredictedCleanGuidance
-from dgfast.guidance.reuse import CarriedGradient, gradient_keeping_denoiser
 from dgfast.guidance.schedule import WeightSchedule
 
+if TYPE_CHECKING:
+    from dgfast.guidance.compose import Denoiser, GuidedDenoiser, guided_denoiser, guided_posterior
+    from dgfast.guidance.reuse import CarriedGradient, gradient_keeping_denoiser
+
 __all__ = [
+    "GUIDANCES",
     "OUTSIDE_WINDOW",
     "Autoguidance",
     "CarriedGradient",
@@ -34,4 +41,12 @@ __all__ = [
     "gradient_keeping_denoiser",
     "guided_denoiser",
     "guided_posterior",
+    "option",
 ]
+
+
+def __getattr__(name: str) -> Any:  # what needs torch, which the declarations do without
+    if name not in __all__:
+        raise AttributeError(f"module 'dgfast.guidance' has no attribute {name!r}")
+    home = "reuse" if name in ("CarriedGradient", "gradient_keeping_denoiser") else "compose"
+    return getattr(import_module(f"dgfast.guidance.{home}"), name)

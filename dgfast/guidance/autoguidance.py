@@ -1,15 +1,22 @@
 """Autoguidance (Karras et al., arXiv 2406.02507): guide a net by a worse version of itself."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from dgfast.guidance.declaration import Guidance, option
 
-from dgfast.guidance.compose import Denoiser
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dgfast.config import GuidanceConfig
+    from dgfast.guidance.compose import Denoiser
+    from dgfast.networks import Networks
 
 
 @dataclass(frozen=True, eq=False)
-class Autoguidance:
+class Autoguidance(Guidance):
     """D' = D_ref + weight (D - D_ref), written as the correction (weight - 1) (D - D_ref) of D.
 
     Attributes:
@@ -17,11 +24,23 @@ class Autoguidance:
         weight: 1 guides nothing; EDM2's presets use 1.7 to 2.9.
     """
 
+    @dataclass(frozen=True)
+    class Options:
+        autoguidance: float = option(1.0, "Weight of guidance by a worse net; 1 turns it off.", "w", attribute="weight")
+
     reference: Denoiser
     weight: float | Tensor
 
+    name = "autoguidance"
+    formula = "D_ref + w (D - D_ref)"
+    cost = "1 forward of the reference net"
+    use = "to correct the score net by a worse one"
+    roles = ("reference",)
     evaluations = 1
-    gradients = 0
+
+    @classmethod
+    def make(cls, networks: Networks, config: GuidanceConfig) -> Autoguidance:
+        return cls(cls.needed(networks.reference, "reference"), config.autoguidance)
 
     def active(self, sigma_low: float, sigma_high: float) -> bool:
         return bool(self.weight != 1)
@@ -29,5 +48,7 @@ class Autoguidance:
     def correct(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
     ) -> tuple[Tensor, Tensor, None]:
+        import torch
+
         worse = self.reference(x, sigma, class_labels).to(denoised.dtype)
         return denoised - worse, (self.weight - 1) * torch.ones_like(sigma), None

@@ -1,48 +1,17 @@
 """The guided denoiser: one pure function of a denoiser and its guidances."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dgfast import ops
+from dgfast.guidance.declaration import Guidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW, denoiser_gate
 
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 GuidedDenoiser = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 GuidedPosterior = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
-
-
-class Guidance(Protocol):
-    """One correction of the denoised image.
-
-    Attributes:
-        evaluations, gradients: forwards of a denoiser, and forwards with input gradient of another network, that one
-            call costs on top of the denoiser's own forward. With a gradient it is one toward a log-density, whose gate
-            is weight x `denoiser_gate`; the ancestral form puts the step's variance in that one's place. Without, it
-            mixes denoisers, and corrects the denoised image whatever the solver.
-    """
-
-    @property
-    def evaluations(self) -> int: ...
-
-    @property
-    def gradients(self) -> int: ...
-
-    def active(self, sigma_low: float, sigma_high: float) -> bool:
-        """Whether it corrects anything at all between two noise levels; where not, it need not be called."""
-        ...
-
-    def correct(
-        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add gate x direction to `denoised`: direction [B, C, H, W] and gate [B]; and the log-ratio [B] if it has one.
-
-        Arguments as for the function that `guided_denoiser` returns. Pure: no host synchronisation and no branch on
-        the value of a tensor, so that it can be traced, compiled and exported.
-        """
-        ...
 
 
 def guided_denoiser(denoiser: Denoiser, guidances: Sequence[Guidance], clip: bool = False) -> GuidedDenoiser:

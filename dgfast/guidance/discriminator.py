@@ -1,24 +1,34 @@
 """Discriminator guidance (Kim et al., arXiv 2211.17091): add the gradient of the log-ratio log d / (1 - d)."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from dgfast.errors import UserError
+from dgfast.guidance.declaration import Guidance, option
 from dgfast.guidance.gradient import OUTSIDE_WINDOW, log_density_gradient
 from dgfast.guidance.schedule import CONSTANT, WeightSchedule
-from dgfast.noise_levels import vp_sigma, vp_time
+from dgfast.vp import vp_sigma, vp_time
 
-Discriminator = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dgfast.config import GuidanceConfig
+    from dgfast.networks import Networks
+
+    Discriminator = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+REUSES = ("hold", "linear")
 
 LOGIT_LIMIT = math.log((1 - 1e-5) / 1e-5)
 """DG clips d to [1e-5, 1 - 1e-5]: in the logit, a clamp beyond which the gradient is exactly zero."""
 
 
 @dataclass(frozen=True, eq=False)
-class DiscriminatorGuidance:
+class DiscriminatorGuidance(Guidance):
     """D' = D + weight sigma^2 alpha grad_u clamp(logit(u, t(sigma), y)), within a window of the VP time tau.
 
     Attributes:
@@ -33,18 +43,56 @@ class DiscriminatorGuidance:
         schedule: factor on the weight along the trajectory.
     """
 
+    @dataclass(frozen=True)
+    class Options:
+        dg_weight: float = option(0.0, "Weight; 0 turns it off.", "w", attribute="weight")
+        dg_weight_2nd: float = option(
+            0.0, "The same at the solver's second point.", "w", attribute="weight", second=True
+        )
+        dg_window: tuple[float, float] = option((0.01, 1.0), "VP times between which it acts.", "tau,tau")
+        dg_every: int = option(
+            1, "Compute the discriminator's gradient at every so many guided calls only.", "K", least=1, exported=False
+        )
+        dg_reuse: str = option("hold", "What the calls between use.", choices=REUSES, exported=False)
+        boosting: bool = option(
+            False, "DG's boosting, for conditional nets.", attribute="boost", input="dg_boost", off=1.0
+        )
+        published_window: bool = option(False, "Judge the window by the batch, as DG's code does.")
+        dg_schedule: tuple[tuple[float, float], ...] = option(
+            (), "Factor on --dg-weight by VP time, linear between points.", "tau:factor,..."
+        )
+
     discriminator: Discriminator
     weight: float | Tensor = 1.0
     window: tuple[float, float] = (0.01, 1.0)
     time: Callable[[Tensor], Tensor] = vp_time
     published_window: bool = False
-    boost: float | Tensor = 1.0
+    boost: float | Tensor | None = None
     schedule: WeightSchedule = CONSTANT
 
-    evaluations = 0
+    name = "discriminator guidance"
+    formula = "D + w sigma^2 grad_x log d / (1 - d)"
+    cost = "1 gradient in the window"
+    use = "to correct what the score net gets wrong"
+    roles = ("discriminator", "classifier")  # a head on the classifier's features
     gradients = 1
 
+    @classmethod
+    def check(cls, config: GuidanceConfig) -> None:
+        if config.dg_every > 1 and config.boosting:
+            raise UserError("boosting judges every call by its own log-ratio; it does not go with dg_every above 1")
+        if config.boosting and not config.dg_weight:
+            raise UserError("boosting needs discriminator guidance; give it a weight other than 0")
+
+    @classmethod
+    def make(cls, networks: Networks, config: GuidanceConfig) -> DiscriminatorGuidance:
+        net, schedule = cls.needed(networks.discriminator, "discriminator"), WeightSchedule(config.dg_schedule)
+        window, published = config.dg_window, config.published_window
+        return cls(net, config.dg_weight, window, networks.time, published, schedule=schedule)
+
     def active(self, sigma_low: float, sigma_high: float) -> bool:
+        import torch
+
         low, high = (float(vp_sigma(torch.tensor(tau, dtype=torch.float64))) for tau in self.window)
         # A grid level on the window's edge must count as inside whatever the rounding; `correct` has the last word.
         inside = sigma_high >= low * (1 - 1e-6) and sigma_low <= high * (1 + 1e-6)
@@ -69,9 +117,11 @@ class DiscriminatorGuidance:
     def correct(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        import torch
+
         gradient, gate, log_ratio = log_density_gradient(lambda u: self.log_ratio(u, sigma, class_labels), x, sigma)
         log_ratio = torch.where(self.inside(sigma), log_ratio, OUTSIDE_WINDOW)
         weight = self.weight_at(sigma)
-        if isinstance(self.boost, Tensor) or self.boost != 1:
+        if self.boost is not None:
             weight = torch.where(log_ratio < 0, weight * self.boost, weight)
         return gradient, weight * gate, log_ratio

@@ -1,15 +1,25 @@
 """What the gradient guidances share: the VP coordinates in which noise-aware networks read, and the way back."""
 
+from __future__ import annotations
+
+import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from dgfast.guidance.declaration import option
+from dgfast.vp import vp_alpha
 
-from dgfast.noise_levels import vp_alpha
+if TYPE_CHECKING:
+    from torch import Tensor
 
+NORMALIZATIONS = ("none", "sample_l2", "channel_l2", "max_abs")
 OUTSIDE_WINDOW = 1e7
 """The log-ratio that stands for "not judged", as in DG's code; large and positive, so it never triggers boosting."""
+
+
+def normalize_option() -> str:
+    """The option of the guidances that `normalized` is for; those that have it share it."""
+    return option("none", "What is done to the gradients' lengths.", choices=NORMALIZATIONS)
 
 
 def denoiser_gate(sigma: Tensor) -> Tensor:
@@ -37,6 +47,8 @@ def log_density_gradient(
 
 def input_gradient(log_density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
     """grad_u l(u) [B, C, H, W] in float32, and l [B]. What made u is left out: the gradient ends there."""
+    import torch
+
     u = u.float().detach().requires_grad_()
     with torch.enable_grad():
         value = log_density(u)
@@ -53,9 +65,11 @@ def normalized(gradient: Tensor, how: str) -> Tensor:
             arguments; with one channel it leaves the sign); "max_abs" divides each sample by its largest absolute
             value.
     """
+    from torch.nn import functional as F
+
     if how == "none":
         return gradient
     if how == "channel_l2":
         return F.normalize(gradient, dim=1)
-    order = torch.inf if how == "max_abs" else 2.0
+    order = math.inf if how == "max_abs" else 2.0
     return F.normalize(gradient.flatten(1), p=order, dim=1).view_as(gradient)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dgfast import ops
-from dgfast.guidance.compose import Denoiser, Guidance, guided_denoiser
+from dgfast.guidance.compose import Denoiser, guided_denoiser
+from dgfast.guidance.declaration import Guidance
 from dgfast.guidance.discriminator import DiscriminatorGuidance
-from dgfast.noise_levels import vp_alpha
+from dgfast.vp import vp_alpha
 
 GradientKeepingDenoiser = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 

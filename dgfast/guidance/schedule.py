@@ -1,13 +1,15 @@
 """Guidance weights that change along the trajectory, as those of ADM-G++ do (arXiv 2211.17091)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from dgfast.guidance.declaration import POINTS
+from dgfast.vp import vp_time
 
-from dgfast.noise_levels import vp_time
-
-Points = tuple[tuple[float, float], ...]
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -18,20 +20,26 @@ class WeightSchedule:
         points: (tau, factor), by rising tau; two of the same tau are a jump. Without points the factor is 1.
     """
 
-    points: Points = ()
+    points: POINTS = ()
 
     def __call__(self, sigma: Tensor) -> Tensor:
         """The factor at the noise levels sigma, of sigma's shape."""
+        import torch
+
         return self._at(vp_time(sigma)) if self.points else torch.ones_like(sigma)
 
     def active(self, sigma_low: float, sigma_high: float) -> bool:
         """Whether the factor is other than 0 anywhere between two noise levels."""
+        import torch
+
         if not self.points:
             return True
         low, high = ends = vp_time(torch.tensor([sigma_low, sigma_high], dtype=torch.float64))
         return bool(self._at(ends).any()) or any(low <= tau <= high and factor for tau, factor in self.points)
 
     def _at(self, tau: Tensor) -> Tensor:
+        import torch
+
         factor = torch.full_like(tau, self.points[0][1])
         for (start, before), (end, after) in zip(self.points[:-1], self.points[1:], strict=True):
             share = ((tau - start) / (end - start)).clamp(0, 1) if end > start else (tau >= end).to(tau.dtype)

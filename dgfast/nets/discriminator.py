@@ -12,7 +12,7 @@ class NoisyClassifier(nn.Module):
 
     def __init__(self, encoder: EncoderUNetModel) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.classes = encoder, encoder.out_channels
 
     def forward(self, u: Tensor, t: Tensor) -> Tensor:
         return self.encoder(_cast(u, self.encoder), _TIMESTEPS * t)

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from dgfast.nets.adm import EncoderUNetModel
 from dgfast.nets.discriminator import NoisyClassifier
-from dgfast.noise_levels import vp_alpha, vp_sigma, vp_time
 from dgfast.training.data import ImageSet
+from dgfast.vp import vp_alpha, vp_sigma, vp_time
 
 # The feature network's training images move and get noise, so that its features see strokes rather than exact
 # positions and the last grey levels.

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from dgfast.nets.adm import EncoderUNetModel
 from dgfast.nets.discriminator import Discriminator
-from dgfast.noise_levels import log_uniform_sigma, vp_time
+from dgfast.noise_levels import log_uniform_sigma
 from dgfast.training.classifier import to_vp
 from dgfast.training.data import ImageSet
+from dgfast.vp import vp_time
 
 
 def discriminator_loss(

@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from dgfast import nets
 from dgfast import noise_levels as nl
-from dgfast import sampler as sampler_module
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.denoiser import DDPMPrecond
 from dgfast.guidance import ClassifierFreeGuidance, DiscriminatorGuidance
 from dgfast.guidance.gradient import denoiser_gate
 from dgfast.networks import Networks
 from dgfast.sampler import Sampler
+from dgfast.solvers import ddpm
 from tests.support.golden import DIT_SAMPLER_TOL, NET_TOL, Golden, correction_of, every_nth
 
 _PUBLISHED_CFG_CHANNELS = 3  # DiT's and DG's code guide the first three latent channels alone
@@ -114,7 +114,7 @@ def judge_dit_loop(golden: Golden, tag: str, monkeypatch: pytest.MonkeyPatch) ->
     )
     steps: list[tuple[Tensor, ...]] = []
     gradients: dict[float, Tensor] = {}
-    step, correct = sampler_module.ancestral_step, DiscriminatorGuidance.correct
+    step, correct = ddpm.ancestral_step, DiscriminatorGuidance.correct
 
     def stepping(*arguments: Tensor) -> Tensor:
         steps.append(arguments)
@@ -128,7 +128,7 @@ def judge_dit_loop(golden: Golden, tag: str, monkeypatch: pytest.MonkeyPatch) ->
     sampling = SamplingConfig(solver="ddpm", respacing=case["create_diffusion"], clip_denoised=case["clip_denoised"])
     discriminator = golden.discriminator() if case["dg_scale"] else None
     with monkeypatch.context() as patch:
-        patch.setattr(sampler_module, "ancestral_step", stepping)
+        patch.setattr(ddpm, "ancestral_step", stepping)
         patch.setattr(DiscriminatorGuidance, "correct", correcting)
         sampler = Sampler(Networks(net, discriminator, time=net.time), sampling, guidance)
         y, noises = golden.tensor("y"), golden.tensor("noises").double()

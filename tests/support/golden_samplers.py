@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgfast import noise_levels as nl
-from dgfast import sampler as sampler_module
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.denoiser import DDPMPrecond
 from dgfast.guidance import OUTSIDE_WINDOW, ClassifierGuidance, DiscriminatorGuidance
@@ -16,6 +15,7 @@ from dgfast.guidance.gradient import denoiser_gate
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.networks import Networks
 from dgfast.sampler import Sampler
+from dgfast.solvers import ddim, ddpm
 from tests.support.golden import ADM_FRACTION, NET_TOL, SAMPLER_TOL, SIGMA_TOL, VE_SCHEDULE_TOL, Golden
 from tests.support.golden_networks import level_tol
 
@@ -42,11 +42,12 @@ def judge_edm_sampler(golden: Golden) -> None:
         recorder = Recorder(golden.filled_net(case["net_class"], case["net_config"], case["prefix"]))
         config = SamplingConfig(**case["kwargs"])
         states: list[Tensor] = []
-        x = Sampler(Networks(recorder), config).integrate(
+        sampler = Sampler(Networks(recorder), config)
+        x = sampler.integrate(
             latents,
             golden.labels() if recorder.label_dim else None,
             iter(noises).__next__,
-            lambda _, x, states=states: states.append(x),
+            lambda _, x, *rest, states=states: states.append(x),
         )
         # The reference itself moves by 3e-4 there: sigma = sqrt(t) on a grid made for another schedule.
         loose = config.solver == "heun" and config.schedule == "ve" and config.discretization != "ve"
@@ -54,7 +55,7 @@ def judge_edm_sampler(golden: Golden) -> None:
         golden.judge(f"{tag}/x", x, tol)
         sigmas = torch.stack([one_level(sigma) for sigma in recorder.sigmas])
         golden.judge(f"{tag}/sigma_calls", sigmas, level_tol(recorder.net, config.discretization), "relative")
-        golden.judge_all(f"{tag}/x_steps", torch.stack(states), tol)
+        golden.judge_all(f"{tag}/x_steps", torch.stack([sampler.first_state(latents), *states[:-1]]), tol)
 
 
 def judge_dg_sampler(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +68,9 @@ def judge_dg_sampler(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def recording(self: DiscriminatorGuidance, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         direction, gate, log_ratio = correct(self, *arguments)
-        weight = self.weight * torch.where(log_ratio < 0, self.boost, 1.0)  # DG recorded it without weight and boost
+        weight = self.weight * torch.where(
+            log_ratio < 0, self.boost or 1.0, 1.0
+        )  # DG recorded it without weight and boost
         guidances[len(recorder.sigmas) - 1] = -(gate / weight).view(-1, 1, 1, 1) * direction, log_ratio
         return direction, gate, log_ratio
 
@@ -88,10 +91,10 @@ def judge_dg_sampler(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     if "noises" in golden.arrays:
         noises[golden.tensor("noise_steps")] = golden.tensor("noises").double()
     states: list[Tensor] = []
-    x = sampler.integrate(latents, golden.labels(), iter(noises).__next__, lambda _, x: states.append(x))
+    x = sampler.integrate(latents, golden.labels(), iter(noises).__next__, lambda _, x, *rest: states.append(x))
 
     golden.judge("x", x, SAMPLER_TOL)
-    golden.judge_all("x_steps", torch.stack(states), SAMPLER_TOL)
+    golden.judge_all("x_steps", torch.stack([sampler.first_state(latents), *states[:-1]]), SAMPLER_TOL)
     golden.judge("t_hat", torch.stack(recorder.sigmas[0::2]), SIGMA_TOL, "relative")
     golden.judge("t_next", torch.stack([one_level(s) for s in recorder.sigmas[1::2]]), SIGMA_TOL, "relative")
     for name, calls in (("", range(0, len(recorder.sigmas), 2)), ("2", range(1, len(recorder.sigmas), 2))):
@@ -203,9 +206,9 @@ def judge_adm_loop(
 
     with monkeypatch.context() as patch:
         patch.setattr(ClassifierGuidance, "correct", recording)
-        for step in ("ancestral_step", "ddim_step"):
-            real = getattr(sampler_module, step)
-            patch.setattr(sampler_module, step, lambda x, d, *rest, real=real: denoised.append(d) or real(x, d, *rest))
+        for module, step in ((ddpm, "ancestral_step"), (ddim, "ddim_step")):
+            real = getattr(module, step)
+            patch.setattr(module, step, lambda x, d, *rest, real=real: denoised.append(d) or real(x, d, *rest))
         sampler = Sampler(networks, sampling, GuidanceConfig(classifier_scale=scale))
         sigmas = torch.tensor([step.sigma for step in sampler.steps], dtype=torch.float64)
         states: list[Tensor] = []
@@ -213,11 +216,10 @@ def judge_adm_loop(
             golden.tensor("x_T"),
             F.one_hot(golden.tensor("y"), 1000).float(),
             iter(golden.tensor("noises").double()).__next__,
-            lambda _, x: states.append(x),
+            lambda _, x, *rest: states.append(x),
         )
-    after = (
-        torch.stack([*states[1:], x]) * nl.vp_alpha(torch.cat([sigmas[1:], torch.zeros(1)]))[:, None, None, None, None]
-    )
+    alphas = nl.vp_alpha(torch.cat([sigmas[1:], torch.zeros(1)]))
+    after = torch.stack(states) * alphas[:, None, None, None, None]
     golden.judged.add(f"{tag}/steps")  # says which of them the file keeps
     recorded = golden.tensor(f"{tag}/steps")
     bounds = nl.posterior_log_variances(sigmas).flip(0)

@@ -21,8 +21,8 @@ from dgfast import Sampler, nets, networks
 from dgfast import bundle as bundles
 from dgfast.checkpoints import network, torch_file
 from dgfast.checkpoints.torch_file import Opaque
-from dgfast.runtimes import engine_file
-from dgfast.runtimes.onnx import OnnxEngine, stored_tensor
+from dgfast.runtimes.onnx.session import OnnxEngine, stored_tensor
+from dgfast.runtimes.tensorrt import file as engine_file
 from tests.support import mutations, mutations_onnx
 
 TINY: dict[str, Any] = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from dgfast.runtimes.graph import Function
+from dgfast.graph import Function
 
 NetFactory = Callable[..., Any]
 Example = Sequence[Tensor | None]

@@ -1,0 +1,85 @@
+"""A pure function as one graph of ATen operations, its input gradient included.
+
+`torch.autograd.grad` is where compilers and exporters break, so it is not shown to them: `make_fx` runs the function
+once on fake tensors and records what autograd would do.
+"""
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dgfast.errors import UserError
+from dgfast.graph import Function
+from dgfast.graph.nodes import drop_identities
+
+aten = torch.ops.aten
+
+
+def trace(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
+    """`function` as one graph of ATen operations for the shapes, dtypes and device of `example`.
+
+    Weights become attributes of the graph. Nothing is computed: the tensors inside are fake, so tracing a net costs
+    the same at every batch size.
+
+    Raises:
+        UserError: the function branches on the value of a tensor, or calls what cannot be traced; names where.
+    """
+    try:
+        with torch.no_grad(), without_collecting():
+            graph = make_fx(partial(_without_reading, function), tracing_mode="fake", _allow_non_fake_inputs=True)(
+                *example
+            )
+    except Exception as error:
+        raise UserError(f"this network does not trace: {_where(error)}; run it without --compile") from error
+    drop_identities(graph)
+    return graph
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """Python's garbage collector off: graphs are objects by the million, next to none of them garbage."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+def _without_reading(function: Function, *arguments: Tensor | None) -> tuple[Tensor, ...]:
+    with _NoReading():  # type: ignore[no-untyped-call]  # torch leaves its constructor untyped
+        return function(*arguments)
+
+
+class _NoReading(TorchDispatchMode):
+    """Stops what reads a tensor's values on the host, or makes a shape of them: a graph can do neither."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        if func is aten.index.Tensor:
+            reads = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        if reads and any(isinstance(argument, FakeTensor) for argument in args):  # weights may be read: they are known
+            raise RuntimeError(f"{func} depends on the values of a tensor")
+        return func(*args, **(kwargs or {}))
+
+
+def _where(error: BaseException) -> str:
+    """What failed, and in which module."""
+    modules, step = [], error.__traceback__
+    while step is not None:
+        owner = step.tb_frame.f_locals.get("self")
+        if step.tb_frame.f_code.co_name == "forward" and isinstance(owner, nn.Module):
+            modules.append(type(owner).__name__)
+        step = step.tb_next
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{reason[0]} (in {'.'.join(modules)})" if modules else reason[0]

@@ -1,0 +1,17 @@
+"""python -m dgfast.guidance: the table of all guidances in docs/guidance.md, of what they declare."""
+
+from dgfast.guidance import GUIDANCES
+
+
+def table() -> str:
+    """One row a guidance, in Markdown."""
+    rows = ["| guidance | options | cost a call | use it |", "|---|---|---|---|"]
+    for guidance in GUIDANCES:
+        options = ", ".join(f"`--{one.name.replace('_', '-')}`" for one in guidance.options())
+        link = f"[{guidance.name}](#{guidance.name.replace(' ', '-')})"
+        rows.append(f"| {link} | {options} | {guidance.cost} | {guidance.use} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,226 @@
+"""What a guidance says of itself, once: its formula, its options, the networks that it needs, how it is made.
+
+Command lines, `GuidanceConfig`, bundles, the loading of networks, the plan, exported files and the table in
+docs/guidance.md read it here. A class of your own that derives from `Guidance` is in all of them from then on.
+
+`--help` reads it too, without torch, which takes seconds to import. So the files of the guidances import torch inside
+of the functions that call it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
+
+from dgfast.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dgfast.config import GuidanceConfig
+    from dgfast.networks import Networks
+
+T = TypeVar("T")
+PAIR = tuple[float, float]
+POINTS = tuple[tuple[float, float], ...]
+MOST_POINTS = 20
+"""Points of a schedule of weights, far more than anyone draws: a file may bring a million."""
+GUIDANCES: list[type[Guidance]] = []
+"""All that are declared: the order of their sections in `--help`, of their inputs in a file, and of what they add."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: of the command line, of `GuidanceConfig` and of a bundle's json.
+
+    Attributes:
+        kind: its type, one of float, int, bool, str, `PAIR` and `POINTS`; any of them may be optional.
+        symbol: of the formula. choices: all values that it may have. least: the smallest whole number that it may be.
+        attribute: of the guidance, which then is a weight and under `input` an input of an exported file. off: the
+            value of that weight that guides nothing. second: it holds at the solver's second point alone.
+        inside: another value needs another exported file. exported: there are such files at all.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    symbol: str | None
+    choices: tuple[str, ...]
+    least: int | None
+    attribute: str | None
+    input: str
+    off: float
+    second: bool
+    inside: bool
+    exported: bool
+
+    def check(self, value: Any) -> None:
+        """Raises UserError for a value that it may not have."""
+        if value is None and self.default is None:
+            return
+        if self.choices and value not in self.choices:
+            raise UserError(f"{self.name} {value!r} is not one of {', '.join(self.choices)}")
+        if self.kind is float and not math.isfinite(value):
+            raise UserError(f"{self.name} {value} is not a finite number")
+        if self.kind is int and (not isinstance(value, int) or (self.least is not None and value < self.least)):
+            raise UserError(f"{self.name} {value} must be a whole number, at least {self.least}")
+        if self.kind == PAIR and (len(value) != 2 or not value[0] < value[1]):
+            raise UserError(f"{self.name} {value}: give two numbers, the first below the second")
+        if self.kind == POINTS:
+            numbers = all(len(point) == 2 and all(map(math.isfinite, point)) for point in value)
+            if not numbers or len(value) > MOST_POINTS or any(b[0] < a[0] for a, b in pairwise(value)):
+                raise UserError(
+                    f"{self.name} {str(value)[:80]}: give at most {MOST_POINTS} pairs of numbers, time tau and factor, "
+                    "by rising tau"
+                )
+
+
+def option(
+    default: T, help: str, symbol: str | None = None, *, choices: tuple[str, ...] = (), least: int | None = None,
+    attribute: str | None = None, input: str | None = None, off: float | None = None, second: bool = False,
+    inside: bool = True, exported: bool = True,
+) -> T:  # fmt: skip
+    """A field of a guidance's `Options`, see `Option`; with the default, a guidance does nothing."""
+    about = {
+        "help": help, "symbol": symbol, "choices": choices, "least": least, "attribute": attribute, "input": input,
+        "off": default if off is None else off, "second": second, "inside": inside and exported and not attribute,
+        "exported": exported,
+    }  # fmt: skip
+    return field(default=default, metadata=about)
+
+
+class Guidance:
+    """One correction of the denoised image, and its declaration.
+
+    Attributes:
+        Options: a frozen dataclass of `option`s. Without one it is no part of command lines and files.
+        name: in errors and in docs/guidance.md, beside `cost`, of a call, and `use`. formula: in `--help`.
+        roles: the networks that it needs, first the one that it is named after.
+        evaluations, gradients: forwards of a denoiser, and forwards with input gradient of another network, that one
+            call costs on top of the denoiser's own forward. With a gradient it is one toward a log-density, whose gate
+            is weight x `denoiser_gate`; the ancestral form puts the step's variance in that one's place. Without, it
+            mixes denoisers, and corrects the denoised image whatever the solver.
+    """
+
+    Options: ClassVar[type | None] = None
+    name: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
+    cost: ClassVar[str] = ""
+    use: ClassVar[str] = ""
+    roles: ClassVar[tuple[str, ...]] = ()
+    evaluations: ClassVar[int] = 0
+    gradients: ClassVar[int] = 0
+    config: ClassVar[type | None] = None
+
+    def __init_subclass__(cls) -> None:
+        if "Options" in vars(cls):
+            GUIDANCES.append(cls)
+            if Guidance.config is not None:
+                _grow(Guidance.config, cls.Options)
+
+    def active(self, sigma_low: float, sigma_high: float) -> bool:
+        """Whether it corrects anything at all between two noise levels; where not, it need not be called."""
+        raise NotImplementedError
+
+    def correct(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add gate x direction to `denoised`: direction [B, C, H, W] and gate [B]; and the log-ratio [B] if it has one.
+
+        Arguments as for the function that `guided_denoiser` returns. Pure: no host synchronisation and no branch on
+        the value of a tensor, so that it can be traced, compiled and exported.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, config: GuidanceConfig) -> None:
+        """Raises UserError for options that contradict one another; each by itself is fine."""
+
+    @classmethod
+    def make(cls, networks: Networks, config: GuidanceConfig) -> Self:
+        """The guidance at the solver's first point.
+
+        Raises:
+            UserError: a network that is missing or does not fit.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def classes(cls, networks: Networks, config: GuidanceConfig) -> int:
+        """Number of classes among which a label chooses for this guidance alone; 0 where it looks at no label."""
+        return 0
+
+    @classmethod
+    @cache
+    def options(cls) -> tuple[Option, ...]:
+        """What its `Options` say, in their order."""
+        if cls.Options is None:
+            raise UserError(f"{cls.__name__}, a guidance of your own, has no options")
+        kinds = get_type_hints(cls.Options)
+        return tuple(
+            Option(
+                f.name, _required(kinds[f.name]), f.default, **{**f.metadata, "input": f.metadata["input"] or f.name}
+            )
+            for f in fields(cls.Options)
+        )
+
+    @classmethod
+    def weights(cls, second: bool = False) -> dict[str, Option]:
+        """The options that are its weights at the solver's first or second point, by its attributes."""
+        of_point = sorted(cls.options(), key=lambda one: one.second)  # what holds at the second point comes last
+        return {one.attribute: one for one in of_point if one.attribute and (second or not one.second)}
+
+    @classmethod
+    def on(cls, config: GuidanceConfig, second: bool = False) -> bool:
+        """Whether a weight of that point is other than off."""
+        return any(getattr(config, one.name) not in (one.default, one.off) for one in cls.weights(second).values())
+
+    def at_second_point(self, config: GuidanceConfig) -> Self:
+        """The same guidance with the weights of the solver's second point."""
+        changes = {key: getattr(config, one.name) for key, one in self.weights(second=True).items() if one.second}
+        return replace(self, **changes) if changes else self  # type: ignore[type-var]
+
+    @classmethod
+    def needed(cls, network: T | None, role: str) -> T:
+        """The network of that role.
+
+        Raises:
+            UserError: there is none.
+        """
+        if network is None:
+            raise UserError(f"{cls.name} needs a {role} network, which this bundle does not have")
+        return network
+
+
+def guiding(config: GuidanceConfig) -> Iterator[type[Guidance]]:
+    """The guidances that act at one of the solver's points."""
+    return (guidance for guidance in GUIDANCES if guidance.on(config) or guidance.on(config, second=True))
+
+
+def all_options() -> Iterator[Option]:
+    """The options of all guidances, each once."""
+    return iter({one.name: one for guidance in GUIDANCES for one in guidance.options()}.values())
+
+
+def off_values() -> Mapping[str, float]:
+    """The value of each input that guides nothing."""
+    return {one.input: one.off for one in all_options() if one.attribute}
+
+
+def _required(kind: Any) -> Any:
+    """float of `float | None`."""
+    return next((one for one in get_args(kind) if type(None) in get_args(kind) and one is not type(None)), kind)
+
+
+def _grow(record: type, options: Any) -> None:
+    """Give a frozen dataclass the fields of another one too."""
+    grown = make_dataclass(record.__name__, (), bases=(options, record), frozen=True)
+    for name in ("__init__", "__dataclass_fields__", "__match_args__", "__repr__", "__eq__", "__hash__"):
+        setattr(record, name, vars(grown)[name])
+    for own in fields(options):
+        setattr(record, own.name, own.default)

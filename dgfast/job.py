@@ -1,0 +1,212 @@
+"""A sampling job: its plan, and the pure functions that it calls, each of them a value.
+
+Whoever executes, exports or measures a function asks for it here. No function is put together anywhere else.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.devices import device_of
+from dgfast.errors import UserError
+from dgfast.graph import Function
+from dgfast.guidance import (
+    DiscriminatorGuidance,
+    Guidance,
+    gradient_keeping_denoiser,
+    guided_denoiser,
+    guided_posterior,
+)
+from dgfast.guidance.weights import weights, with_weights
+from dgfast.networks import Networks
+from dgfast.noise_levels import coordinates, sigma_bounds
+from dgfast.plan import all_guidances, boosted, class_count, noise_grid, plan
+from dgfast.solvers import LAST, SOLVERS, Call
+
+_INPUTS = {
+    "denoiser": ("x", "sigma", "class_labels"),
+    "posterior": ("x", "sigma", "class_labels", "log_least", "log_most"),
+}
+_OUTPUTS = {"denoiser": ("denoised", "log_ratio"), "posterior": ("denoised", "shift", "variance", "log_ratio")}
+
+
+@dataclass(frozen=True)
+class PureFunction:
+    """A pure function of tensors, and what it depends on.
+
+    Attributes:
+        name: "denoiser", "posterior", "step" or "generator".
+        inputs, outputs: names of its arguments and results, in their order. An argument "class_labels" may be None.
+        guidances: those inside of it. weights: of them, those that are inputs, and the job's own values for them; the
+            others are constants.
+    """
+
+    name: str
+    function: Function
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    guidances: tuple[Guidance, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Two functions of one job that have it in common are the same."""
+        return self.name, self.inputs, self.outputs, self.guidances
+
+    def __call__(self, *arguments: Tensor | None) -> tuple[Tensor, ...]:
+        return self.function(*arguments)
+
+    def without_labels(self) -> "PureFunction":
+        """The same function for no class at all, without that input."""
+        at = self.inputs.index("class_labels")
+
+        def function(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+            return self.function(*arguments[:at], None, *arguments[at:])
+
+        return replace(self, function=function, inputs=(*self.inputs[:at], *self.inputs[at + 1 :]))
+
+
+class Job:
+    """What is to be drawn: networks, noise levels and solver, guidance.
+
+    Attributes:
+        sampling: as asked for, with the number of noise levels that the grid has.
+        steps: the plan. solver, coordinates: what steps, and where.
+        classes: number of classes among which a label chooses, 0 for none. shape: of one image, [C, H, W].
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
+        guidance: GuidanceConfig = GuidanceConfig(),  # noqa: B008 - frozen
+        device: torch.device | None = None,
+    ) -> None:
+        """
+        Args:
+            device: of the denoiser's weights; None: look at them.
+
+        Raises:
+            UserError: a guidance whose network is missing, or a grid that does not exist.
+        """
+        net = networks.denoiser
+        low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
+        grid = noise_grid(networks, sampling, low, high).to(device or device_of(net))
+        self.networks, self.guidance, self.sampling = networks, guidance, replace(sampling, num_steps=len(grid))
+        self.coordinates = coordinates(sampling, low, high)
+        self.solver = SOLVERS[sampling.solver](self.sampling, self.coordinates)
+        self.classes = class_count(networks, guidance)
+        self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        self.steps = plan(networks, self.sampling, guidance, grid, self.coordinates)
+
+    def called(self, guidances: Sequence[Guidance], keep_gradient: bool = False) -> PureFunction:
+        """The function that the solver calls under these guidances: the guided denoiser, or posterior.
+
+        Args:
+            keep_gradient: return the discriminator's gradient too, where it is among them.
+        """
+        guidances, name = tuple(guidances), self.solver.function
+        discriminator = next((g for g in guidances if isinstance(g, DiscriminatorGuidance)), None)
+        if not keep_gradient or discriminator is None:
+            return self.guided(name, guidances)
+        others = [g for g in guidances if g is not discriminator]
+        net, clip = self.networks.denoiser, self.sampling.clip_denoised
+        function = gradient_keeping_denoiser(net, others, discriminator, clip)
+        return PureFunction(name, function, _INPUTS[name], (*_OUTPUTS[name], "gradient"), guidances)
+
+    def guided(self, name: str, guidances: Sequence[Guidance]) -> PureFunction:
+        """The "denoiser" or the "posterior" under these guidances."""
+        make = guided_posterior if name == "posterior" else guided_denoiser
+        function = make(self.networks.denoiser, guidances, self.sampling.clip_denoised)
+        return PureFunction(name, function, _INPUTS[name], _OUTPUTS[name], tuple(guidances))
+
+    def exported(self, name: str | None = None) -> PureFunction:
+        """A function under all guidances of the job at once, whose weights are inputs: one for the whole plan.
+
+        Args:
+            name: "denoiser", "posterior" or "step"; None: what the solver calls.
+
+        Raises:
+            UserError: a step, and a plan whose steps are not all alike.
+        """
+        name = name or self.solver.function
+        first, second = all_guidances(self.networks, self.guidance)
+        first = boosted(first) if self.guidance.boosting else first
+        if name == "step":
+            function = self._step(first, second)
+        else:  # the two differ by weights alone
+            function = self._with_weights(name, max(first, second, key=len))
+        return function if self.classes else function.without_labels()
+
+    def _with_weights(self, name: str, guidances: Sequence[Guidance]) -> PureFunction:
+        own, state = weights(guidances), _INPUTS[name]
+
+        def function(*arguments: Tensor) -> tuple[Tensor, ...]:
+            values = dict(zip(own, arguments[len(state) :], strict=True))
+            return self.guided(name, with_weights(guidances, values))(*arguments[: len(state)])
+
+        return PureFunction(name, function, (*state, *own), _OUTPUTS[name], tuple(guidances), own)
+
+    def _step(self, first: Sequence[Guidance], second: Sequence[Guidance]) -> PureFunction:
+        """(x, sigma, sigma_next, class_labels, what the solver needs more, weights) -> x_next."""
+        self._require_plain_steps()
+        solver, two_points = self.solver, self.solver.points == 2
+        own = weights(first) | (weights(second, second=True) if two_points else {})
+        names = ("x", "sigma", "sigma_next", "class_labels", *solver.inputs, *own)
+        remembers = LAST[0] in solver.inputs
+
+        def function(*arguments: Tensor) -> tuple[Tensor, ...]:
+            given = dict(zip(names, arguments, strict=True))
+            t, t_next = (given[name].view(-1, 1, 1, 1) for name in ("sigma", "sigma_next"))
+            more = {name: given[name] for name in solver.inputs}
+            if remembers:
+                more[LAST[1]] = more[LAST[1]].view(-1, 1, 1, 1)
+
+            def call(guidances: Sequence[Guidance]) -> Call:
+                guided = self.guided(solver.function, guidances)
+                return lambda x, t, *bounds: guided(x, t.flatten(), given["class_labels"], *bounds)
+
+            correct = call(with_weights(second, given, second=True)) if two_points else None
+            predict = call(with_weights(first, given))
+            x_next, denoised, _ = solver.any_step(given["x"], t, t_next, predict, correct, more)
+            return (x_next, denoised) if remembers else (x_next,)
+
+        outputs = ("x_next", "denoised") if remembers else ("x_next",)  # denoised is the next step's LAST
+        return PureFunction("step", function, names, outputs, (*first, *second), own)
+
+    def _require_plain_steps(self) -> None:
+        if self.sampling.schedule != "linear" or self.sampling.scaling != "none":
+            raise UserError("--what step knows the linear schedule without scaling; export --what denoiser instead")
+        if self.guidance.boosting:
+            raise UserError("boosting goes from step to step: leave it off, or export --what denoiser")
+        if self.guidance.dg_every > 1:
+            raise UserError("--what step computes every gradient: leave dg_every at 1, or export --what denoiser")
+
+
+class GeneratorNet(Protocol):
+    """What is asked of a generator; `dgfast.nets.generator.Generator` provides it.
+
+    Called with latents [B, latent_dim] and class_labels [B, label_dim] or None, it returns images [B, C, R, R].
+
+    Attributes:
+        latent_dim: width of its latents. label_dim: number of its classes, 0 if unconditional.
+    """
+
+    latent_dim: int
+    label_dim: int
+
+    def __call__(self, latents: Tensor, class_labels: Tensor | None, /) -> Tensor: ...
+
+
+def generator(net: GeneratorNet) -> PureFunction:
+    """The one function of a one-step job, (latents, class_labels) -> images."""
+
+    def function(latents: Tensor, class_labels: Tensor | None) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (net(latents, class_labels),)
+
+    return PureFunction("generator", function, ("latents", "class_labels"), ("images",))

@@ -1,0 +1,1 @@
+"""The CPU's compiler: `build.compile` is its one entry."""

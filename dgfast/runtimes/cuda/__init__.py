@@ -1,0 +1,1 @@
+"""CUDA: inductor's kernels, networks on streams beside one another, whole steps as one CUDA graph."""

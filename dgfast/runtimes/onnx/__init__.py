@@ -1,0 +1,1 @@
+"""ONNX: the writer of files, and ONNX Runtime."""

@@ -1,0 +1,35 @@
+"""The table of operations, and how a file enters some."""
+
+from collections.abc import Callable
+from typing import Any
+
+from dgfast.runtimes.onnx.graph import OnnxGraph, Value
+
+Entry = Callable[..., Any]
+"""(graph, out, *arguments, **keywords) -> Value or tuple; `out` is the shape and numpy type that torch says."""
+
+TABLE: dict[Any, Entry] = {}
+
+
+class NoFormError(Exception):
+    """An operation, or these options of one, that the table cannot write: users hear of it from `writer`."""
+
+
+class Out(tuple[Any, Any]):
+    """Shape and type of an operation's (first) result."""
+
+    shape = property(lambda self: self[0])
+    dtype = property(lambda self: self[1])
+
+
+def entry(*targets: Any) -> Callable[[Entry], Entry]:
+    def register(function: Entry) -> Entry:
+        TABLE.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+def number(g: OnnxGraph, x: Any, dtype: Any) -> Value:
+    """A tensor or a plain number as a value of this type."""
+    return g.cast(x, dtype) if isinstance(x, Value) else g.constant(x, dtype)

@@ -1,0 +1,235 @@
+"""A pure function as an ONNX model, its input gradient included: trace, lower, and write each operation down.
+
+Where the batch size is to stay open, the function is traced for two of them: what differs is a multiple of the batch.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._decomp import core_aten_decompositions
+from torch.fx import GraphModule, Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dgfast.errors import UserError
+from dgfast.graph import Function
+from dgfast.graph.lower import lower
+from dgfast.graph.nodes import constant
+from dgfast.graph.trace import trace
+from dgfast.runtimes.onnx.graph import NUMPY, Batch, Dim, OnnxGraph, Value
+from dgfast.runtimes.onnx.operations import TABLE, NoFormError, Out
+
+OLDEST_OPSET = 18  # the first in which sums take their axes as an input
+_BATCHES = 2, 3  # for an open batch; 1 would be taken for a size that broadcasts
+
+
+def convert(
+    function: Function,
+    example: dict[str, Tensor],
+    outputs: Sequence[str],
+    *,
+    dynamic: bool = False,
+    opset: int = OLDEST_OPSET,
+    rank_4: bool = False,
+) -> Any:
+    """The `onnx.ModelProto` of `function`: default domain, no local functions, no training operations.
+
+    Args:
+        example: its arguments by name. Values do not matter. The first has the batch as its first size.
+        outputs: names of its results.
+        dynamic: leave the batch size open: the first size of every argument whose first size is the example's batch.
+        rank_4: see `OnnxGraph`.
+
+    Raises:
+        UserError: the function does not trace, has an operation that is not in the table (its module is named), or
+            opset is too old.
+    """
+    if opset < OLDEST_OPSET:
+        raise UserError(f"opset {opset} is too old: dgfast writes {OLDEST_OPSET} and newer")
+    batch = len(next(iter(example.values())))
+    examples = [_resized(example, batch, size) for size in _BATCHES] if dynamic else [example]
+    graphs = [_lowered(function, tuple(e.values())) for e in examples]
+    graph = OnnxGraph(rank_4)
+    results = _Writer(graph, graphs[0], graphs[-1], function, examples[0]).write(list(example))
+    return _model(graph, results, outputs, opset)
+
+
+def operations(model: Any) -> Counter[str]:
+    """How many nodes of each kind."""
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def _resized(example: dict[str, Tensor], batch: int, size: int) -> dict[str, Tensor]:
+    return {
+        name: x[:1].expand(size, *x.shape[1:]).clone() if x.dim() and len(x) == batch else x
+        for name, x in example.items()
+    }
+
+
+def _lowered(function: Function, example: tuple[Tensor, ...]) -> GraphModule:
+    with sdpa_kernel(SDPBackend.MATH):  # a softmax between two matrix products, not a fused kernel
+        return lower(trace(function, example), example, decompositions=_decompositions())
+
+
+@cache
+def _decompositions() -> dict[Any, Any]:
+    """PyTorch's own, of operations into simpler ones, for what the table has not."""
+    return {target: how for target, how in core_aten_decompositions().items() if target not in TABLE}
+
+
+class _Writer:
+    """Walks one lowered graph, or two of different batch sizes at once."""
+
+    def __init__(
+        self, graph: OnnxGraph, one: GraphModule, other: GraphModule, function: Function, example: dict[str, Tensor]
+    ) -> None:
+        self.graph, self.one, self.other = graph, one, other
+        self.function, self.example = function, example
+        self.values: dict[Node, Any] = {}
+
+    def write(self, names: list[str]) -> list[Value]:
+        """Record everything; the results."""
+        pairs = zip(self.one.graph.nodes, self.other.graph.nodes, strict=True)
+        remaining = iter(names)
+        for node, twin in pairs:
+            if node.op == "placeholder":
+                out = _out(node, twin)
+                self.values[node] = self.graph.input(next(remaining), out.shape, out.dtype)
+            elif node.op == "get_attr":
+                self.values[node] = self._constant(constant(self.one, node), constant(self.other, twin))
+            elif node.op == "output":
+                return [self.values[result] for result in node.args[0]]
+            else:
+                self.values[node] = self._call(node, twin)
+        raise AssertionError("a graph without results")
+
+    def _constant(self, value: Tensor, twin: Tensor) -> Value:
+        if value.shape == twin.shape:
+            return self.graph.constant(value.cpu().numpy())
+        sizes = _sizes(value.shape, twin.shape)
+        one = value
+        for dim, size in enumerate(sizes):  # repeated along the batch, as everything is that depends on weights alone
+            one = one.narrow(dim, 0, 1) if isinstance(size, Batch) else one
+        if not torch.equal(one.expand(twin.shape), twin):
+            raise UserError(f"a constant of shape {list(value.shape)} depends on the batch: give --batch a number")
+        return self.graph.expand(self.graph.constant(one.cpu().numpy()), sizes)
+
+    def _call(self, node: Node, twin: Node) -> Any:
+        arguments, keywords = self._merge(node.args, twin.args), self._merge(node.kwargs, twin.kwargs)
+        if "getitem" in str(node.target):
+            return arguments[0][arguments[1]]
+        try:
+            if node.target not in TABLE:
+                raise NoFormError("the table of operations does not have it")
+            return TABLE[node.target](self.graph, _out(node, twin), *arguments, **_meant(keywords))
+        except NoFormError as error:
+            where = _module_of(node.target, self.function, tuple(self.example.values()))
+            raise UserError(f"cannot export {node.target}, called by {where}: {error}") from error
+
+    def _merge(self, one: Any, other: Any) -> Any:
+        if isinstance(one, Node):
+            return self.values[one]
+        if isinstance(one, list | tuple):
+            return [self._merge(a, b) for a, b in zip(one, other, strict=True)]
+        if isinstance(one, dict):
+            return {key: self._merge(value, other[key]) for key, value in one.items()}
+        return _size(one, other) if isinstance(one, int) and one != other else one
+
+
+def _meant(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Without what says where and how torch keeps a tensor."""
+    return {k: v for k, v in keywords.items() if k not in ("dtype", "device", "pin_memory", "layout", "memory_format")}
+
+
+def _size(one: int, other: int) -> Dim:
+    times = other - one
+    if times and one != times * _BATCHES[0]:
+        raise UserError("a size that is no multiple of the batch: give --batch a number")
+    return Batch(times) if times else one
+
+
+def _sizes(one: Sequence[int], other: Sequence[int]) -> tuple[Dim, ...]:
+    return tuple(_size(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _out(node: Node, twin: Node) -> Out:
+    value, other = node.meta["val"], twin.meta["val"]
+    if isinstance(value, list | tuple):
+        value, other = value[0], other[0]
+    return Out((_sizes(value.shape, other.shape), NUMPY[value.dtype]))
+
+
+# Whose operation it was -----------------------------------------------------------------------------------------------
+class _Caller(TorchDispatchMode):
+    """Finds the module in whose forward an operation is called."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.target, self.found = target, ""
+        self.stack: list[nn.Module] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is self.target and not self.found:
+            self.found = self._path() or "its guidance"
+        return func(*args, **(kwargs or {}))
+
+    def _path(self) -> str:
+        if not self.stack:
+            return ""
+        names = {module: name for name, module in self.stack[0].named_modules()}
+        name, kind = names.get(self.stack[-1], ""), type(self.stack[-1]).__name__
+        return f"{type(self.stack[0]).__name__}{'.' if name else ''}{name} ({kind})"
+
+
+def _module_of(target: Any, function: Function, example: tuple[Tensor, ...]) -> str:
+    with _Caller(target) as caller:
+        enter = nn.modules.module.register_module_forward_pre_hook(lambda module, _: caller.stack.append(module))
+        leave = nn.modules.module.register_module_forward_hook(lambda *_: caller.stack.pop() and None)
+        try:
+            function(*example)
+        finally:
+            enter.remove()
+            leave.remove()
+    return caller.found or "the gradient of the network"
+
+
+# ONNX's own types -----------------------------------------------------------------------------------------------------
+def _model(graph: OnnxGraph, results: Sequence[Value], outputs: Sequence[str], opset: int) -> Any:
+    from onnx import helper, numpy_helper
+
+    named = [graph.unary("Identity", value, name=name) for value, name in zip(results, outputs, strict=True)]
+    records, constants = graph.live(named)
+    final = {value.name: name for value, name in zip(named, outputs, strict=True)}
+    nodes = []
+    for i, record in enumerate(records):
+        attributes = {k: _attribute(v) for k, v in record.attributes.items() if record.op != "Identity"}
+        written = [final.get(name, name) for name in record.outputs]
+        nodes.append(helper.make_node(record.op, record.inputs, written, f"{record.op}_{i}", **attributes))
+
+    def info(name: str, value: Value) -> Any:
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype))
+        return helper.make_tensor_value_info(name, kind, ["batch" if isinstance(d, Batch) else d for d in value.shape])
+
+    proto = helper.make_graph(
+        nodes,
+        "dgfast",
+        [info(value.name, value) for value in graph.inputs],
+        [info(name, value) for name, value in zip(outputs, named, strict=True)],
+    )
+    opsets = [helper.make_opsetid("", opset)]
+    model = helper.make_model(proto, opset_imports=opsets, ir_version=10, producer_name="dgfast")
+    for name in constants:  # last, and each given up: the helpers copy what they are given, and it may be gigabytes
+        model.graph.initializer.append(numpy_helper.from_array(graph.constants.pop(name), name))
+    return model
+
+
+def _attribute(value: Any) -> Any:
+    """A numpy type as ONNX's number for it; anything else as it is."""
+    from onnx import helper
+
+    return helper.np_dtype_to_tensor_dtype(value) if isinstance(value, np.dtype) else value

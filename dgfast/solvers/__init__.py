@@ -1,0 +1,24 @@
+"""Solvers of the probability-flow ODE and its stochastic relatives, one a file, in one table."""
+
+from dgfast.solvers.churn import churn
+from dgfast.solvers.ddim import DDIM, ddim_step
+from dgfast.solvers.ddpm import DDPM, ancestral_step
+from dgfast.solvers.dpmpp_2m import DPMpp2M, dpmpp_2m_step
+from dgfast.solvers.euler import Euler, euler_step
+from dgfast.solvers.heun import Heun, heun_step
+from dgfast.solvers.solver import LAST, Call, Solver
+
+SOLVERS: dict[str, type[Solver]] = {solver.name: solver for solver in (Heun, Euler, DPMpp2M, DDPM, DDIM)}
+
+__all__ = [
+    "LAST",
+    "SOLVERS",
+    "Call",
+    "Solver",
+    "ancestral_step",
+    "churn",
+    "ddim_step",
+    "dpmpp_2m_step",
+    "euler_step",
+    "heun_step",
+]

@@ -1,0 +1,85 @@
+"""What a network must not do to be traced, and what it is told."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dgfast.errors import UserError
+from dgfast.graph.trace import trace
+
+
+class BranchesOnValue(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class ReadsValue(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.max().item()
+
+
+class LoopsOverValues(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * sum(x.flatten().tolist())
+
+
+class SelectsByValue(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[x > 0]
+
+
+class LeavesTorch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy() + 1)
+
+
+class Outer(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 1
+
+
+@pytest.mark.parametrize("module", [BranchesOnValue, ReadsValue, LoopsOverValues, SelectsByValue, LeavesTorch])
+def test_runtimes_network_that_does_not_trace_is_named_with_the_reason(module: type[nn.Module]) -> None:
+    net = Outer(module())
+    with pytest.raises(UserError, match="this network does not trace: ") as error:
+        trace(lambda x: (net(x),), [torch.ones(3)])
+    message = str(error.value.message)
+    assert "\n" not in message and message.endswith("; run it without --compile")
+    assert f"(in Outer.{module.__name__})" in message
+    reason = message.removeprefix("this network does not trace: ").split(" (in ")[0]
+    assert len(reason) > 10
+
+
+class ReadsItsOwnWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.get_buffer("scale").item()
+
+
+def test_runtimes_network_may_read_its_own_weights() -> None:
+    """They stay what they are; only what is read of an input would be another value in the next call."""
+    net = Outer(ReadsItsOwnWeight())
+    graph = trace(lambda x: (net(x),), [torch.ones(3)])
+    assert torch.equal(graph(torch.full((3,), 2.0))[0], torch.full((3,), 7.0))
+
+
+def test_runtimes_function_outside_of_any_module_is_not_named_a_module() -> None:
+    with pytest.raises(UserError, match="does not trace") as error:
+        trace(lambda x: (x if x.sum() > 0 else -x,), [torch.ones(3)])
+    assert "(in " not in str(error.value.message)
+
+
+def test_runtimes_tracing_costs_no_memory_of_the_batch() -> None:
+    """Ten terabytes of images: none of them is ever made."""
+    x = torch.zeros(1).expand(10**9, 3, 32, 32)
+    graph = trace(lambda x: (F.silu(x) * 2 + F.conv2d(x, torch.ones(3, 3, 3, 3), padding=1),), [x])
+    (output,) = graph.graph.output_node().args[0]  # type: ignore[misc]
+    assert output.meta["val"].shape == x.shape
