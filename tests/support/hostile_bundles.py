@@ -74,6 +74,7 @@ def _keywords_attack(name: str, keywords: dict[str, Any], base: dict[str, Any] =
 
 _keywords_attack("model_channels", {"model_channels": 10**7})
 _keywords_attack("num_blocks", {"num_blocks": 10**6})
+_keywords_attack("fewer_blocks", {"num_blocks": 10**5})
 _keywords_attack("resolution", {"img_resolution": 2**40})
 _keywords_attack("text_times", {"model_channels": "a" * 100, "channel_mult_emb": 10**10})
 _keywords_attack("list", {"channel_mult": [1] * 10**6})
