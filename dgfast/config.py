@@ -21,7 +21,7 @@ DISCRETIZATIONS = ("edm", "vp", "ve", "iddpm")
 SCHEDULES = ("linear", "vp", "ve")
 SCALINGS = ("none", "vp")
 VARIANCES = ("small", "large")
-MOST_LEVELS = 20_000
+MOST_LEVELS = 10_000
 """Noise levels of a grid or of a network, far more than any was trained with: a file may ask for a thousand million."""
 KEPT = ("npz", "png", "latents")
 """Formats in which a job keeps its images, see `outputs.FORMATS`."""

@@ -44,7 +44,8 @@ SHORT = (
     (r"^make sample$", "$({} --dry-run | tail -1) --seeds 0-1 --steps 2 --dg-weight 0"),
     (r"64x64_diffusion|64x64_classifier|adm-64", "{} --help"),  # known by its full size alone, 1.2 GB
     (r"benchmarks\.report results\.json", "python -m benchmarks.report benchmarks/results/cpu-2-cores.json"),
-    (r"--out (?:cold|warm)$|benchmarks[./]|to_trt", "{} --help"),
+    (r"--out (?:cold|warm)$|benchmarks[./]|to_trt|^dgfast evaluate", "{} --help"),
+    (r"export/to_onnx\.py .*--(?:batch|what step)|--engine", "{} --help"),
     (r"dgfast[ .]sample .*--one-step", "{} --seeds 0-15"),
     (r"dgfast[ .]sample .*--(?:compile|runtime)", "{} --seeds 0-1 --steps 2 --dg-weight 0"),
     (r"dgfast[ .]evaluate", "{} --holdout 8 --data few.npz"),
@@ -52,8 +53,7 @@ SHORT = (
     (r"dgfast[ .]sample .*--out fakes", "{} --seeds 0-15 --steps 2"),
     (r"dgfast[ .]sample", "{} --seeds 0-1 --steps 2"),
     (r"dgfast[ .]train", "{} --images 32 --batch 8 --holdout 8 --data few.npz"),
-    (r"export/to_onnx\.py .*--what step", "{} --help"),
-    (r"to_onnx.* --(?:batch|what step)", "{} --dg-weight 0"),
+    (r"to_onnx.* --what step", "{} --dg-weight 0"),
     (r"kernels\.resources", "python -c 'import dgfast.kernels.resources'"),
 )
 

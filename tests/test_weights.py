@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgfast import nets, weights
+from dgfast import bounds, nets, weights
 from dgfast.errors import UserError
 
 TINY: dict[str, Any] = {
@@ -103,7 +103,10 @@ def little_memory() -> Iterator[None]:
         pytest.param({"colour\x1b": 1}, "make no EDMPrecond", id="unknown"),
     ],
 )
-def test_keywords_of_another_network_take_no_memory(changes: dict[str, Any], complaint: str) -> None:
+def test_keywords_of_another_network_take_no_memory(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], complaint: str
+) -> None:
+    monkeypatch.setattr(bounds, "MISSING_TENSORS", 300)  # what counts memory is slow
     tensors = nets.build("EDMPrecond", **TINY).state_dict()
     with little_memory(), pytest.raises(UserError, match=complaint) as caught:
         weights.build("EDMPrecond", TINY | changes, tensors, "x.safetensors")
@@ -118,7 +121,7 @@ def test_keywords_of_another_network_take_no_memory(changes: dict[str, Any], com
 def test_noise_levels_are_bounded(kind: str, keywords: dict[str, Any]) -> None:
     base = {name: TINY[name] for name in ("img_resolution", "img_channels", "label_dim")}
     more = TINY if kind == "iDDPMPrecond" else base | {"hidden_size": 8, "num_heads": 2, "depth": 1}
-    with pytest.raises(UserError, match=r"20,000|100000 steps"):
+    with pytest.raises(UserError, match=r"10,000|100000 steps"):
         weights.build(kind, more | keywords, {}, "x.safetensors")
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dgfast import bounds, denoiser, weights
 from dgfast.checkpoints import one_line, torch_file
-from dgfast.checkpoints.pickle_machine import MALFORMED, Budget, Machine, RefusedError, of, require
+from dgfast.checkpoints.pickle_machine import Machine
+from dgfast.checkpoints.pickle_values import MALFORMED, Budget, RefusedError, of, require
 from dgfast.errors import UserError
 
 

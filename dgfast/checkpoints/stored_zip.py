@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dgfast import bounds
-from dgfast.checkpoints.pickle_machine import require
+from dgfast.checkpoints.pickle_values import require
 
 _END, _END_64, _LOCATOR_64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
 _ENTRY, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from dgfast import bounds
 from dgfast.checkpoints import one_line, stored_zip
-from dgfast.checkpoints.pickle_machine import MALFORMED, Budget, Global, Machine, RefusedError, any_key, of, require
-from dgfast.checkpoints.pickle_machine import Opaque as Opaque
+from dgfast.checkpoints.pickle_machine import Machine
+from dgfast.checkpoints.pickle_values import MALFORMED, Budget, Global, RefusedError, any_key, of, require
+from dgfast.checkpoints.pickle_values import Opaque as Opaque
 from dgfast.errors import UserError
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001

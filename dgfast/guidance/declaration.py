@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PAIR = tuple[float, float]
 POINTS = tuple[tuple[float, float], ...]
-MOST_POINTS = 1000
+MOST_POINTS = 20
 """Points of a schedule of weights, far more than anyone draws: a file may bring a million."""
 GUIDANCES: list[type[Guidance]] = []
 """All that are declared: the order of their sections in `--help`, of their inputs in a file, and of what they add."""
