@@ -6,6 +6,7 @@ with a `UserError`; it may execute nothing, raise nothing else, and stay within 
 Files are read one by one in a process of their own, in which an audit hook watches; one that dies or hangs is counted.
 """
 
+import gc
 import multiprocessing
 import random
 import resource
@@ -103,6 +104,7 @@ def _work(connection: Connection, jobs: list[tuple[int, int]], seed: int) -> Non
         folder = Path(name)
         for number in sorted({number for number, _ in jobs}):
             FORMATS[number].read(FORMATS[number].write_honest(folder))  # whatever is imported late, is now
+        gc.freeze()
         executed = _watch()
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (in_use + _ROOM, in_use + _ROOM))
@@ -129,6 +131,7 @@ def read(reader: Callable[[Path], object], path: Path, executed: list[str]) -> O
     """What became of the file at `path`."""
     size = path.stat().st_size
     executed.clear()
+    gc.collect()  # or what others left behind, freed meanwhile, hides what the reader takes
     memory, start = _restart_peak(), time.process_time()
     verdict, told = "accepted", ""
     try:

@@ -14,7 +14,7 @@ _PAGE = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
 
 def test_checkpoints_page_shows_what_convert_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = re.search(
-        r'```sh\npython -c "\n(.*?)\n"\npython -m dgfast\.convert (.*?)\n```.*?```text\n(.*?)```', _PAGE, re.S
+        r"```python\n([^`]*?)```\n+```sh\npython -m dgfast\.convert ([^\n]*)\n```\n+```text\n(.*?)```", _PAGE, re.S
     )
     assert shown is not None
     made, arguments, printed = shown.groups()

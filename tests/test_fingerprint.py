@@ -15,8 +15,8 @@ from dgfast.bundle import Bundle, NetSpec
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     made = Bundle(tmp_path / "b", "b", {})
-    for role in ("score", "classifier", "features"):
-        made = bundles.with_tensors(made, role, {"w": torch.ones(3)}, "EDMPrecond", {"sigma_data": 0.5}, "linear")
+    for role, kind in {"score": "EDMPrecond", "classifier": "EncoderUNetModel", "features": "FeatureNet"}.items():
+        made = bundles.with_tensors(made, role, {"w": torch.ones(3)}, kind, {"sigma_data": 0.5}, "linear")
     bundles.write(made)
     return made
 
