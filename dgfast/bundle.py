@@ -179,6 +179,15 @@ def read(bundle: str | Path) -> Bundle:
         raise UserError(f"{path} is not a bundle description: {error!r:.300}") from error
 
 
+def read_or_new(folder: Path) -> Bundle:
+    """The bundle in that folder, or one without networks that is named after it.
+
+    Raises:
+        UserError: as `read`.
+    """
+    return read(folder) if (folder / "bundle.json").exists() else Bundle(folder, folder.resolve().name, {})
+
+
 def _text(value: Any, what: str, lines: bool = False) -> str:
     """The text, if it may be shown in a terminal as it is; `lines`: if its lines may.
 

@@ -83,11 +83,14 @@ def score(role: str, name: str | None, license_text: str, provenance: str, **opt
     }  # fmt: skip
     net = job.fit("EDMPrecond", keywords, denoising_loss(job.train, job.device))
     held_out = job.mean_loss(net, denoising_loss(job.held_out, job.device))
-    about: dict[str, Any] = {
-        "name": name or job.bundle.name, "class_names": tuple(str(k) for k in range(job.classes)),
-        "license": license_text or job.bundle.license, "provenance": provenance or job.bundle.provenance,
-    }  # fmt: skip
-    job.finish(net, {"held_out_loss": held_out}, **about)
+    class_names = tuple(str(k) for k in range(job.classes))
+    job.finish(
+        net, {"held_out_loss": held_out},
+        about=lambda bundle: replace(
+            bundle, name=name or bundle.name, class_names=class_names, license=license_text or bundle.license,
+            provenance=provenance or bundle.provenance,
+        ),
+    )  # fmt: skip
 
 
 @main.command()
@@ -157,7 +160,10 @@ def discriminator(generated: Path, dg_weight: float, **options: Any) -> None:
     loss = discriminator_loss(trunk, job.train, fakes, job.classes, job.device)
     net: Any = job.fit("EncoderUNetModel", keywords, loss)
     judged = judge_by_sigma(Discriminator(trunk, net), job.held_out, held_out_fakes, job.classes, _SIGMAS, job.device)
-    job.finish(net, {"held_out_by_sigma": judged}, guidance=replace(job.bundle.guidance, dg_weight=dg_weight))
+    job.finish(
+        net, {"held_out_by_sigma": judged},
+        about=lambda bundle: replace(bundle, guidance=replace(bundle.guidance, dg_weight=dg_weight)),
+    )  # fmt: skip
 
 
 @main.command()
@@ -205,9 +211,7 @@ class _Job:
         everything = load_images(data)
         self.classes = int(everything.labels.max()) + 1
         self.train, self.held_out = split(everything, holdout)
-        exists = (folder / "bundle.json").exists()
-        self.bundle = bundle.read(folder) if exists else bundle.Bundle(folder, folder.resolve().name, {})
-
+        self.bundle = bundle.read_or_new(folder)
         self.folder = self.bundle.folder / "training" / role
 
     def build(self, kind: str, keywords: dict[str, Any]) -> Any:
@@ -236,14 +240,25 @@ class _Job:
         with torch.no_grad():
             return round(sum(float(loss(net, self.schedule.batch)) for _ in range(batches)) / batches, 4)
 
-    def finish(self, net: Any, metrics: dict[str, Any], time_schedule: str | None = None, **changes: Any) -> None:
+    def finish(
+        self, net: Any, metrics: dict[str, Any], time_schedule: str | None = None,
+        about: Callable[[Any], Any] = lambda bundle: bundle,
+    ) -> None:  # fmt: skip
+        """Add the network to the bundle as it is by now: others may have joined it while this one was trained.
+
+        Args:
+            about: what else changes in the bundle.
+        """
         from dgfast import bundle
+        from dgfast.checkpoints.joining import alone
 
         command = f"dgfast train {click.get_current_context().info_name} {shlex.join(command_line())}"
         parameters = sum(p.numel() for p in net.parameters())
         record = {"command": command, "parameters": parameters, **metrics}
-        done = bundle.with_net(self.bundle, self.role, net, self._kind, self._keywords, time_schedule)
-        bundle.write(replace(done, metrics={**done.metrics, self.role: record}, **changes))
+        with alone(self.bundle.folder):
+            present = about(bundle.read_or_new(self.bundle.folder))
+            done = bundle.with_net(present, self.role, net, self._kind, self._keywords, time_schedule)
+            bundle.write(replace(done, metrics={**done.metrics, self.role: record}))
         click.echo(f"{self.bundle.folder}: {self.role}, {parameters:,} parameters, {json.dumps(metrics)}")
 
 

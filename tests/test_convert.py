@@ -257,9 +257,9 @@ def test_a_conversion_that_does_not_end_is_not_waited_for_for_ever(
 ) -> None:
     job = joined(own_golden_folder / "edm_tiny.pkl", tmp_path, "score")
     monkeypatch.setattr(joining, "_PATIENCE", 0.1)
-    with FileLock(tmp_path / ".lock"), pytest.raises(UserError, match="another conversion has not ended"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(UserError, match="another command has not ended"):
         job()
-    assert "waiting for another conversion" in capsys.readouterr().err
+    assert "waiting for another command" in capsys.readouterr().err
     assert not list(tmp_path.glob("[!.]*"))
 
 

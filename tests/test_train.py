@@ -14,6 +14,7 @@ from dgfast import bundle as bundles
 from dgfast.errors import UserError
 from dgfast.noise_levels import log_uniform_sigma, vp_time
 from dgfast.train import main
+from dgfast.training import loop
 from dgfast.training.data import ImageSet, load_images, split
 from dgfast.training.loop import Schedule, fit
 
@@ -69,6 +70,23 @@ def test_train_makes_a_whole_bundle_that_samples(squares: Path, tmp_path: Path) 
         result.exit_code == 0
         and json.loads((tmp_path / "guided/manifest.json").read_text())["runs"][0]["guidance_gradients"]
     )
+
+
+def test_train_keeps_what_joined_the_bundle_meanwhile(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit_together = loop.fit_together
+
+    def and_features_meanwhile(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        assert _train("features", tmp_path / "bundle", squares, "--images", "8").exit_code == 0
+        return fit_together(*arguments)
+
+    monkeypatch.setattr(loop, "fit_together", and_features_meanwhile)
+    result = _train("score", tmp_path / "bundle", squares, "--images", "8", "--net", _TINY_SCORE)
+    assert result.exit_code == 0, result.output
+    done = bundles.read(tmp_path / "bundle")
+    assert set(done.nets) == set(done.metrics) == {"score", "features"}
 
 
 def _line(net: nn.Module, batch: int) -> Tensor:

@@ -17,7 +17,7 @@ from dgfast.checkpoints.network import Converted
 from dgfast.errors import UserError
 
 _LOCK = ".lock"
-_PATIENCE = 600  # seconds that another conversion may take to write
+_PATIENCE = 600  # seconds that another command may take to write
 
 
 def join(
@@ -40,7 +40,7 @@ def join(
         if text and not text.replace("\n", " ").isprintable():  # a bundle with such a text would not be read
             raise UserError(f"--{option} has control characters: {one_line(text)!r}")
     assumed = list(converted.assumed)
-    with _alone(out):
+    with alone(out):
         bundle = room(out, role, name) or Bundle(folder=out, name=name or fallback_name, nets={})
         if role == "classifier":
             time_schedule, entries = defaults.classifier_time(bundle, converted.keywords["image_size"], time_schedule)
@@ -81,11 +81,11 @@ def _extended(text: str, role: str, more: str | None) -> str:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Makes the folder if need be, and lets no other conversion into it: both would read and write its bundle.json.
+def alone(out: Path) -> Iterator[None]:
+    """Makes the folder if need be, and lets no other command change its bundle.json meanwhile.
 
     Raises:
-        UserError: the folder cannot be written, or another conversion does not end.
+        UserError: the folder cannot be written, or another command does not end.
     """
     new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
     lock = FileLock(out / _LOCK)
@@ -94,11 +94,11 @@ def _alone(out: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            click.echo(f"waiting for another conversion into {out}", err=True)
+            click.echo(f"waiting for another command that writes to {out}", err=True)
             lock.acquire(timeout=_PATIENCE)
         yield
     except Timeout as error:
-        raise UserError(f"{out}: another conversion has not ended for {_PATIENCE} s; try again later") from error
+        raise UserError(f"{out}: another command has not ended for {_PATIENCE} s; try again later") from error
     except BaseException as error:
         _unmake(new_folders)
         if isinstance(error, OSError | SafetensorError):
