@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,3 +140,12 @@ for name in ("load", "OneStep", "Sampler", "Networks", "SamplingConfig", "Guidan
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_architecture_page_has_every_room() -> None:
+    section = (REPOSITORY / "docs" / "architecture.md").read_text().split("## Rooms")[1].split("\n## ")[0]
+    first_cells = re.findall(r"^\| (`.*?) \|", section, re.M)
+    on_the_page = {name.rstrip("/") for cell in first_cells for name in re.findall(r"`([\w/]+)`", cell)}
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert on_the_page - {"benchmarks"} == folders | modules
