@@ -10,6 +10,7 @@ EXTRAS = {
     "mlxtend": "train",
     "onnx": "onnx",
     "onnxruntime": "onnx",
+    "onnxscript": "bench",
     "prdc": "evaluate",
     "torchmetrics": "evaluate",
     "triton": "triton",
