@@ -16,6 +16,7 @@ from dgfast import __version__, bounds
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.guidance import declaration
 from dgfast.ranges import Ranges
+from dgfast.solvers import SOLVERS
 
 
 class Group(StrEnum):
@@ -233,7 +234,7 @@ _TYPES = {float: NUMBER, int: int, str: str, declaration.PAIR: FloatPair(), decl
 
 
 class GuidedCommand(Command):
-    """A command with what decides on the guided function: all declared guidances, and what stands before them.
+    """A command with what decides on a job's functions: the solver and all declared guidances.
 
     They are looked up when the command runs, so that a guidance declared since its making is among them.
 
@@ -244,7 +245,10 @@ class GuidedCommand(Command):
     def __init__(self, *arguments: Any, exported: bool = False, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._exported = exported
+        solver, eta = "What integrates the ODE or SDE.", "Noise of the ddim solver, from 0 to 1."
         clip = "Keep denoised images in [-1, 1]; or =false."
+        option("--solver", group=Group.SOLVER, type=click.Choice(tuple(SOLVERS)), help=solver)(self)
+        option("--eta", group=Group.SOLVER, type=NUMBER, metavar="eta", help=eta)(self)
         option("--clip-denoised", group=Group.SOLVER, type=bool, is_flag=False, flag_value="true", help=clip)(self)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:

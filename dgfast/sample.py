@@ -32,7 +32,6 @@ from dgfast.files import sha256
 from dgfast.options import NUMBER, Duration, Group, GuidedCommand, IntegerRanges, option
 from dgfast.ranges import Ranges
 from dgfast.runtimes import PRECISIONS, RUNTIMES, Runtime
-from dgfast.solvers import SOLVERS
 from dgfast.stopping import interruptible
 
 PROVIDERS = ("cpu", "cuda", "tensorrt")
@@ -74,7 +73,6 @@ _SAMPLING = (
     help="One forward of the bundle's generator, without solver and guidance.",
 )
 @option("--steps", "num_steps", group=Group.SOLVER, type=int, metavar="N", help="Noise levels above 0.")
-@option("--solver", group=Group.SOLVER, type=click.Choice(tuple(SOLVERS)), help="What integrates the ODE or SDE.")
 @option(
     "--grid",
     "discretization",
@@ -116,7 +114,6 @@ _SAMPLING = (
     help="Standard deviation of the added noise.",
 )
 @option("--respacing", group=Group.SOLVER, help="Timesteps of a discrete-time network to keep: 250, ddim25, 10,10,5.")
-@option("--eta", group=Group.SOLVER, type=NUMBER, metavar="eta", help="Noise of the ddim solver, from 0 to 1.")
 @option(
     "--fixed-variance", group=Group.SOLVER, type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none."
 )

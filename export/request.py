@@ -21,6 +21,8 @@ from dgfast.export.subject import Joint, Subject
 from dgfast.graph.agreement import PREDICTS_NOISE
 from dgfast.networks import load
 
+_SAMPLING = ("solver", "eta", "clip_denoised")  # what an exported function depends on beside guidance
+
 
 @dataclass(frozen=True)
 class Request:
@@ -93,15 +95,14 @@ def read(bundle: str, options: Mapping[str, Any]) -> Request:
     found, given = bundles.read(bundle), named(options)
     what = given.pop("what", None)
     if what == "generator" and given:
-        raise UserError(f"a generator has no guidance: leave out {spelled(given)}, or --what generator")
-    clip = given.pop("clip_denoised", found.sampling.clip_denoised)
-    guidance = _possible(found, replace(found.guidance, **given))
-    return Request(found, what, replace(found.sampling, clip_denoised=clip), guidance)
+        raise UserError(f"a generator has no solver and no guidance: leave out {spelled(given)}, or --what generator")
+    sampling = replace(found.sampling, **{name: given.pop(name) for name in _SAMPLING if name in given})
+    return Request(found, what, sampling, _possible(found, replace(found.guidance, **given)))
 
 
 def named(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those that were given and decide on the function."""
-    known = ("what", "clip_denoised", *asdict(GuidanceConfig()))
+    known = ("what", *_SAMPLING, *asdict(GuidanceConfig()))
     return {name: options[name] for name in known if options.get(name) is not None}
 
 

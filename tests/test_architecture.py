@@ -51,7 +51,7 @@ ROOMS = {
     "engines": ({"bundle", "config", "errors", "graph", "guidance", "job", "runtimes", "solvers"}, {"torch"}),
     "outputs": ({"errors", "files", "ranges"}, {"torch", "numpy", "PIL"}),
     "plan": ({"config", "errors", "guidance", "networks", "noise_levels", "solvers"}, {"torch"}),
-    "options": ({"__version__", "bounds", "config", "guidance", "ranges"}, {"click"}),
+    "options": ({"__version__", "bounds", "config", "guidance", "ranges", "solvers"}, {"click"}),
     "one_step": (
         {"bundle", "devices", "errors", "graph", "guidance", "job", "networks", "plan", "randomness", "runtimes"}
         | {"sampler"},

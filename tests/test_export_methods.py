@@ -90,7 +90,7 @@ def test_export_of_a_generator_draws_its_images(bundle: Bundle, tmp_path: Path) 
     with pytest.raises(UserError, match="holds generator; export with --what posterior"):
         require_fit(OnnxEngine(path), bundle, bundle.sampling, bundle.guidance)
     done = CliRunner().invoke(to_onnx.main, ["--bundle", str(bundle.folder), "--what", "generator", "--dg-weight", "1"])
-    assert done.exit_code == 2 and "a generator has no guidance: leave out --dg-weight" in done.output
+    assert done.exit_code == 2 and "a generator has no solver and no guidance: leave out --dg-weight" in done.output
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_trt_script_rounds_a_float32_file_but_no_other(file: Path, tmp_path: Pat
         ),
         (
             ["--bundle", "mnist32", "--what", "generator", "--dg-weight", "1"],
-            "a generator has no guidance: leave out --dg",
+            "a generator has no solver and no guidance: leave out --dg",
         ),
         (["--bundle", "nowhere"], "unknown bundle 'nowhere'"),
     ],
