@@ -1,4 +1,4 @@
-"""`benchmarks.drift` and `.formats`: how far a number format leads from float32; `.full_size_onnx`: large files."""
+"""The studies `drift` and `formats`: how far a number format leads from float32; `full_size_onnx`: large files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import formats, full_size_onnx
-from benchmarks.drift import main
+from benchmarks.studies import formats, full_size_onnx
+from benchmarks.studies.drift import main
 
 
 def drifts(precision: str) -> list[list[float]]:

@@ -1,10 +1,10 @@
-"""`benchmarks.nodes`: where the time of a call goes."""
+"""`benchmarks.studies.nodes`: where the time of a call goes."""
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import nodes
+from benchmarks.studies import nodes
 
 
 @pytest.mark.parametrize(("runtime", "kind"), [("compiled", "Region"), ("onnx", "Conv")])

@@ -1,4 +1,4 @@
-"""python -m benchmarks.formats: what number formats below float32 do to the images of mnist32.
+"""python -m benchmarks.studies.formats: what number formats below float32 do to the images of mnist32.
 
 Draws the same seeds in float32, in bfloat16 and through the ONNX file of `export/to_onnx.py --dtype fp16`, and prints
 how far each image ends from float32's and the quality of each set. The last row is float32 with other seeds: what
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import dgfast
-from benchmarks.quality import judged
+from benchmarks.studies.quality import judged
 from dgfast import bundle as bundles
 from dgfast.bundle import Bundle
 from dgfast.devices import keep_freed_memory, pick_device

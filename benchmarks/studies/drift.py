@@ -1,4 +1,4 @@
-"""python -m benchmarks.drift: how far a number format leads from float32, by noise level.
+"""python -m benchmarks.studies.drift: how far a number format leads from float32, by noise level.
 
 Of every step of the plan it prints the relative error of one guided call at the same image, and how far the whole run
 in that format has come from the one in float32 before the step, as a share of the pixel range of 2.

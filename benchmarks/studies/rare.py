@@ -1,4 +1,4 @@
-"""python -m benchmarks.rare: what low-density guidance does to mnist32, and what keeps its samples digits.
+"""python -m benchmarks.studies.rare: what low-density guidance does to mnist32, and what keeps its samples digits.
 
 Draws the same seeds and labels for each setting of diversity a, fidelity b and discriminator guidance, and prints how
 sure two classifiers are of the asked class, and the quality against held-out digits. The noise-aware classifier is the
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dgfast
-from benchmarks.quality import judged
+from benchmarks.studies.quality import judged
 from dgfast import bundle as bundles
 from dgfast.config import GuidanceConfig
 from dgfast.extras import require

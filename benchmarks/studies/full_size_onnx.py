@@ -1,4 +1,4 @@
-"""python -m benchmarks.full_size_onnx --workload dit-xl2: a whole guided model of published size as one exported file.
+"""python -m benchmarks.studies.full_size_onnx --workload dit-xl2: a whole guided model of published size in one file.
 
 By the code of export/to_onnx.py, at batch 1 and with random weights, but proved on fewer calls: a low and a high noise
 level, under the guidance as it is and amplified until it is as large as the image. Prints what came out, how long it

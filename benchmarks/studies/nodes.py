@@ -1,4 +1,4 @@
-"""python -m benchmarks.nodes: where the time of one call on a CPU goes, by the kind of code that is called.
+"""python -m benchmarks.studies.nodes: where the time of one call on a CPU goes, by the kind of code that is called.
 
 Compiled, every node of the graph is called by itself; in ONNX Runtime, its profiler listens.
 """

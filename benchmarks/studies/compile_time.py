@@ -1,4 +1,4 @@
-"""python -m benchmarks.compile_time: seconds until a workload's functions are compiled, in the cache as it is."""
+"""python -m benchmarks.studies.compile_time: seconds to compile a workload's functions, in the cache as it is."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""python -m benchmarks.reuse: what reusing the discriminator's gradient saves, and what it costs.
+"""python -m benchmarks.studies.reuse: what reusing the discriminator's gradient saves, and what it costs.
 
 Draws the same seeds of mnist32 with the gradient computed at every call, at every second call and so on, all compiled,
 and prints for each the gradients an image, the seconds, how far the images end from those of the first row, and their
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import dgfast
-from benchmarks.quality import judged
+from benchmarks.studies.quality import judged
 from dgfast import bundle as bundles
 from dgfast.extras import require
 from dgfast.outputs import to_uint8, write_images
