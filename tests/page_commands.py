@@ -24,7 +24,8 @@ from pathlib import Path
 import click
 from click.testing import CliRunner
 
-from tests.support.page_environments import ROOT, Shell
+from tests.support.page_environments import Shell
+from tests.support.paths import ROOT
 
 PAGES = tuple(
     str(path.relative_to(ROOT))

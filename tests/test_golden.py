@@ -87,11 +87,12 @@ def test_golden_outputs_agree_with_the_official_code(
 
 
 @torch.no_grad()
-def test_golden_default_window_judges_each_sample_on_its_own(golden_folder: Path, filled_net: NetFactory) -> None:
+def test_golden_default_window_judges_each_sample_on_its_own(
+    golden_folder: Path, own_golden_folder: Path, filled_net: NetFactory
+) -> None:
     """DG judges the window by the smallest tau of the batch; by default, dgfast judges each sample by its own."""
-    judged = 0
-    own = Path(__file__).parent / "golden"  # this law of dgfast holds whatever files another folder has
-    for path in sorted({*golden_folder.glob("*.npz"), *own.glob("dg_grad*.npz")}):
+    judged = 0  # the repository's own files too: this law of dgfast holds whatever files another folder has
+    for path in sorted({*golden_folder.glob("*.npz"), *own_golden_folder.glob("dg_grad*.npz")}):
         golden = Golden(path, filled_net)
         if kind_of(golden.meta) != "gradient":
             continue

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,8 +35,8 @@ from dgfast.nets import blocks
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.noise_levels import vp_time
 from tests.support.graphs import Nets, example, guided, key
+from tests.support.paths import ROOT
 
-REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("folder")
 
 SCORES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -100,8 +99,8 @@ print(names.digest())
 def test_graph_cache_keys_are_the_same_in_every_process() -> None:
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", CODE], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": seed},
+            [sys.executable, "-c", CODE], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
         )
         for seed in ("1", "2")
     ]  # fmt: skip

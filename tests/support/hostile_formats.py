@@ -24,6 +24,7 @@ from dgfast.checkpoints.torch_file import Opaque
 from dgfast.runtimes.onnx.session import OnnxEngine, stored_tensor
 from dgfast.runtimes.tensorrt import file as engine_file
 from tests.support import mutations, mutations_onnx
+from tests.support.paths import ROOT
 
 TINY: dict[str, Any] = {
     "img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_type": "SongUNet", "model_channels": 8,
@@ -86,7 +87,7 @@ def _convert(path: Path) -> None:
 # Snapshots and torch.save's files -------------------------------------------------------------------------------------
 @cache
 def _snapshot() -> bytes:
-    return (Path(__file__).parents[1] / "golden" / "edm_tiny.pkl").read_bytes()
+    return (ROOT / "tests/golden/edm_tiny.pkl").read_bytes()
 
 
 @cache

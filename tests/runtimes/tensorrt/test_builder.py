@@ -25,8 +25,6 @@ from dgfast.runtimes.tensorrt.builder import Options, build, parse
 from dgfast.runtimes.tensorrt.library import layers
 from tests.support.tensorrt import BATCH, FLAVOR, TRT, graph, refused
 
-REPOSITORY = Path(__file__).parents[3]
-
 
 @pytest.mark.parametrize(("dtype", "half"), [("float32", set()), ("fp16", {"Half"}), ("bf16", {"BFloat16"})])
 def test_trt_builds_products_in_the_type_that_was_asked_for(dtype: str, half: set[str], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from dgfast import bundle as bundles
 from dgfast.checkpoints import joining, network
 from dgfast.convert import main
 from dgfast.errors import UserError
+from tests.support.paths import ROOT
 
 TINY: dict[str, Any] = {
     "img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_type": "SongUNet",
@@ -469,6 +470,6 @@ def test_a_global_may_not_colour_the_terminal(hostile: Callable[..., str]) -> No
 
 def test_help_does_not_wait_for_torch() -> None:
     check = "import sys, dgfast.convert; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
     code, output = convert("--help")
     assert code == 0 and "network snapshot of NVIDIA's EDM" in output

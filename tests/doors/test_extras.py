@@ -9,12 +9,11 @@ import pytest
 
 from dgfast.errors import UserError
 from dgfast.extras import EXTRAS, require
-
-_ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
 
 
 def test_every_package_is_in_the_extra_that_it_is_said_to_be_in() -> None:
-    extras = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for package, extra in EXTRAS.items():
         assert any(requirement.startswith(f"{package}>=") for requirement in extras[extra])
 
@@ -26,7 +25,7 @@ def test_only_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         require("torchmetrics", "prdc")
 
 
-_RESULTS = _ROOT / "benchmarks/results/cpu-2-cores.json"
+_RESULTS = ROOT / "benchmarks/results/cpu-2-cores.json"
 _TRAIN = ["-m", "dgfast", "train", "score", "--bundle", "b"]
 _CASES = {
     "evaluate": ("torchmetrics", ["-m", "dgfast", "evaluate", "out"], "pip install 'dgfast[evaluate]'"),
@@ -41,9 +40,9 @@ _CASES = {
 def test_a_missing_package_is_one_line(package: str, command: list[str], remedy: str, tmp_path: Path) -> None:
     """As a user without the package meets it: in a process of its own, where importing it fails."""
     run = "module" if command[0] == "-m" else "path"
-    name, *arguments = command[1:] if run == "module" else [str(_ROOT / command[0]), *command[1:]]
+    name, *arguments = command[1:] if run == "module" else [str(ROOT / command[0]), *command[1:]]
     code = (
-        f"import sys, runpy; sys.modules[{package!r}] = None; sys.path.insert(0, {str(_ROOT)!r})\n"
+        f"import sys, runpy; sys.modules[{package!r}] = None; sys.path.insert(0, {str(ROOT)!r})\n"
         f"sys.argv[1:] = {arguments!r}\nrunpy.run_{run}({name!r}, run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

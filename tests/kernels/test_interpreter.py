@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests.support.kernels import INTERPRETED, ON_GPU
-
-HERE = Path(__file__).parent
+from tests.support.paths import ROOT
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="kernels run in this process")
 @pytest.mark.parametrize("subject", ["group_norm", "switch", "updates"])
 def test_kernels_in_the_interpreter(subject: str) -> None:
-    path = HERE / f"test_kernels_{subject}.py"
+    path = Path(__file__).with_name(f"test_{subject}.py")
     command = [sys.executable, "-m", "pytest", str(path), "-q", "--tb=short", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout)
     if done.returncode:
         pytest.fail(done.stdout + done.stderr, pytrace=False)

@@ -32,8 +32,8 @@ from dgfast.networks import load
 from dgfast.runtimes.onnx.file import save
 from dgfast.runtimes.onnx.session import OnnxEngine
 from dgfast.sample import main as sample
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 _SCORE = {
     "img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_type": "SongUNet", "model_channels": 16,
     "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8], "dropout": 0.0,

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from dgfast import __version__, sample
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.options import Command, Group, Option, sections_of_help
+from tests.support.paths import ROOT
 
 _MODULES = ["sample", "convert", "evaluate", "train", "export.to_onnx", "export.to_trt"]
 _GUIDANCES = [section for section in sections_of_help() if section not in list(Group)]
@@ -91,5 +92,5 @@ def test_help_does_not_import_torch(module: str) -> None:
         f"try: runpy.run_module('dgfast.{module}', run_name='__main__')\n"
         "except SystemExit: assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-_ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
 def without_links(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package, its two links turned into text files that hold where they led."""
     copy = tmp_path_factory.mktemp("copy")
-    shutil.copytree(_ROOT / "dgfast", copy / "dgfast", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(_ROOT / "export", copy / "export", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "dgfast", copy / "dgfast", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "export", copy / "export", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(_ROOT / name, copy / name)
+        shutil.copy(ROOT / name, copy / name)
     for link in (copy / "dgfast").iterdir():
         if link.is_symlink():
             leads_to = str(link.readlink())
@@ -41,4 +41,4 @@ def test_a_copy_without_links_says_so_in_one_line(without_links: Path, command: 
 
 
 def test_the_real_copy_has_links() -> None:
-    assert {path.name for path in (_ROOT / "dgfast").iterdir() if path.is_symlink()} == {"export", "kernels"}
+    assert {path.name for path in (ROOT / "dgfast").iterdir() if path.is_symlink()} == {"export", "kernels"}

@@ -9,8 +9,9 @@ from click.testing import CliRunner
 
 from dgfast.guidance.__main__ import table
 from dgfast.sample import main
+from tests.support.paths import ROOT
 
-_PAGE = Path(__file__).parents[1] / "docs" / "guidance.md"
+_PAGE = ROOT / "docs" / "guidance.md"
 _TEXT = _PAGE.read_text()
 _SHOWN = re.findall(r"`(--[a-z-]+ [0-9][^`]*)`", _TEXT)
 

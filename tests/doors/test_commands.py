@@ -5,20 +5,19 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 import dgfast
 from dgfast.__main__ import main
+from tests.support.paths import ROOT
 
-_ROOT = Path(__file__).parents[1]
 _COMMANDS = ["sample", "convert", "train", "evaluate"]
 
 
 def test_the_console_script_is_the_module() -> None:
-    (script,) = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["scripts"].items()
+    (script,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].items()
     module, _, function = script[1].partition(":")
     assert script[0] == "dgfast" and getattr(import_module(module), function) is main
 
@@ -48,7 +47,7 @@ def test_the_list_of_commands_imports_no_torch() -> None:
         "try: runpy.run_module('dgfast', run_name='__main__')\n"
         "except SystemExit: sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
 def test_dir_shows_the_public_names() -> None:
@@ -58,7 +57,7 @@ def test_dir_shows_the_public_names() -> None:
 
 def test_messages_name_commands_that_a_wheel_has() -> None:
     """A wheel has neither the Makefile nor the folder export/."""
-    sources = [path for folder in ("dgfast", "export", "kernels") for path in (_ROOT / folder).rglob("*.py")]
+    sources = [path for folder in ("dgfast", "export", "kernels") for path in (ROOT / folder).rglob("*.py")]
     assert len(sources) > 50
     texts = [text for path in sources for text in re.findall(r'f?"[^"\n]*"', path.read_text())]
     assert [text for text in texts if re.search(r"export/\w+\.py|\bmake (?:sample|test)\b", text)] == []

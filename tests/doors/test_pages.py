@@ -7,7 +7,7 @@ import pytest
 
 from tests import page_commands
 from tests.page_commands import PAGES, commands, run
-from tests.support.page_environments import ROOT
+from tests.support.paths import ROOT
 
 _LINKED = ["CONTRIBUTING.md", *PAGES]
 

@@ -17,8 +17,8 @@ from benchmarks.lab import Case, Lab
 from benchmarks.measure import relative_error
 from benchmarks.subjects import GUIDED_STEP, guided_function, guided_levels, noise_at
 from benchmarks.workloads import WORKLOADS, flops
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 # What an issue adds to the registry of runtimes: one that is right, one that is off by a thousandth.

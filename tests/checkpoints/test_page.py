@@ -8,8 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from dgfast.convert import main
+from tests.support.paths import ROOT
 
-_PAGE = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+_PAGE = (ROOT / "docs" / "checkpoints.md").read_text()
 
 
 def test_checkpoints_page_shows_what_convert_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
