@@ -1,4 +1,4 @@
-"""From a bundle to a file that is proved, and from the file to images: `export/`, `--engine` and the example."""
+"""From a bundle to a file that is proved: `export/to_onnx.py` and the example."""
 
 import importlib.util
 import json
@@ -7,94 +7,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from torch import Tensor
 
-from dgfast import bundle as bundles
-from dgfast import nets
 from dgfast.bundle import Bundle
-from dgfast.config import GuidanceConfig, SamplingConfig
-from dgfast.engines import guided_by, require_fit
 from dgfast.errors import UserError
-from dgfast.export import onnx_file, parity, to_onnx
+from dgfast.export import onnx_file
 from dgfast.export.joint_graph import joint
-from dgfast.export.parity import Case, Row, compare, signature
 from dgfast.export.subject import Joint
-from dgfast.image_folder import read_images
-from dgfast.job import Job
 from dgfast.networks import load
-from dgfast.runtimes.onnx.file import save
 from dgfast.runtimes.onnx.session import OnnxEngine
-from dgfast.sample import main as sample
+from tests.support.export import export, write_bundle
 from tests.support.paths import ROOT
-
-_SCORE = {
-    "img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_type": "SongUNet", "model_channels": 16,
-    "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8], "dropout": 0.0,
-}  # fmt: skip
-_ENCODER = {"num_res_blocks": 1, "attention_resolutions": [], "num_head_channels": 16, "model_channels": 16}
-_TRUNK = {"image_size": 8, "in_channels": 1, "out_channels": 10, "channel_mult": [1, 2], "resblock_updown": True}
-_HEAD = {
-    "image_size": 4, "in_channels": 32, "out_channels": 1, "channel_mult": [1], "num_classes": 10,
-    "use_scale_shift_norm": True, "pool": "attention",
-}  # fmt: skip
-
-
-def _make(folder: Path, roles: tuple[str, ...]) -> Bundle:
-    """A bundle whose networks have random weights everywhere: what is zero would hide the guidance."""
-    bundle = Bundle(folder, folder.name, {}, SamplingConfig(num_steps=4), GuidanceConfig(dg_weight=2.0))
-    described = {
-        "score": ("EDMPrecond", _SCORE), "classifier": ("EncoderUNetModel", _ENCODER | _TRUNK),
-        "discriminator": ("EncoderUNetModel", _ENCODER | _HEAD),
-    }  # fmt: skip
-    torch.manual_seed(0)
-    for role in roles:
-        kind, keywords = described[role]
-        net = nets.build(kind, **keywords)
-        for name, parameter in net.named_parameters():
-            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1)
-            if parameter.dim() == 1 and name.endswith("weight"):
-                parameter.data.add_(1)
-        bundle = bundles.with_net(bundle, role, net, kind, keywords)
-    bundles.write(bundle)
-    return bundles.read(folder)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return _make(tmp_path_factory.mktemp("bundles") / "small", ("score", "classifier", "discriminator"))
-
-
-@pytest.fixture(scope="module")
-def subject(bundle: Bundle) -> Joint:
-    return joint(load(bundle), bundle.sampling, bundle.guidance, "denoiser")
-
-
-def _export(*options: str) -> Result:
-    return CliRunner().invoke(to_onnx.main, list(options))
-
-
-@pytest.fixture(scope="module")
-def denoiser_file(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("denoiser")
-    done = _export("--bundle", str(bundle.folder), "--out", str(out))
-    assert done.exit_code == 0, done.output
-    return out / "small-denoiser-dynamic-float32.onnx"
-
-
-@pytest.fixture(scope="module")
-def step_file(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("step")
-    options = ["--what", "step", "--batch", "40", "--dg-weight-2nd", "1"]
-    done = _export("--bundle", str(bundle.folder), *options, "--out", str(out))
-    assert done.exit_code == 0, done.output
-    return out / "small-step-b40-float32.onnx"
 
 
 # The file -------------------------------------------------------------------------------------------------------------
@@ -165,7 +92,7 @@ def test_export_fixed_batch_for_tensorrt_from_the_command_line(bundle: Bundle, t
 
 
 def test_export_half_precision_says_how_far_it_is_off(bundle: Bundle, tmp_path: Path) -> None:
-    done = _export("--bundle", str(bundle.folder), "--dtype", "fp16", "--batch", "2", "--out", str(tmp_path))
+    done = export("--bundle", str(bundle.folder), "--dtype", "fp16", "--batch", "2", "--out", str(tmp_path))
     report = json.loads((tmp_path / "small-denoiser-b2-fp16.parity.json").read_text())
     rounded = {
         as_on_a_gpu: [r for r in report["rows"] if ("GPU" in r["case"]) == as_on_a_gpu] for as_on_a_gpu in (0, 1)
@@ -179,15 +106,15 @@ def test_export_half_precision_says_how_far_it_is_off(bundle: Bundle, tmp_path: 
 
 def test_export_that_fails_leaves_no_file(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(onnx_file.TOLERANCES, "float32", 1e-12)
-    done = _export("--bundle", str(bundle.folder), "--batch", "1", "--dg-weight", "0", "--out", str(tmp_path))
+    done = export("--bundle", str(bundle.folder), "--batch", "1", "--dg-weight", "0", "--out", str(tmp_path))
     assert done.exit_code == 1 and "differs by" in done.output
     assert not list(tmp_path.glob("*.onnx*")) and len(list(tmp_path.glob("*.parity.*"))) == 2
     assert not json.loads(next(tmp_path.glob("*.json")).read_text())["passed"]
 
 
 def test_export_without_discriminator_says_so(tmp_path: Path) -> None:
-    bundle = _make(tmp_path / "unguided", ("score",))
-    done = _export("--bundle", str(bundle.folder), "--batch", "2", "--out", str(tmp_path / "out"))
+    bundle = write_bundle(tmp_path / "unguided", ("score",))
+    done = export("--bundle", str(bundle.folder), "--batch", "2", "--out", str(tmp_path / "out"))
     assert done.exit_code == 0, done.output
     assert "unguided has no discriminator network: exporting without discriminator guidance" in done.output
     assert list(OnnxEngine(tmp_path / "out/unguided-denoiser-b2-float32.onnx").inputs) == ["x", "sigma", "class_labels"]
@@ -203,7 +130,7 @@ def test_export_without_discriminator_says_so(tmp_path: Path) -> None:
     ],
 )
 def test_export_bad_input_is_one_line(bundle: Bundle, tmp_path: Path, options: list[str], message: str) -> None:
-    done = _export("--bundle", str(bundle.folder), "--out", str(tmp_path), *options)
+    done = export("--bundle", str(bundle.folder), "--out", str(tmp_path), *options)
     assert done.exit_code == 2 and message in done.output and not list(tmp_path.glob("*.onnx"))
 
 
@@ -213,206 +140,6 @@ def test_export_knows_only_plans_of_equal_steps(bundle: Bundle) -> None:
         joint(networks, replace(bundle.sampling, schedule="vp"), bundle.guidance, "step")
     with pytest.raises(UserError, match="boosting"):
         joint(networks, bundle.sampling, replace(bundle.guidance, boosting=True), "step")
-
-
-# The checker ----------------------------------------------------------------------------------------------------------
-def test_parity_catches_a_gradient_that_was_baked_in(subject: Joint) -> None:
-    """An exporter that takes the example's gradient for a constant is right at the example only."""
-    example = subject.case("example", [1.0, 1.0], seed=1)
-    off = dict(example.inputs) | {"dg_weight": torch.zeros(1)}
-    baked = subject(example.inputs)["denoised"] - subject(off)["denoised"]
-
-    def candidate(inputs: parity.Tensors) -> dict[str, Tensor]:
-        found = subject(dict(inputs) | {"dg_weight": torch.zeros(1)})
-        return found | {"denoised": found["denoised"] + baked * inputs["dg_weight"] / 2}
-
-    assert compare(subject, candidate, [example], 1e-4).passed
-    report = compare(subject, candidate, [subject.amplified("other", [1.0, 1.0], seed=2)], 1e-4)
-    with pytest.raises(parity.ValueMismatchError, match="other: denoised: differs by"):
-        report.check()
-
-
-@pytest.mark.parametrize(
-    ("found", "error"),
-    [
-        ({"z": torch.ones(2, 3)}, parity.NameMismatchError),
-        ({"y": torch.ones(2, 3, dtype=torch.float16)}, parity.DtypeMismatchError),
-        ({"y": torch.ones(3, 2)}, parity.ShapeMismatchError),
-        ({"y": torch.full((2, 3), 1.1)}, parity.ValueMismatchError),
-        ({"y": torch.full((2, 3), torch.nan)}, parity.ValueMismatchError),
-    ],
-)
-def test_parity_names_what_differs(found: dict[str, Tensor], error: type[Exception]) -> None:
-    report = compare(lambda _: {"y": torch.ones(2, 3)}, lambda _: found, [Case("a", {})], 1e-2, {"y": torch.float32})
-    assert not report.passed and error.__name__ in report.table() and not json.loads(report.json())["passed"]
-    with pytest.raises(error):
-        report.check()
-
-
-@pytest.fixture(scope="module")
-def small_denoised(tmp_path_factory: pytest.TempPathFactory) -> Joint:
-    """A whole step of a network whose denoised image is small at sigma 80, as it is for data of mean 0."""
-    score = _SCORE | {"label_dim": 0, "model_channels": 8}
-    net = nets.build("EDMPrecond", **score)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in net.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.08
-    bundle = Bundle(tmp_path_factory.mktemp("bundles") / "mean-0", "mean-0", {}, SamplingConfig(num_steps=4))
-    bundles.write(bundles.with_net(bundle, "score", net, "EDMPrecond", score))
-    made = joint(load(bundles.read(bundle.folder)), bundle.sampling, bundle.guidance, "step")
-    last = made.last(made.case("", [80.0], 100))
-    assert made(last.inputs)["x_next"].abs().max() < 0.1 < 100 < last.inputs["x"].abs().max()
-    return made
-
-
-def test_parity_judges_the_step_to_sigma_0_by_what_float32_keeps_of_the_noisy_image(small_denoised: Joint) -> None:
-    def single(inputs: parity.Tensors) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return {"x_next": small_denoised.function(*(inputs[name] for name in small_denoised.inputs))[0]}
-
-    assert {row.problem for row in compare(small_denoised, single, small_denoised.cases(1), 1e-4).rows} == {""}
-
-
-@pytest.mark.parametrize("sigma", [0.01, 0.5, 80.0])
-def test_parity_finds_what_is_wrong_in_the_step_to_sigma_0(small_denoised: Joint, sigma: float) -> None:
-    last = small_denoised.last(small_denoised.case("", [sigma], 100))
-
-    def off(inputs: parity.Tensors) -> dict[str, Tensor]:
-        return {name: value * 1.02 for name, value in small_denoised(inputs).items()}
-
-    assert not compare(small_denoised, off, [last], 1e-4).passed
-
-
-def test_export_keeps_a_step_whose_denoised_images_are_small(small_denoised: Joint, tmp_path: Path) -> None:
-    path = tmp_path / "step.onnx"
-    metadata = {"predicts_noise": "false"}
-    onnx_file.export(small_denoised, path, batch=1, dtype="float32", opset=18, metadata=metadata)
-    OnnxEngine(path).self_test()
-
-
-@pytest.mark.parametrize(
-    ("found", "problem"),
-    [
-        ({"y": (("batch", 3), "float")}, "NameMismatchError"),
-        ({"x": ((2, 3), "float")}, "AxesMismatchError"),
-        ({"x": (("batch", 4), "float")}, "ShapeMismatchError"),
-        ({"x": (("batch", 3), "half")}, "DtypeMismatchError"),
-        ({"x": (("n", 3), "float")}, ""),
-    ],
-)
-def test_parity_names_what_differs_in_a_signature(found: dict[str, Any], problem: str) -> None:
-    rows = list(signature({"x": (("batch", 3), "float")}, found, "inputs"))
-    assert [row.problem for row in rows] == ([problem] if problem else [])
-
-
-def test_parity_passes_what_is_equal_and_keeps_the_largest_error() -> None:
-    rows = [Row("a", "y", 1e-6, 1e-4), Row("b", "y", 3e-6, 1e-4)]
-    report = parity.Report(rows, {"bundle": "small"})
-    report.check()
-    assert report.worst == {"y": 3e-6} and "bundle: small" in report.table()
-
-
-# The engine in a sampler ----------------------------------------------------------------------------------------------
-def _sample(bundle: Bundle, out: Path, *options: str) -> Result:
-    base = ["--bundle", str(bundle.folder), "--seeds", "0-4", "--device", "cpu", "--format", "npz", "--out", str(out)]
-    return CliRunner().invoke(sample, [*base, *options])
-
-
-def _images(folder: Path) -> np.ndarray:
-    return read_images(folder)[0].astype(int)
-
-
-def test_engine_samples_the_images_of_eager(bundle: Bundle, denoiser_file: Path, tmp_path: Path) -> None:
-    options = {"eager": [], "onnx": ["--runtime", "onnx", "--engine", str(denoiser_file)]}
-    for name, given in options.items():
-        done = _sample(bundle, tmp_path / name, "--batch", "3", *given)
-        assert done.exit_code == 0, done.output
-    assert np.abs(_images(tmp_path / "onnx") - _images(tmp_path / "eager")).max() <= 1
-    assert json.loads((tmp_path / "onnx/manifest.json").read_text())["job"]["runtime"] == "onnx"
-
-
-def test_engine_refuses_another_job(bundle: Bundle, denoiser_file: Path, step_file: Path, tmp_path: Path) -> None:
-    engine = OnnxEngine(denoiser_file)
-
-    def fits(sampling: SamplingConfig = bundle.sampling, guidance: GuidanceConfig = bundle.guidance) -> None:
-        require_fit(engine, bundle, sampling, guidance)
-
-    fits()
-    other = _make(tmp_path / "other", ("score",))
-    for fit, message in (
-        (
-            lambda: require_fit(OnnxEngine(step_file), bundle, bundle.sampling, bundle.guidance),
-            "holds step; export with --what denoiser",
-        ),
-        (lambda: require_fit(engine, other, bundle.sampling, bundle.guidance), "was exported from other weights"),
-        (
-            lambda: require_fit(engine, bundle, bundle.sampling, replace(bundle.guidance, dg_window=(0.1, 0.9))),
-            "another dg_window",
-        ),
-        (lambda: require_fit(engine, bundle, bundle.sampling, replace(bundle.guidance, dg_every=2)), "dg-every"),
-    ):
-        with pytest.raises(UserError, match=message):
-            fit()
-    classifier_free = joint(load(bundle), bundle.sampling, GuidanceConfig(cfg_scale=2.0), "denoiser")
-    assert classifier_free.weights == {"cfg_scale": 2.0}
-    done = _sample(bundle, tmp_path / "out", "--runtime", "onnx", "--engine", str(denoiser_file), "--cfg-scale", "2")
-    assert done.exit_code == 2 and "has no cfg_scale: export it with --cfg-scale" in done.output
-    unguided = Job(load(bundle), bundle.sampling, GuidanceConfig()).called(())
-    assert guided_by(engine, unguided)
-
-
-def test_engine_options_must_agree(bundle: Bundle, tmp_path: Path) -> None:
-    for options, message in (
-        (["--compile", "--runtime", "onnx"], "contradict each other"),
-        (["--engine", "file.onnx"], "--engine goes with --runtime onnx"),
-        (["--runtime", "onnx", "--engine", str(tmp_path / "none.onnx")], "no such file"),
-        (["--runtime", "onnx", "--provider", "tensorrt"], "has no tensorrt provider"),
-    ):
-        done = _sample(bundle, tmp_path / "out", *options)
-        assert done.exit_code == 2 and message in done.output, done.output
-
-
-def test_engine_refuses_other_shapes(denoiser_file: Path, subject: Joint, tmp_path: Path) -> None:
-    engine = OnnxEngine(denoiser_file)
-    inputs = dict(subject.case("", [1.0, 2.0], 3).inputs)
-    with pytest.raises(UserError, match="its inputs are x, sigma, class_labels, dg_weight, not x"):
-        engine({"x": inputs["x"]})
-    with pytest.raises(UserError, match=r"x has shape \[2, 1, 4, 4\]"):
-        engine(inputs | {"x": inputs["x"][:, :, :4, :4]})
-    fixed = tmp_path / "fixed.onnx"
-    model = onnx.load(str(denoiser_file))
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
-    save(model, fixed)
-    with pytest.raises(UserError, match="was made for batches of 4, not 2; give --batch 4"):
-        OnnxEngine(fixed)(inputs)
-
-
-def test_engine_self_test_names_the_first_output_that_differs(denoiser_file: Path, tmp_path: Path) -> None:
-    OnnxEngine(denoiser_file).self_test()
-    model, damaged = onnx.load(str(denoiser_file)), tmp_path / "damaged.onnx"
-    weight = max(model.graph.initializer, key=lambda t: len(t.raw_data))
-    weight.raw_data = (1.1 * np.frombuffer(weight.raw_data, np.float32)).astype(np.float32).tobytes()
-    save(model, damaged)
-    with pytest.raises(UserError, match=r"self-test fails here: output (denoised|log_ratio) differs by"):
-        OnnxEngine(damaged).self_test()
-
-
-@pytest.mark.parametrize("stored", ["", "[]", '{"tolerance": 5}', '{"inputs": {}, "outputs": {}, "tolerance": 0.1}'])
-def test_engine_reads_a_hostile_self_test_as_none(denoiser_file: Path, tmp_path: Path, stored: str) -> None:
-    model, path = onnx.load(str(denoiser_file)), tmp_path / "hostile.onnx"
-    next(entry for entry in model.metadata_props if entry.key == "self_test").value = stored
-    save(model, path)
-    with pytest.raises(UserError, match="no self-test of dgfast in it"):
-        OnnxEngine(path).self_test()
-
-
-def test_engine_corrupt_files_are_one_line(denoiser_file: Path, tmp_path: Path) -> None:
-    whole = denoiser_file.read_bytes()
-    for content in (b"", b"no model", whole[: len(whole) // 2]):
-        (tmp_path / "corrupt.onnx").write_bytes(content)
-        with pytest.raises(UserError, match="ONNX Runtime does not open it") as caught:
-            OnnxEngine(tmp_path / "corrupt.onnx")
-        assert "\n" not in caught.value.message
 
 
 # Shipping without dgfast ----------------------------------------------------------------------------------------------
