@@ -111,7 +111,7 @@ def test_golden_default_window_judges_each_sample_on_its_own(
                 if low <= tau.min() <= high:  # then the published code guides this sample too
                     name = "guidance" if f"{prefix}guidance" in golden.arrays else "guidance_sub"
                     wanted = -torch.from_numpy(golden.arrays[prefix + name][one])
-                    ratio = float(golden.arrays[f"{prefix}log_ratio"][b])
+                    ratio = torch.from_numpy(golden.arrays[f"{prefix}log_ratio"])[b]
                 else:
                     alone = None if labels is None else labels[one]
                     wanted, ratio = correction_of(guidance, x[one], sigma[one], alone, x[one])

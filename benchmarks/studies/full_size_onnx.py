@@ -48,7 +48,8 @@ def main(name: str, dtype: str, target: str, out: Path | None) -> None:
     workload, began = WORKLOADS[name](), time.perf_counter()
     networks = workload.load(torch.device("cpu"), torch.float32)
     subject = Briefly(**vars(joint(networks, workload.sampling, workload.guidance)))
-    nets = [net for net in (networks.denoiser, networks.discriminator, networks.classifier) if net is not None]
+    held = (networks.denoiser, networks.discriminator, networks.classifier)
+    nets = [net for net in held if isinstance(net, torch.nn.Module)]
     weights = {id(w): w.numel() for net in nets for w in net.parameters()}
     click.echo(
         f"{name}: {sum(weights.values()) / 1e6:.1f} million weights, made in {time.perf_counter() - began:.0f} s"

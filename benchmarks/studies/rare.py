@@ -78,7 +78,7 @@ def _measure(
     sets: dict[str, tuple[np.ndarray, np.ndarray, dict[str, Any]]] = {
         YARDSTICK: (train.images[:count], train.labels[:count], {"gradients": 0, "seconds": 0.0})
     }
-    labels = np.arange(count) % 10
+    labels = [k % 10 for k in range(count)]
     for a, b, dg in settings:
         guidance = GuidanceConfig(diversity=a, fidelity=b, dg_weight=dg, normalize=normalize)
         sampler = Sampler(networks, sampling, guidance)
@@ -86,7 +86,7 @@ def _measure(
         parts = [sampler(range(k, min(k + batch, count)), labels[k : k + batch]) for k in range(0, count, batch)]
         cost = {"gradients": sampler.guidance_gradients, "seconds": time.perf_counter() - began}
         name = f"{a:g} {b:g} {dg:g}"
-        sets[name] = to_uint8(torch.cat(parts)), labels, cost
+        sets[name] = to_uint8(torch.cat(parts)), np.array(labels), cost
         click.echo(f"a, b, DG {name}: {cost['seconds']:.0f} s", err=True)
     rows = []
     for name, (images, classes, cost) in sets.items():

@@ -113,7 +113,9 @@ def test_bundle_loads_weights_in_another_type_and_buffers_as_they_are(bundle: Bu
     loaded = bundle.load("score", dtype=torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in loaded.buffers()} == {torch.float32}
-    assert torch.equal(loaded.model.map_noise.freqs, bundle.load("score").model.map_noise.freqs)
+    assert torch.equal(
+        loaded.get_buffer("model.map_noise.freqs"), bundle.load("score").get_buffer("model.map_noise.freqs")
+    )
 
 
 # Descriptions that are refused ----------------------------------------------------------------------------------------

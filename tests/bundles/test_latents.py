@@ -36,7 +36,8 @@ _CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def vae() -> Any:
     torch.manual_seed(0)
-    return AutoencoderKL(
+    kind: Any = AutoencoderKL  # diffusers leaves it unannotated
+    return kind(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16),

@@ -137,7 +137,8 @@ def test_dit_of_one_class_samples_and_refuses_classifier_free_guidance(
 ) -> None:
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4)
+    kind: Any = AutoencoderKL  # diffusers leaves it unannotated
+    vae = kind(latent_channels=4, block_out_channels=(8,), norm_num_groups=4)
     vae.save_pretrained(tmp_path / "vae")
     convert(dit(1), "score", tmp_path / "b", "--set", "num_heads=2", "--vae", str(tmp_path / "vae"))
     job = ["--bundle", str(tmp_path / "b"), "--respacing", "2", "--seeds", "0-1", "--device", "cpu"]

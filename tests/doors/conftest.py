@@ -9,6 +9,7 @@ import torch
 from dgfast import bundle as bundles
 from dgfast import nets
 from dgfast.bundle import Bundle
+from dgfast.nets.adm import EncoderUNetModel
 from dgfast.nets.discriminator import Discriminator
 from tests.support.sample import draw, images_of
 
@@ -29,7 +30,7 @@ def _randomise(net: torch.nn.Module) -> torch.nn.Module:
     return net
 
 
-def _centre(trunk: torch.nn.Module, head: torch.nn.Module) -> None:
+def _centre(trunk: EncoderUNetModel, head: EncoderUNetModel) -> None:
     """Shift a random head's logits to both sides of 0 around time 0.6, as boosting needs."""
     with torch.no_grad():
         rows = torch.eye(3)[torch.arange(60) % 3]
@@ -41,16 +42,17 @@ def _centre(trunk: torch.nn.Module, head: torch.nn.Module) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with every role, for 8 x 8 images of 3 classes."""
     bundle = Bundle(tmp_path_factory.mktemp("bundles") / "tiny", "tiny", {})
-    trunk: torch.nn.Module | None = None
+    made: dict[str, torch.nn.Module] = {}
     for role, kind, keywords in (
         ("score", "EDMPrecond", _SCORE),
         ("reference", "EDMPrecond", _SCORE | {"channel_mult": [2]}),
         ("classifier", "EncoderUNetModel", _ENCODER | _TRUNK),
         ("discriminator", "EncoderUNetModel", _ENCODER | _HEAD),
     ):
-        net = _randomise(nets.build(kind, **keywords))
-        trunk = net if role == "classifier" else trunk
+        net = made[role] = _randomise(nets.build(kind, **keywords))
         if role == "discriminator":
+            trunk = made["classifier"]
+            assert isinstance(trunk, EncoderUNetModel) and isinstance(net, EncoderUNetModel)
             _centre(trunk, net)
         bundle = bundles.with_net(bundle, role, net, kind, keywords)
     bundles.write(bundle)

@@ -55,7 +55,7 @@ def test_every_default_of_the_bundle_that_an_option_changes_is_shown() -> None:
     for parameter in sample.main.get_params(context):
         default = settings.get(parameter.name or "")
         if isinstance(default, int | float | str):
-            text = {False: "off"}.get(default, default) if isinstance(default, str | bool) else f"{default:g}"
+            text = "off" if default is False else default if isinstance(default, str | bool) else f"{default:g}"
             record = parameter.get_help_record(context)
             assert record is not None and record[1].endswith(f"[mnist32: {text}]")
 

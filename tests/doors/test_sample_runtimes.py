@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dgfast import ops
+from dgfast.graph import Function
 from dgfast.sampler import Sampler
 from tests.support.sample import draw, images_of, manifest_of
 
@@ -55,7 +56,12 @@ def test_sample_compile_try_without_a_compiler_samples_without(
 
 def test_sample_compile_try_compiles_where_it_can(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
-    monkeypatch.setattr("dgfast.runtimes.cpu.build.build", lambda function, example: built.append(example) or function)
+
+    def build(function: Function, example: Sequence[torch.Tensor]) -> Function:
+        built.append(example)
+        return function
+
+    monkeypatch.setattr("dgfast.runtimes.cpu.build.build", build)
     result = draw(tiny, tmp_path / "out", "--compile=try", "--batch", "3")
     assert result.exit_code == 0 and "compiled in" in result.output, result.output
     assert [tuple(x.shape) for x, _, _ in built] == [(3, 1, 8, 8)]  # the last batch of one image is filled up

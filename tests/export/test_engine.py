@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dgfast.bundle import Bundle
-from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.config import GuidanceConfig
 from dgfast.engines import guided_by, require_fit
 from dgfast.errors import UserError
 from dgfast.export.joint_graph import joint
@@ -45,31 +45,22 @@ def test_engine_samples_the_images_of_eager(bundle: Bundle, denoiser_file: Path,
 def test_engine_refuses_another_job(bundle: Bundle, denoiser_file: Path, step_file: Path, tmp_path: Path) -> None:
     engine = OnnxEngine(denoiser_file)
 
-    def fits(sampling: SamplingConfig = bundle.sampling, guidance: GuidanceConfig = bundle.guidance) -> None:
-        require_fit(engine, bundle, sampling, guidance)
-
-    fits()
+    require_fit(engine, bundle, bundle.sampling, bundle.guidance)
     other = write_bundle(tmp_path / "other", ("score",))
-    for fit, message in (
-        (
-            lambda: require_fit(OnnxEngine(step_file), bundle, bundle.sampling, bundle.guidance),
-            "holds step; export with --what denoiser",
-        ),
-        (lambda: require_fit(engine, other, bundle.sampling, bundle.guidance), "was exported from other weights"),
-        (
-            lambda: require_fit(engine, bundle, bundle.sampling, replace(bundle.guidance, dg_window=(0.1, 0.9))),
-            "another dg_window",
-        ),
-        (lambda: require_fit(engine, bundle, bundle.sampling, replace(bundle.guidance, dg_every=2)), "dg-every"),
+    for file, its_bundle, guidance, message in (
+        (OnnxEngine(step_file), bundle, bundle.guidance, "holds step; export with --what denoiser"),
+        (engine, other, bundle.guidance, "was exported from other weights"),
+        (engine, bundle, replace(bundle.guidance, dg_window=(0.1, 0.9)), "another dg_window"),
+        (engine, bundle, replace(bundle.guidance, dg_every=2), "dg-every"),
     ):
         with pytest.raises(UserError, match=message):
-            fit()
+            require_fit(file, its_bundle, bundle.sampling, guidance)
     classifier_free = joint(load(bundle), bundle.sampling, GuidanceConfig(cfg_scale=2.0), "denoiser")
     assert classifier_free.weights == {"cfg_scale": 2.0}
     done = _sample(bundle, tmp_path / "out", "--runtime", "onnx", "--engine", str(denoiser_file), "--cfg-scale", "2")
     assert done.exit_code == 2 and "has no cfg_scale: export it with --cfg-scale" in done.output
     unguided = Job(load(bundle), bundle.sampling, GuidanceConfig()).called(())
-    assert guided_by(engine, unguided)
+    assert guided_by(engine, unguided) is not None
 
 
 def test_engine_options_must_agree(bundle: Bundle, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto, helper
 
 from dgfast import __version__
+from dgfast import bundle as bundles
 from dgfast.bundle import Bundle, NetSpec
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
@@ -31,7 +32,7 @@ def bundle(small_bundle: Bundle) -> Bundle:
 
 @pytest.fixture
 def read(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Request]:
-    monkeypatch.setattr(request.bundles, "read", lambda name: bundle)
+    monkeypatch.setattr(bundles, "read", lambda name: bundle)
     return lambda **options: request.read("small", options)
 
 
@@ -57,7 +58,7 @@ def test_request_leaves_the_discriminator_out_where_there_is_none_and_says_so(
         assert (found.dg_weight, found.dg_weight_2nd, found.cfg_scale) == (0.0, 0.0, 1.5)
         assert "small has no discriminator network" in capsys.readouterr().err
     judged = replace(bundle, nets={**bundle.nets, "discriminator": NetSpec("EncoderUNetModel", {}, "d.safetensors")})
-    monkeypatch.setattr(request.bundles, "read", lambda name: judged)
+    monkeypatch.setattr(bundles, "read", lambda name: judged)
     assert read(dg_weight=2.0).guidance.dg_weight == 2.0 and not capsys.readouterr().err
 
 
@@ -136,8 +137,8 @@ def test_request_names_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 # What is stored -------------------------------------------------------------------------------------------------------
 def model(domain: str = "") -> Any:
     node = helper.make_node("Identity", ["x"], ["y"], domain=domain)
-    sides = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])] for name in ("x", "y")]
-    return helper.make_model(helper.make_graph([node], "g", *sides))
+    x, y = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])] for name in ("x", "y"))
+    return helper.make_model(helper.make_graph([node], "g", x, y))
 
 
 def test_stamp_writes_each_key_once() -> None:

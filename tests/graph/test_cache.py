@@ -17,6 +17,7 @@ from dgfast.graph.trace import trace
 from dgfast.guidance import guided_denoiser
 from dgfast.nets.generator import Generator
 from dgfast.runtimes.cpu import build as cpu
+from dgfast.runtimes.cpu.fusion import regions
 from tests.support.graphs import Nets, example, guided, key
 
 LATENTS = (torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), None)
@@ -60,7 +61,7 @@ def _forms(value: Any) -> Any:
 def test_graph_cache_serves_compiled_functions(
     small: Function, traced: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu.regions, "fuse", lambda *_: 0)  # takes seconds, and has tests of its own
+    monkeypatch.setattr(regions, "fuse", lambda *_: 0)  # takes seconds, and has tests of its own
     cold, warm = (cpu.build(small, LATENTS) for _ in range(2))
     assert len(traced) == 1
     assert all(map(torch.equal, cold(*LATENTS), warm(*LATENTS)))

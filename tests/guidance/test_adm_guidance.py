@@ -19,6 +19,7 @@ from dgfast.graph.trace import trace
 from dgfast.guidance import (
     ClassifierGuidance,
     DiscriminatorGuidance,
+    Guidance,
     WeightSchedule,
     guided_denoiser,
     guided_posterior,
@@ -91,13 +92,13 @@ def test_adm_mean_shift_with_the_posteriors_variance_is_a_correction_at_the_next
 
 
 def test_adm_mixing_guidance_corrects_the_denoised_and_is_clipped_before_gradients() -> None:
-    class Twice:
+    class Twice(Guidance):
         evaluations, gradients = 1, 0
 
         def active(self, sigma_low: float, sigma_high: float) -> bool:
             return True
 
-        def correct(self, x: Tensor, sigma: Tensor, labels: Any, denoised: Tensor) -> Any:
+        def correct(self, x: Tensor, sigma: Tensor, class_labels: Any, denoised: Tensor) -> Any:
             return denoised, torch.ones_like(sigma), None
 
     net = exact(mean=0.9, variance=1e-8)  # denoises to 0.9 everywhere

@@ -23,7 +23,7 @@ NetFactory = Callable[..., Any]
 
 def boosted_sampler(
     net: nn.Module,
-    discriminator: nn.Module,
+    discriminator: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     latents: Tensor,
     labels: Tensor,
     noises: list[Tensor],

@@ -46,7 +46,7 @@ def brightness() -> Iterator[type[Guidance]]:
             return cls(config.brightness, config.brightness_above)  # type: ignore[attr-defined]
 
         def active(self, sigma_low: float, sigma_high: float) -> bool:
-            return self.weight != 0 and sigma_high > self.above
+            return bool(self.weight != 0) and sigma_high > self.above
 
         def correct(
             self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
@@ -92,12 +92,12 @@ def test_declared_guidance_is_in_the_configuration_and_in_bundles(
     brightness: type[Guidance], small_bundle: Bundle, tmp_path: Path
 ) -> None:
     before = GuidanceConfig()
-    config = replace(before, brightness=0.3)
+    config = replace(before, brightness=0.3)  # type: ignore[call-arg]  # declared above, at run time
     assert asdict(config)["brightness"] == 0.3 and config != before and "brightness=0.3" in repr(config)
     bundles.write(replace(small_bundle, folder=tmp_path, guidance=config))
     assert bundles.read(tmp_path).guidance == config
     with pytest.raises(UserError, match="brightness nan is not a finite number"):
-        replace(config, brightness=float("nan"))
+        replace(config, brightness=float("nan"))  # type: ignore[call-arg]
 
 
 def test_every_option_is_a_field_of_the_configuration_and_turns_its_guidance_on() -> None:

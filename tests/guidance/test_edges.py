@@ -108,12 +108,12 @@ def test_guidance_of_no_weight_is_never_active() -> None:
         ClassifierFreeGuidance(conditional, 1.0), Autoguidance(conditional, 1.0), LowDensityGuidance(two_classes, 0.0),
         PredictedCleanGuidance(two_classes, 0.0),
     ]  # fmt: skip
-    assert not any(guidance.active(0.1, 1.0) for guidance in off)  # type: ignore[attr-defined]
+    assert not any(guidance.active(0.1, 1.0) for guidance in off)
     on = [
         DiscriminatorGuidance(judge, -1.0), ClassifierGuidance(two_classes, 0.5), Autoguidance(conditional, 0.0),
         LowDensityGuidance(two_classes, -1.0), PredictedCleanGuidance(two_classes, 2.0),
     ]  # fmt: skip
-    assert all(guidance.active(0.1, 1.0) for guidance in on)  # type: ignore[attr-defined]
+    assert all(guidance.active(0.1, 1.0) for guidance in on)
 
 
 def test_guidance_costs_and_does_what_it_says_by_default() -> None:
@@ -123,7 +123,7 @@ def test_guidance_costs_and_does_what_it_says_by_default() -> None:
         ClassifierFreeGuidance(conditional, 2.0): (1, 0), Autoguidance(conditional, 2.0): (1, 0),
         LowDensityGuidance(two_classes, 1.0): (0, 1), PredictedCleanGuidance(two_classes, 1.0): (0, 1),
     }  # fmt: skip
-    assert all((guidance.evaluations, guidance.gradients) == cost for guidance, cost in costs.items())  # type: ignore[attr-defined]
+    assert all((guidance.evaluations, guidance.gradients) == cost for guidance, cost in costs.items())
     judged = DiscriminatorGuidance(judge)
     assert (judged.weight, judged.boost, judged.window, judged.published_window) == (1.0, None, (0.01, 1.0), False)
     assert PredictedCleanGuidance(two_classes, 1.0).read_at_t

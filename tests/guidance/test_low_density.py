@@ -105,7 +105,7 @@ def test_predicted_clean_gradient_never_goes_through_the_score_network() -> None
 
     def denoiser(x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         calls.append("score")
-        return OneWay.apply(CLASSES[0](x, sigma, None))
+        return OneWay.apply(CLASSES[0](x, sigma, None))  # type: ignore[no-untyped-call]
 
     def classifier(u: Tensor, t: Tensor) -> Tensor:
         calls.append("classifier")
@@ -223,14 +223,14 @@ def test_low_density_allows_a_classifier_scale_for_another_class() -> None:
 
 @pytest.mark.parametrize("term", ["diversity", "fidelity"])
 def test_low_density_without_a_fitting_classifier_says_what_is_missing(tiny_net: NetFactory, term: str) -> None:
-    net, config = tiny_net(label_dim=2), SamplingConfig(num_steps=2)
+    net, config, weights = tiny_net(label_dim=2), SamplingConfig(num_steps=2), dict[str, Any]({term: 1.0})
     for networks, message in (
         (Networks(net), "needs a classifier network"),
-        (Networks(net, classifier=lambda u: u), "needs a noise-aware classifier"),  # type: ignore[arg-type]
+        (Networks(net, classifier=lambda u: u), "needs a noise-aware classifier"),  # type: ignore[arg-type, misc]
         (Networks(tiny_net(), classifier=exact_classifier), "conditional score network, a (target|base) class, or"),
     ):
         with pytest.raises(UserError, match=message):
-            Sampler(networks, config, GuidanceConfig(**{term: 1.0}))
+            Sampler(networks, config, GuidanceConfig(**weights))
 
 
 def test_low_density_guides_an_unconditional_net_toward_a_named_class(

@@ -1,7 +1,7 @@
 """Guidance reuse: exact where the gradient is what the rule says it is, of the right order elsewhere, and accounted."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dgfast import noise_levels as nl
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
+from dgfast.graph import Function
 from dgfast.guidance import (
     CarriedGradient,
     ClassifierGuidance,
@@ -105,7 +106,7 @@ def relative_error(mine: Tensor, reference: Tensor) -> float:
 def test_reuse_of_a_constant_gradient_is_exact(solver: str, options: dict[str, Any], every: int, reuse: str) -> None:
     """Whatever the weights at the two points: what is carried over is the gradient without its weight."""
     config = SamplingConfig(num_steps=12, solver=solver, **options)
-    weights = {"dg_weight": 1.5, "dg_weight_2nd": 0.7, "dg_window": NO_WINDOW}
+    weights: dict[str, Any] = {"dg_weight": 1.5, "dg_weight_2nd": 0.7, "dg_window": NO_WINDOW}
     networks, start = Networks(MODEL, discriminator=CONSTANT), unit_noise(5, seed=0)
     plain = Sampler(networks, config, GuidanceConfig(**weights)).integrate(start)
     reused = Sampler(networks, config, GuidanceConfig(**weights, dg_every=every, dg_reuse=reuse))
@@ -176,7 +177,7 @@ def test_reuse_converges_with_the_order_of_its_rule(solver: str, reuse: str, ord
     errors = []
     for count in (64, 128):
         config = SamplingConfig(num_steps=count, solver=solver)
-        weights = {"dg_weight": 1.0, "dg_weight_2nd": 1.0, "dg_window": NO_WINDOW}
+        weights: dict[str, Any] = {"dg_weight": 1.0, "dg_weight_2nd": 1.0, "dg_window": NO_WINDOW}
         plain = Sampler(networks, config, GuidanceConfig(**weights)).integrate(start)
         reused = Sampler(networks, config, GuidanceConfig(**weights, dg_every=2, dg_reuse=reuse)).integrate(start)
         errors.append((reused - plain).abs().max().item())
@@ -188,7 +189,7 @@ def test_reuse_converges_with_the_order_of_its_rule(solver: str, reuse: str, ord
 def test_reuse_linear_is_nearer_than_hold(solver: str, every: int) -> None:
     networks, start = Networks(MODEL, discriminator=exact_discriminator), unit_noise(16, seed=4)
     config = SamplingConfig(num_steps=24, solver=solver)
-    weights = {"dg_weight": 1.0, "dg_weight_2nd": 1.0, "dg_window": NO_WINDOW}
+    weights: dict[str, Any] = {"dg_weight": 1.0, "dg_weight_2nd": 1.0, "dg_window": NO_WINDOW}
     plain = Sampler(networks, config, GuidanceConfig(**weights)).integrate(start)
     hold, linear = (
         (Sampler(networks, config, GuidanceConfig(**weights, dg_every=every, dg_reuse=reuse)).integrate(start) - plain)
@@ -202,10 +203,11 @@ def reusing_sampler(
     net: Any, discriminator: Any, start: Tensor, sigmas: list[float], every: int, reuse: str, weights: tuple[float, ...]
 ) -> Tensor:
     """Heun's method under reused guidance in plain words: one loop, one counter, floats for the noise levels."""
-    x, calls, known = start * sigmas[0], 0, []
+    x, calls = start * sigmas[0], 0
+    computed_at: list[tuple[float, Tensor]] = []  # noise level and gradient
 
     def slope(x: Tensor, level: float, weight: float) -> Tensor:
-        nonlocal calls, known
+        nonlocal calls
         sigma = torch.full((len(x),), level, dtype=torch.float64)
         computed = calls % every == 0
         if computed:
@@ -213,11 +215,11 @@ def reusing_sampler(
             u = (alpha * x).float().requires_grad_()
             with torch.enable_grad():
                 logit = discriminator(u, nl.vp_time(sigma), None).sum()
-            known = [*known, (level, alpha * torch.autograd.grad(logit, u)[0].double())]
+            computed_at.append((level, alpha * torch.autograd.grad(logit, u)[0].double()))
         calls += 1
-        last_level, g = known[-1]
-        if reuse == "linear" and len(known) > 1 and not computed:
-            earlier_level, earlier = known[-2]
+        last_level, g = computed_at[-1]
+        if reuse == "linear" and len(computed_at) > 1 and not computed:
+            earlier_level, earlier = computed_at[-2]
             rise = (g - earlier) / (math.log(last_level) - math.log(earlier_level))
             g = g + rise * (math.log(level) - math.log(last_level))
         return (x - net(x, sigma, None)) / level - weight * level * g
@@ -321,7 +323,7 @@ def test_reuse_through_a_runtime_is_the_same_and_is_built_by_prepare(
 ) -> None:
     built: list[int] = []  # of each function, the number of its results
 
-    def runtime(function: Callable[..., Any], example: tuple[Tensor | None, ...]) -> Callable[..., Any]:
+    def runtime(function: Function, example: Sequence[Tensor | None]) -> Function:
         shapes = [None if x is None else x.shape for x in example]
         built.append(len(function(*example)))
 

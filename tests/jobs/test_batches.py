@@ -156,14 +156,14 @@ def test_batches_of_a_real_sampler_are_its_images(
 @pytest.mark.parametrize("fail", [out_of_device_memory, out_of_host_memory])
 @pytest.mark.parametrize("static", [False, True])
 def test_batches_out_of_memory_are_halved_and_nothing_is_lost(fail: Callable[[], None], static: bool) -> None:
-    sampler, sink, smaller = StandIn(3, fail), Sink(), []
+    sampler, sink, smaller = StandIn(3, fail), Sink(), list[int]()
     draw(sampler, chunks(range(10), 8), 8, sink, static=static, on_smaller_batch=smaller.append)  # type: ignore[arg-type]
     assert smaller == [4, 2]
     assert sink.seeds == list(range(10)) and sink.sizes == [8, 2]  # files do not depend on what fits
 
 
 def test_batches_out_of_memory_later_on_keep_what_was_made() -> None:
-    sampler, sink, smaller = StandIn(), Sink(), []
+    sampler, sink, smaller = StandIn(), Sink(), list[int]()
 
     def on_step(step: Any, *_: Any) -> None:
         sampler.fits = 4 if step < 3 else 2  # memory shrinks from the third batch on

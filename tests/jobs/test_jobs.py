@@ -209,7 +209,12 @@ def test_estimates_time_every_call_of_the_plan(small_bundle: Bundle, monkeypatch
     import dgfast
 
     calls: list[int] = []
-    monkeypatch.setattr("dgfast.sampler.seconds_of", lambda call, device: calls.append(len(call()[0])) or 2.0)
+
+    def two_seconds(call: Callable[[], Any], device: Any) -> float:
+        calls.append(len(call()[0]))
+        return 2.0
+
+    monkeypatch.setattr("dgfast.sampler.seconds_of", two_seconds)
     sampler = dgfast.Sampler(dgfast.load(small_bundle), dgfast.SamplingConfig(num_steps=4))
     assert sampler.estimate(3) == 14.0 and calls == [3]  # seven calls of one function
     monkeypatch.setattr("dgfast.one_step.seconds_of", lambda call, device: float(len(call())))

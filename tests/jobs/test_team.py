@@ -4,7 +4,7 @@ import threading
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch's list of names lacks it
 
 from dgfast.errors import UserError
 from dgfast.ranges import Ranges

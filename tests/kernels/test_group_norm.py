@@ -157,7 +157,7 @@ def test_kernels_group_norm_refuses_what_it_would_read_past_the_end_of(wrong: di
 
 @runs_kernels
 def test_kernels_group_norm_in_float64_takes_the_reference() -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         k: v.double() if isinstance(v, Tensor) else v for k, v in NormCase((2, 8, 3, 3), 2).arguments().items()
     }
     with ops.kernels("triton"):

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def test_kernels_are_registered_as_torch_demands(name: str) -> None:
 
 @runs_kernels
 @pytest.mark.parametrize("mode", ["real", "fake"])
-def test_kernels_trace_with_their_gradient_into_one_graph(mode: str) -> None:
+def test_kernels_trace_with_their_gradient_into_one_graph(mode: Literal["real", "fake"]) -> None:
     """What the runtimes do with a guided denoiser; the graph keeps the choice of its making."""
     given = NormCase((2, 8, 5, 5), 2).arguments()
 

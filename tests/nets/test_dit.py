@@ -252,7 +252,7 @@ def test_dit_compiled_equals_eager(
     ]
     function = guided_posterior(denoiser, guidances)
 
-    def inputs(seed: int, *timesteps: int) -> tuple[Tensor | None, ...]:
+    def inputs(seed: int, *timesteps: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(seed)
         sigma = denoiser.levels[list(timesteps)]
         x = torch.randn(len(sigma), 4, 8, 8, dtype=torch.float64, generator=generator)
@@ -305,7 +305,7 @@ def test_dit_published_checkpoint_says_itself_what_it_is(name: str) -> None:
         tensors = nets.build("DiT", **PRESETS[name]).state_dict()
     keywords, assumed = dit.score_keywords(tensors, {}, name)
     with torch.device("meta"):
-        made = nets.build("DDPMPrecond", **keywords).get_submodule("model")
+        made: Any = nets.build("DDPMPrecond", **keywords).get_submodule("model")
     assert {key: value.shape for key, value in made.state_dict().items()} == {k: v.shape for k, v in tensors.items()}
     assert [block.attn.num_heads for block in made.blocks] == [PRESETS[name]["num_heads"]] * PRESETS[name]["depth"]
     assert made.out_channels == 8 and made.null_class == 1000
@@ -350,7 +350,7 @@ def test_dit_discriminator_checkpoints_say_themselves_what_they_are(shape: dict[
         "classifier_resblock_updown": True, "classifier_pool": "attention", **shape,
     }  # fmt: skip
     with torch.device("meta"):
-        net = nets.build("create_classifier", **keywords)
+        net: Any = nets.build("create_classifier", **keywords)
     assert openai_pt.classifier_keywords(net.state_dict(), {}, "file") == keywords
     if shape["image_size"] == 32:
         assert (net.feature_channels, net.feature_size) == (384, 8)

@@ -23,7 +23,7 @@ EDM = {
     "channel_mult": [1, 2],
     "num_blocks": 1,
 }
-ENCODER = {
+ENCODER: dict[str, Any] = {
     "image_size": 8,
     "in_channels": 3,
     "model_channels": 32,
@@ -77,7 +77,9 @@ def test_nets_build_gives_what_it_is_asked_for(kind: str, keywords: dict[str, An
 )
 def test_nets_build_hears_every_keyword(keywords: dict[str, Any], layer: str, shape: tuple[int, ...]) -> None:
     """Each layer of a size that the default has not."""
-    sizes = [dict(nets.build("EDMPrecond", **EDM | own).model.named_parameters()) for own in ({}, keywords)]
+    sizes = [
+        dict(nets.build("EDMPrecond", **EDM | own).get_submodule("model").named_parameters()) for own in ({}, keywords)
+    ]
     assert layer not in sizes[0] or sizes[0][layer].shape != shape
     assert tuple(sizes[1][layer].shape) == shape
 
@@ -123,7 +125,7 @@ def test_nets_build_ignores_how_the_official_code_would_run_it(
 
 def test_nets_iddpm_predicts_twice_the_channels_and_uses_half() -> None:
     net = nets.build("iDDPMPrecond", **EDM)
-    raw = [p for name, p in net.model.named_parameters() if name.endswith("conv.weight")][-1]
+    raw = [p for name, p in net.get_submodule("model").named_parameters() if name.endswith("conv.weight")][-1]
     assert raw.shape[0] == 6
     assert net(torch.zeros(1, 3, 8, 8), torch.ones(1)).shape == (1, 3, 8, 8)
 
@@ -196,7 +198,7 @@ def test_nets_discriminator_with_bfloat16_weights_judges_nearly_the_same(tiny_di
 def test_nets_box_filter_takes_the_fast_path_to_the_same_result(direction: str, kernel: int) -> None:
     """Mean pooling and repetition against the general convolution with the 2 x 2 box, forward and gradient."""
     generator = torch.Generator().manual_seed(3)
-    fast = Conv2d(5, 5, kernel, resample_filter=(1, 1), **{direction: True})
+    fast = Conv2d(5, 5, kernel, resample_filter=(1, 1), up=direction == "up", down=direction == "down")
     general = copy.deepcopy(fast)
     assert fast.is_box
     general.is_box = False
@@ -215,8 +217,8 @@ def test_nets_box_filter_takes_the_fast_path_to_the_same_result(direction: str, 
 def test_nets_low_pass_filters_keep_a_constant_image() -> None:
     """Away from the border, every filter's taps sum to one."""
     for taps in ((1, 1), (1, 3, 3, 1)):
-        for direction in ({"up": True}, {"down": True}):
-            out = Conv2d(1, 1, 0, resample_filter=taps, **direction)(torch.full((1, 1, 16, 16), 2.0))
+        for up in (True, False):
+            out = Conv2d(1, 1, 0, resample_filter=taps, up=up, down=not up)(torch.full((1, 1, 16, 16), 2.0))
             torch.testing.assert_close(out[..., 3:-3, 3:-3], torch.full_like(out[..., 3:-3, 3:-3], 2.0))
 
 

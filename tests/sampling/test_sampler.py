@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
+from dgfast.graph import Function
 from dgfast.graph.trace import trace
-from dgfast.guidance import GuidedDenoiser
 from dgfast.networks import Networks
 from dgfast.randomness import SeedStreams
 from dgfast.runtimes import RUNTIMES, Runtime
@@ -67,11 +67,12 @@ def test_sampler_draws_each_image_from_its_seed_alone(
 def test_sampler_noise_and_labels_of_a_seed_are_exactly_the_same_in_any_batch() -> None:
     seeds = [5, 1, 9]
     batch, alone = SeedStreams(seeds), [SeedStreams([seed]) for seed in seeds]
-    for draw in (
+    draws: tuple[Callable[[SeedStreams], Tensor], ...] = (
         lambda s: s.normal((3, 4, 4), torch.float32, CPU),
         lambda s: s.labels(10),
         lambda s: s.normal((3, 4, 4), torch.float64, CPU),
-    ):
+    )
+    for draw in draws:
         assert torch.equal(draw(batch), torch.cat([draw(stream) for stream in alone]))
 
 
@@ -85,7 +86,8 @@ def test_sampler_draws_in_edms_order(tiny_net: NetFactory) -> None:
         latents.append(torch.randn(shape, generator=generator))
         labels.append(torch.randint(10, size=(), generator=generator))
         noises.append(torch.stack([torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]))
-    assert torch.equal(sampler.draw_labels(seeds), torch.stack(labels))
+    drawn = sampler.draw_labels(seeds)
+    assert drawn is not None and torch.equal(drawn, torch.stack(labels))
     steps = iter(torch.stack(noises, dim=1))
     one_hot = sampler.class_labels(torch.stack(labels), len(seeds))
     by_hand = sampler.integrate(torch.stack(latents), one_hot, steps.__next__)
@@ -102,6 +104,7 @@ def test_sampler_refuses_seeds_that_edm_would_take_for_others(tiny_net: NetFacto
 def test_sampler_labels_change_the_image_and_not_its_noise(tiny_net: NetFactory) -> None:
     sampler = Sampler(Networks(tiny_net(label_dim=4)), SamplingConfig(num_steps=4, S_churn=1.0))
     drawn = sampler.draw_labels([11, 12])
+    assert drawn is not None
     assert torch.equal(sampler([11, 12], drawn), sampler([11, 12]))
     assert torch.equal(sampler([11, 12], drawn.tolist()), sampler([11, 12]))
     others = (drawn + 1) % 4
@@ -185,7 +188,8 @@ def test_sampler_prepare_builds_every_function_that_sampling_calls(
     """Boosting and the two windows need several; after `prepare`, sampling builds no further one of that size."""
     built: list[torch.Size] = []
 
-    def runtime(function: GuidedDenoiser, example: tuple[Tensor, Tensor, Tensor | None]) -> GuidedDenoiser:
+    def runtime(function: Function, example: Sequence[Tensor | None]) -> Function:
+        assert example[0] is not None
         built.append(example[0].shape)
         return function
 

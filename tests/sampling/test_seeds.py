@@ -28,7 +28,7 @@ def test_seeds_draw_different_latents_labels_and_noise() -> None:
 
 def test_seeds_of_numpy_are_those_of_python() -> None:
     shape, dtype = (1, 2, 2), torch.float32
-    mine = SeedStreams(np.array([3, 2**31 + 3])).normal(shape, dtype, CPU)
+    mine = SeedStreams(list(np.array([3, 2**31 + 3]))).normal(shape, dtype, CPU)
     assert torch.equal(mine, SeedStreams([3, 2**31 + 3]).normal(shape, dtype, CPU))
 
 

@@ -125,7 +125,7 @@ def test_adm_trajectory_of_gaussian_data_has_its_closed_form(v: float | None, fi
     """Mean and standard deviation over many pixels, against the recursion of the two along the steps."""
     variance, mean, pixels = 0.25, 0.3, 5000
     net = exact(v=v)
-    config = SamplingConfig(solver="ddpm", respacing="8", **({"fixed_variance": fixed} if fixed else {}))
+    config = SamplingConfig(solver="ddpm", respacing="8", fixed_variance=fixed or SamplingConfig().fixed_variance)
     noise = iter(images(8, pixels, 1, 2, 2, seed=1))
     x = Sampler(Networks(net), config).integrate(images(pixels, 1, 2, 2).float(), None, noise.__next__)
     at, spread = 0.0, None

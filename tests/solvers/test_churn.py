@@ -37,7 +37,7 @@ class Watched:
         return getattr(self.net, name)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Zero:
     """A denoiser that sees black in everything."""
 

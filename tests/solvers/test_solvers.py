@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -155,7 +156,7 @@ def test_solvers_churn_raises_each_level_by_gamma() -> None:
         data = Gaussian()
         config = SamplingConfig(num_steps=10, S_churn=S_churn, S_min=grid[7], S_max=grid[2])
         start = latents(3)
-        Sampler(Networks(data), config).integrate(start, noise=lambda shape=start: torch.zeros_like(shape))
+        Sampler(Networks(data), config).integrate(start, noise=partial(torch.zeros_like, start))
         raised = np.array(data.sigmas[0::2]) / grid - 1  # Heun: every second call stands at a step's first point
         np.testing.assert_allclose(raised, [0, 0] + 6 * [rise] + [0, 0], atol=1e-12)
 

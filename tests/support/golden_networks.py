@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def level_tol(net: nn.Module, discretization: str = "edm") -> float:
     return TABLE_TOL if discretization == "iddpm" or hasattr(net, "u") else SIGMA_TOL
 
 
-def judge_noise_levels_of_net(golden: Golden, net: nn.Module) -> None:
+def judge_noise_levels_of_net(golden: Golden, net: Any) -> None:
     has = golden.arrays.__contains__
     tol = level_tol(net)
     for key in filter(has, ("sigma_min", "sigma_max")):
@@ -106,7 +107,7 @@ def judge_discriminator(golden: Golden, golden_fill: ModuleType) -> None:
         name = config.removeprefix("config_")
         state_dict = f"state_dict_{name}" if f"state_dict_{name}" in golden.meta else "state_dict"
         head = golden.net("create_classifier", config, f"prefix_{name}", state_dict)
-        discriminator = Discriminator(GivenFeatures(features), head)
+        discriminator = Discriminator(GivenFeatures(features), head)  # type: ignore[arg-type]
         one_hot = F.one_hot(labels, int(labels.max()) + 1).float()
         outputs = {
             f"{name}_logit": head(features, 999 * t, labels),

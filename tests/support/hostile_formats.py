@@ -226,8 +226,8 @@ def _engine_json() -> str:
 
 def _read_engine_json(path: Path) -> None:
     file = engine_file.read(path)
-    for check in (lambda: file.check_library("tensorrt", "10.9"), lambda: file.check_gpu("H100", "9.0")):
-        check()
+    file.check_library("tensorrt", "10.9")
+    file.check_gpu("H100", "9.0")
     file.check_batch(4)
 
 
@@ -244,7 +244,11 @@ def _onnx() -> bytes:
         helper.make_node("Relu", ["scaled"], ["positive"]),
         helper.make_node("Reshape", ["positive", "shape"], ["y"]),
     ]
-    ends = {"x": ["batch", 1, 4, 4], "sigma": ["batch", 1, 1, 1], "y": ["batch", 2, 16]}
+    ends: dict[str, list[str | int | None]] = {
+        "x": ["batch", 1, 4, 4],
+        "sigma": ["batch", 1, 1, 1],
+        "y": ["batch", 2, 16],
+    }
     x, sigma, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in ends.items())
     graph = helper.make_graph(nodes, "g", [x, sigma], [y], [numpy_helper.from_array(a, n) for n, a in arrays.items()])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

@@ -239,7 +239,7 @@ def test_training_moves_each_player_by_its_own_loss_alone(tmp_path: Path) -> Non
     still = [value.clone() for value in weights([players[0].net])]
 
     def frozen(net: nn.Module, batch: int) -> Tensor:  # its own loss has no gradient
-        return 0 * sum(parameter.sum() for parameter in net.parameters())
+        return 0 * torch.stack([parameter.sum() for parameter in net.parameters()]).sum()
 
     second = weights([players[1].net])[0].clone()
     fit_together([Player(players[0].net, frozen), players[1]], Schedule(20 * 8, 8, lr=0.01), tmp_path, CPU)

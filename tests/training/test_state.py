@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from dgfast.errors import UserError
-from dgfast.training import loop
 from dgfast.training.loop import Schedule, fit
 
 CPU = torch.device("cpu")
@@ -46,7 +45,7 @@ def test_training_torn_while_it_saves_goes_on_from_the_state_before(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.torch, "save", torn)
+        patch.setattr(torch, "save", torn)
         with pytest.raises(UserError, match="the same command goes on"):
             fit(fresh(), line, SCHEDULE, tmp_path / "parts", CPU)
     assert torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == 39

@@ -1,5 +1,7 @@
 """Group normalisation and its input gradient in generated code, against float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -34,16 +36,17 @@ def normalised(x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None
 
 def fused(given: Arguments, groups: int) -> tuple[GraphModule, list[Tensor]]:
     tensors = [t for t in given if t is not None]
-    missing = [None] * (4 - len(tensors))
-    graph = lower(trace(lambda *a: normalised(*a, *missing, groups), tensors), tensors, channels_last=True)
+    missing: list[Any] = [*[None] * (4 - len(tensors)), groups]
+    graph = lower(trace(lambda *present: normalised(*present, *missing), tensors), tensors, channels_last=True)
     assert regions.fuse(graph, len(given[0])) >= 1
     assert not {forward, backward} & {node.target for node in graph.graph.nodes}
     return graph, tensors
 
 
 def exact(given: Arguments, groups: int) -> tuple[Tensor, ...]:
-    wide = [None if t is None else t.double().contiguous() for t in given]
-    return normalised(*wide, groups)  # type: ignore[arg-type]
+    x, dy, weight, bias = (None if t is None else t.double().contiguous() for t in given)
+    assert x is not None and dy is not None
+    return normalised(x, dy, weight, bias, groups)
 
 
 SHAPES = [((2, 6, 5, 3), 2), ((3, 8, 7), 4), ((2, 4, 3, 3), 4), ((1, 12, 4, 4), 1), ((2, 128, 4, 4), 32)]

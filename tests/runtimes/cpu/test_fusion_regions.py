@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def run_program(program: list[Operation], x: Tensor, y: Tensor, vector: Tensor) 
         values = [x.detach().requires_grad_(), y]
         for name, first, second in program:
             values.append(_step(name, values[first], values[second], vector))
-        (gradient,) = torch.autograd.grad(sum(value.sum() for value in values), values[0])
+        (gradient,) = torch.autograd.grad(torch.stack([value.sum() for value in values]).sum(), values[0])
     return *(value.detach() for value in values[-2:]), gradient
 
 
@@ -181,7 +182,7 @@ def _of_region(call: object, example: tuple[Tensor, ...] | list[Tensor], graph: 
     values: list[Tensor] = []
 
     class Stop(torch.fx.Interpreter):
-        def call_module(self, target: str, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> object:
+        def call_module(self, target: Any, args: Any, kwargs: Any) -> object:
             values.extend(args)
             return super().call_module(target, args, kwargs)
 

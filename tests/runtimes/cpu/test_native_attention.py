@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ _OURS = (attention._FORWARD, attention._BACKWARD)
 def attend(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """The result, and the gradients of its product with `grad`."""
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(*inputs)
-        return (out.detach(), *torch.autograd.grad(out, inputs, grad))
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return (out.detach(), *torch.autograd.grad(out, (q, k, v), grad))
 
 
 def tensors(
@@ -114,10 +115,10 @@ def test_attention_survives_large_scores() -> None:
 
 def test_attention_that_masks_scales_or_drops_stays_pytorchs() -> None:
     q, k, v, _ = tensors(1, 2, 8, 8, 16)
-    kinds: list[dict[str, object]] = [{"is_causal": True}, {"attn_mask": torch.ones(8, 8)}, {"scale": -1.0}]
+    kinds: list[dict[str, Any]] = [{"is_causal": True}, {"attn_mask": torch.ones(8, 8)}, {"scale": -1.0}]
     for keywords in kinds:
-        graph = replaced(lambda *x: (F.scaled_dot_product_attention(*x, **keywords),), [q, k, v])  # noqa: B023
+        graph = replaced(lambda q, k, v: (F.scaled_dot_product_attention(q, k, v, **keywords),), [q, k, v])  # noqa: B023
         assert not [n for n in graph.graph.nodes if n.op == "call_module"]
-    graph = replaced(lambda *x: (F.scaled_dot_product_attention(*x, scale=0.3),), [q, k, v])
+    graph = replaced(lambda q, k, v: (F.scaled_dot_product_attention(q, k, v, scale=0.3),), [q, k, v])
     assert [n for n in graph.graph.nodes if n.op == "call_module"]
     torch.testing.assert_close(graph(q, k, v)[0], F.scaled_dot_product_attention(q, k, v, scale=0.3))

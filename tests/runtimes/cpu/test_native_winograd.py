@@ -1,6 +1,7 @@
 """Winograd's convolutions are convolutions, whatever the size, the cores and the processor's registers."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,7 +123,11 @@ def test_winograd_is_not_used_where_its_code_errs(tmp_path: object, monkeypatch:
     """A compiler that errs, on a machine that has compiled nothing yet: the convolution stays with PyTorch."""
     monkeypatch.setenv("DGFAST_CACHE_DIR", str(tmp_path))
     compile_ = library._compile
-    monkeypatch.setattr(library, "_compile", lambda *a: compile_(*a[:-1], a[-1].replace("y[j] + shift", "y[j]")))
+
+    def erring(command: str, folder: Path, number: int, text: str) -> Path:
+        return compile_(command, folder, number, text.replace("y[j] + shift", "y[j]"))
+
+    monkeypatch.setattr(library, "_compile", erring)
     weight, bias = draw(4 * lanes(), 4 * lanes(), 3, 3), draw(4 * lanes(), seed=1)
     example = [draw(2, 4 * lanes(), 16, 16)]
     graph = lower(trace(lambda x: (F.conv2d(x, weight, bias, padding=1),), example), example, channels_last=True)

@@ -19,6 +19,7 @@ from dgfast.runtimes.onnx import build as runtime
 from dgfast.runtimes.onnx import session
 from dgfast.runtimes.onnx.file import save
 from dgfast.runtimes.onnx.graph import Batch, OnnxGraph
+from dgfast.runtimes.onnx.session import OnnxEngine
 from dgfast.runtimes.onnx.writer import convert, operations
 from dgfast.sampler import Sampler
 
@@ -40,10 +41,10 @@ def image(batch: int, *shape: int, seed: int = 0) -> Tensor:
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gradient_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor]]:
+def gradient_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """The input gradient of a sum that gives every element a weight of its own."""
 
-    def gradient(x: Tensor) -> tuple[Tensor]:
+    def gradient(x: Tensor) -> tuple[Tensor, ...]:
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             y = function(x)
@@ -269,7 +270,7 @@ def test_onnx_runtime_divides_a_batch_unless_one_sample_depends_on_another(
 ) -> None:
     sizes: list[int] = []
 
-    class Engine(runtime.OnnxEngine):
+    class Engine(OnnxEngine):
         def __call__(self, arguments: Any) -> dict[str, Tensor]:
             sizes.append(len(arguments["input_0"]))
             return super().__call__(arguments)

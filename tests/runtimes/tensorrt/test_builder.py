@@ -114,7 +114,7 @@ def test_trt_refuses_an_open_size_that_is_no_batch(tmp_path: Path) -> None:
 
 def test_trt_reports_what_the_parser_refuses_a_line_each(tmp_path: Path) -> None:
     node = helper.make_node("Det", ["x"], ["y"], name="head/determinant")
-    shapes = {"x": ["b", 3, 3], "y": ["b"]}
+    shapes: dict[str, list[str | int | None]] = {"x": ["b", 3, 3], "y": ["b"]}
     sides = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     onnx.save(helper.make_model(helper.make_graph([node], "g", sides[:1], sides[1:])), tmp_path / "det.onnx")
     first, *reasons = refused(lambda: parse(TRT, tmp_path / "det.onnx")).splitlines()
@@ -172,7 +172,7 @@ OBJECTS = {
 
 def test_trt_code_uses_what_the_library_has() -> None:
     """Also what runs on a GPU alone: every attribute of the module and of the objects above."""
-    used = set()
+    used: set[tuple[str, ...]] = set()
     for path in (engine_builder.__file__, tensorrt.__file__, tensorrt_library.__file__):
         for node in ast.walk(ast.parse(Path(path).read_text())):
             if isinstance(node, ast.Attribute):
@@ -183,10 +183,10 @@ def test_trt_code_uses_what_the_library_has() -> None:
                 elif owner in OBJECTS and names and path != tensorrt_library.__file__:
                     used.add((OBJECTS[owner], names[0]))
     assert {owner for owner, *_ in used} >= set(OBJECTS.values()) - {"Runtime", "EngineInspector"}
-    for names in used - {("__name__",), ("__version__",)}:
+    for path_to in used - {("__name__",), ("__version__",)}:
         value = TRT
-        for name in names:
-            assert hasattr(value, name), f"{TRT.__name__} {TRT.__version__} has no {'.'.join(names)}"
+        for name in path_to:
+            assert hasattr(value, name), f"{TRT.__name__} {TRT.__version__} has no {'.'.join(path_to)}"
             value = getattr(value, name)
 
 
