@@ -132,10 +132,10 @@ def _recording(build: Build, errors: list[float], function: Function, example: E
 
     def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            wanted = function(*arguments)
-        found = candidate(*arguments)
-        errors.extend(relative_error(mine, true) for mine, true in zip(found, wanted, strict=True))
-        return found
+            true_results = function(*arguments)
+        results = candidate(*arguments)
+        errors.extend(relative_error(mine, true) for mine, true in zip(results, true_results, strict=True))
+        return results
 
     return run
 
@@ -150,9 +150,9 @@ def _file(method: Method, folder: Path) -> OnnxEngine:
     return OnnxEngine(path)
 
 
-def _share(drawn: Tensor, wanted: Tensor) -> float:
+def _share(drawn: Tensor, reference: Tensor) -> float:
     """The largest difference, as a share of the largest value."""
-    return float((drawn - wanted).abs().max() / wanted.abs().max())
+    return float((drawn - reference).abs().max() / reference.abs().max())
 
 
 class _Raw(nn.Module):
@@ -223,9 +223,9 @@ def _frozen(net: nn.Module, draws: torch.Generator) -> Any:
 def main(methods: tuple[str, ...]) -> None:
     click.echo(f"| method | {' | '.join(WAYS)} | guidance moves the images by |\n{'|---' * (len(WAYS) + 2)}|")
     for name in methods or METHODS:
-        found = {row.runtime: row for row in rows(name)}
-        cells = [f"{found[r].error:.1e}, {found[r].drift:.1e}" if r in found else "" for r in WAYS]
-        moved = f"{found['onnx'].moved:.2g}" if METHODS[name].family else ""
+        by_runtime = {row.runtime: row for row in rows(name)}
+        cells = [f"{by_runtime[r].error:.1e}, {by_runtime[r].drift:.1e}" if r in by_runtime else "" for r in WAYS]
+        moved = f"{by_runtime['onnx'].moved:.2g}" if METHODS[name].family else ""
         click.echo(f"| {name} | {' | '.join(cells)} | {moved} |")
 
 

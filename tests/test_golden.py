@@ -110,13 +110,13 @@ def test_golden_default_window_judges_each_sample_on_its_own(
                     continue
                 if low <= tau.min() <= high:  # then the published code guides this sample too
                     name = "guidance" if f"{prefix}guidance" in golden.arrays else "guidance_sub"
-                    wanted = -torch.from_numpy(golden.arrays[prefix + name][one])
+                    reference = -torch.from_numpy(golden.arrays[prefix + name][one])
                     ratio = torch.from_numpy(golden.arrays[f"{prefix}log_ratio"])[b]
                 else:
                     alone = None if labels is None else labels[one]
-                    wanted, ratio = correction_of(guidance, x[one], sigma[one], alone, x[one])
-                mine = every_nth(correction[one], wanted.shape)
-                assert wanted.std() > 0 and (mine - wanted).abs().max() <= tol * wanted.std(), where
+                    reference, ratio = correction_of(guidance, x[one], sigma[one], alone, x[one])
+                mine = every_nth(correction[one], reference.shape)
+                assert reference.std() > 0 and (mine - reference).abs().max() <= tol * reference.std(), where
                 assert log_ratio[b].item() == pytest.approx(float(ratio), abs=1e-3), where
                 judged += 1
     assert judged, "no file has a call with one noise level a sample"

@@ -59,21 +59,21 @@ def _measure(bundle: Bundle, at: torch.device, count: int, batch: int, scratch: 
         OTHER_SEEDS: partial(_eager, bundle, at, torch.float32),
     }
     rows: list[dict[str, Any]] = []
-    wanted: Tensor | None = None
+    exact: Tensor | None = None
     for name, make in makes.items():
         first = count if name == OTHER_SEEDS else 0
         sampler, began = make(), time.perf_counter()
         parts = [sampler(range(first + k, first + min(k + batch, count))).float().cpu() for k in range(0, count, batch)]
         seconds, images = time.perf_counter() - began, torch.cat(parts)
-        wanted = images if wanted is None else wanted
+        exact = images if exact is None else exact
         labels = sampler.draw_labels(range(first, first + count))
         assert labels is not None
         write_images(scratch / name, to_uint8(images), range(count), labels.numpy())
-        drift = {"median drift": "", "largest drift": ""} if first else _drift(images, wanted)
+        drift = {"median drift": "", "largest drift": ""} if first else _drift(images, exact)
         rows.append({"format": name, "seconds": round(seconds), **drift})
         click.echo(f"{name}: {seconds:.0f} s", err=True)
     quality = judged([scratch / name for name in makes], QUALITY)
-    return [row | found for row, found in zip(rows, quality, strict=True)]
+    return [row | metrics for row, metrics in zip(rows, quality, strict=True)]
 
 
 def _eager(bundle: Bundle, at: torch.device, dtype: torch.dtype) -> Sampler:
@@ -91,9 +91,9 @@ def _file(bundle: Bundle, at: torch.device, scratch: Path) -> Sampler:
     return Sampler(networks, bundle.sampling, bundle.guidance, at, runtime_of(OnnxEngine(path, at)))
 
 
-def _drift(images: Tensor, wanted: Tensor) -> dict[str, Any]:
+def _drift(images: Tensor, exact: Tensor) -> dict[str, Any]:
     """Of the worst pixel of an image, as a share of the pixel range: in the median image, and in the worst."""
-    worst = (images.double() - wanted.double()).abs().flatten(1).amax(1) / _PIXEL_RANGE
+    worst = (images.double() - exact.double()).abs().flatten(1).amax(1) / _PIXEL_RANGE
     return {"median drift": float(worst.median()), "largest drift": float(worst.max())}
 
 

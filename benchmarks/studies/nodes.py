@@ -105,9 +105,9 @@ def _onnx(made: Workload, batch: int, guided: bool) -> Seconds:
         options.profile_file_prefix = str(path)
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         taken = {value.name: value.type for value in session.get_inputs()}
-        given = {name: inputs[name].float().numpy() for name in taken}
+        feeds = {name: inputs[name].float().numpy() for name in taken}
         for _ in range(_ROUNDS):
-            session.run(None, given)
+            session.run(None, feeds)
         events = json.loads(Path(session.end_profiling()).read_text())
     spent: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:

@@ -12,5 +12,5 @@ def judged(folders: Sequence[Path], names: Sequence[str]) -> list[dict[str, floa
     report = folders[0].parent / "quality.json"
     command = [sys.executable, "-m", "dgfast.evaluate", *map(str, folders), "--json", str(report)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    found = json.loads(report.read_text())
-    return [{name: found[str(folder)][name] for name in names} for folder in folders]
+    metrics = json.loads(report.read_text())
+    return [{name: metrics[str(folder)][name] for name in names} for folder in folders]

@@ -56,10 +56,10 @@ def main(
 ) -> None:
     require("matplotlib", "torchmetrics", "prdc", "mlxtend")
     out.mkdir(parents=True, exist_ok=True)
-    found = bundles.read("mnist32")
-    sampling = replace(found.sampling, solver=solver, num_steps=steps)
+    bundle = bundles.read("mnist32")
+    sampling = replace(bundle.sampling, solver=solver, num_steps=steps)
     with tempfile.TemporaryDirectory() as scratch:
-        rows, drawn = _measure(found, sampling, normalize, settings, count, batch, Path(scratch))
+        rows, drawn = _measure(bundle, sampling, normalize, settings, count, batch, Path(scratch))
     (out / "rare.json").write_text(json.dumps(rows, indent=1) + "\n")
     _plot(rows, out / "rare.png")
     _strip(drawn, out / "rare-samples.png")
@@ -95,7 +95,7 @@ def _measure(
         rows.append({"a": a or YARDSTICK, "b": b, "DG": dg, **_confidence(networks, features, images, classes), **cost})
     quality = judged([scratch / name for name in sets], QUALITY)
     shown = [images[:_SHOWN] for name, (images, _, _) in sets.items() if name != YARDSTICK]
-    return [row | found for row, found in zip(rows, quality, strict=True)], shown
+    return [row | metrics for row, metrics in zip(rows, quality, strict=True)], shown
 
 
 @torch.no_grad()

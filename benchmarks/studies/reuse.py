@@ -46,20 +46,20 @@ def main(count: int, batch: int, out: Path) -> None:
 
 def _measure(count: int, batch: int, scratch: Path) -> list[dict[str, Any]]:
     """One row for no guidance, and one for each way of reusing."""
-    found = bundles.read("mnist32")
-    networks = dgfast.load(found)
+    bundle = bundles.read("mnist32")
+    networks = dgfast.load(bundle)
     rows: list[dict[str, Any]] = []
-    wanted: Tensor | None = None
+    exact: Tensor | None = None
     settings = [(every, reuse) for every in EVERY for reuse in (("hold",) if every == 1 else ("hold", "linear"))]
     for every, reuse in [*settings, (0, "unguided")]:
         weights = {"dg_every": every, "dg_reuse": reuse} if every else {"dg_weight": 0.0}
-        sampler = Sampler(networks, found.sampling, replace(found.guidance, **weights), runtime="compiled")
+        sampler = Sampler(networks, bundle.sampling, replace(bundle.guidance, **weights), runtime="compiled")
         sampler.prepare(batch)
         began = time.perf_counter()
         parts = [sampler(range(start, min(start + batch, count))) for start in range(0, count, batch)]
         seconds = time.perf_counter() - began
         images = torch.cat(parts)
-        wanted = images if wanted is None else wanted
+        exact = images if exact is None else exact
         folder = scratch / f"{every}-{reuse}"
         labels = sampler.draw_labels(range(count))
         write_images(folder, to_uint8(images), range(count), None if labels is None else labels.numpy())
@@ -69,7 +69,7 @@ def _measure(count: int, batch: int, scratch: Path) -> list[dict[str, Any]]:
                 "reuse": reuse,
                 "gradients": sampler.guidance_gradients,
                 "seconds": seconds,
-                "relative_error": float((images - wanted).norm() / wanted.norm()),
+                "relative_error": float((images - exact).norm() / exact.norm()),
             }
         )
     folders = [scratch / f"{row['every']}-{row['reuse']}" for row in rows]

@@ -27,7 +27,7 @@ from benchmarks.runtimes import RUNTIMES
 from dgfast.runtimes import Runtime
 
 RUNTIMES["same"] = Runtime("same", lambda function, example: function)
-RUNTIMES["off"] = Runtime("off", lambda function, example: lambda *given: tuple(1.001 * y for y in function(*given)))
+RUNTIMES["off"] = Runtime("off", lambda function, example: lambda *x: tuple(1.001 * y for y in function(*x)))
 """
 
 
@@ -56,9 +56,9 @@ def run_benchmarks(folder: Path, *options: str) -> tuple[subprocess.CompletedPro
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A result file of every group: eager, one more runtime, and kernels."""
     folder = tmp_path_factory.mktemp("measured")
-    done, found = run_benchmarks(folder, "--runtime", "eager", "--runtime", "same")
+    done, results = run_benchmarks(folder, "--runtime", "eager", "--runtime", "same")
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "results.json", found
+    return folder / "results.json", results
 
 
 # Benchmarks -----------------------------------------------------------------------------------------------------------
@@ -78,16 +78,16 @@ def test_benchmarks_say_what_was_measured_beside_the_time(measured: tuple[Path, 
 
 
 def test_benchmarks_refuse_to_time_a_wrong_result(tmp_path: Path) -> None:
-    done, found = run_benchmarks(tmp_path, "--runtime", "off", "-k", "guided_step", "--show-capture", "no")
-    assert done.returncode == 1 and not found.get("benchmarks"), done.stdout
+    done, results = run_benchmarks(tmp_path, "--runtime", "off", "-k", "guided_step", "--show-capture", "no")
+    assert done.returncode == 1 and not results.get("benchmarks"), done.stdout
     for name in ("bench_guided_step[tiny-off]", "bench_unguided_step[tiny-off]"):
         assert f"FAILED benchmarks/bench_guided_step.py::{name}" in done.stdout
     assert "off by 1.0e-03 relative to eager in float32, where 2.0e-05 is allowed" in done.stdout
 
 
 def test_benchmarks_do_not_begin_after_their_time(tmp_path: Path) -> None:
-    done, found = run_benchmarks(tmp_path, "--until", "0", "-k", "sampler", "-rs")
-    assert "not run: out of time" in done.stdout and not found.get("benchmarks"), done.stdout
+    done, results = run_benchmarks(tmp_path, "--until", "0", "-k", "sampler", "-rs")
+    assert "not run: out of time" in done.stdout and not results.get("benchmarks"), done.stdout
 
 
 def test_benchmarks_below_float32_allow_twice_what_eager_is_off_by() -> None:
@@ -108,8 +108,8 @@ def test_benchmarks_of_random_weights_have_a_guidance_that_is_not_zero(name: str
     workload = WORKLOADS[name]()
     networks = workload.load(CPU, torch.float32)
     for level in guided_levels(workload, networks, CPU):
-        given = noise_at([level] * 2, networks, range(2), CPU)
-        guided, plain = (guided_function(workload, networks, guided, CPU)(*given) for guided in (True, False))
+        arguments = noise_at([level] * 2, networks, range(2), CPU)
+        guided, plain = (guided_function(workload, networks, guided, CPU)(*arguments) for guided in (True, False))
         assert (guided[0] - plain[0]).flatten(1).abs().amax(1).min() > 1e-5
 
 

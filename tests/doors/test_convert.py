@@ -49,10 +49,10 @@ def saved(tmp_path: Path, filled_net: FilledNet) -> Callable[..., tuple[Path, nn
     return save
 
 
-def assert_same_weights(found: nn.Module, wanted: nn.Module) -> None:
-    tensors = found.state_dict()
-    assert tensors.keys() == wanted.state_dict().keys()
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in wanted.state_dict().items())
+def assert_same_weights(net: nn.Module, original: nn.Module) -> None:
+    tensors = net.state_dict()
+    assert tensors.keys() == original.state_dict().keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in original.state_dict().items())
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -35,8 +35,8 @@ def _images(folder: Path) -> np.ndarray:
 
 def test_engine_samples_the_images_of_eager(bundle: Bundle, denoiser_file: Path, tmp_path: Path) -> None:
     options = {"eager": [], "onnx": ["--runtime", "onnx", "--engine", str(denoiser_file)]}
-    for name, given in options.items():
-        done = _sample(bundle, tmp_path / name, "--batch", "3", *given)
+    for name, how in options.items():
+        done = _sample(bundle, tmp_path / name, "--batch", "3", *how)
         assert done.exit_code == 0, done.output
     assert np.abs(_images(tmp_path / "onnx") - _images(tmp_path / "eager")).max() <= 1
     assert json.loads((tmp_path / "onnx/manifest.json").read_text())["job"]["runtime"] == "onnx"

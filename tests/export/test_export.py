@@ -31,7 +31,7 @@ def test_export_leaves_a_proved_file_and_its_report(denoiser_file: Path, bundle:
     assert {row["output"] for row in report["rows"]} == {"denoised", "log_ratio", "x"}
     assert all(row["error"] <= 1e-4 for row in report["rows"])
     cases = " ".join(row["case"] for row in report["rows"])
-    assert all(wanted in cases for wanted in ("batch 1", "batch 5", "sigma 80", "160", "0.002", "amplified", "steps"))
+    assert all(part in cases for part in ("batch 1", "batch 5", "sigma 80", "160", "0.002", "amplified", "steps"))
     assert "denoised" in denoiser_file.with_suffix(".parity.txt").read_text()
     metadata = OnnxEngine(denoiser_file).metadata
     assert (
@@ -53,18 +53,18 @@ def test_export_weights_are_inputs(denoiser_file: Path, bundle: Bundle, subject:
     engine, plain = OnnxEngine(denoiser_file), load(bundle).denoiser
     off, usual = (subject.case("", [1.0, 0.3, 30.0], 5, {"dg_weight": w}) for w in (0.0, 2.0))
     with torch.no_grad():
-        wanted = plain(off.inputs["x"], off.inputs["sigma"], off.inputs["class_labels"])
-    assert torch.allclose(engine(off.inputs)["denoised"], wanted, atol=1e-5)
-    assert not torch.allclose(engine(usual.inputs)["denoised"], wanted, atol=1e-5)
+        unguided = plain(off.inputs["x"], off.inputs["sigma"], off.inputs["class_labels"])
+    assert torch.allclose(engine(off.inputs)["denoised"], unguided, atol=1e-5)
+    assert not torch.allclose(engine(usual.inputs)["denoised"], unguided, atol=1e-5)
 
 
 def test_export_window_is_inside_of_the_file(denoiser_file: Path, subject: Joint) -> None:
     """Samples beyond the window are not guided though their neighbours in the batch are."""
     engine, levels = OnnxEngine(denoiser_file), [0.04, 0.05, 150.0, 155.0]
-    found = [engine(subject.case("", levels, 5, {"dg_weight": w}).inputs) for w in (0.0, 100.0)]
-    guided = (found[0]["denoised"] != found[1]["denoised"]).flatten(1).any(1)
+    outputs = [engine(subject.case("", levels, 5, {"dg_weight": w}).inputs) for w in (0.0, 100.0)]
+    guided = (outputs[0]["denoised"] != outputs[1]["denoised"]).flatten(1).any(1)
     assert guided.tolist() == [False, True, True, False]
-    assert (found[0]["log_ratio"] == 1e7).tolist() == [True, False, False, True]
+    assert (outputs[0]["log_ratio"] == 1e7).tolist() == [True, False, False, True]
 
 
 def test_export_fixed_batch_for_tensorrt_from_the_command_line(bundle: Bundle, tmp_path: Path) -> None:
@@ -165,8 +165,8 @@ def test_example_step_file_reaches_sigma_zero(step_file: Path, bundle: Bundle) -
     subject = joint(load(bundle), bundle.sampling, replace(bundle.guidance, dg_weight_2nd=1.0), "step")
     assert subject.inputs == ("x", "sigma", "sigma_next", "class_labels", "dg_weight", "dg_weight_2nd")
     case = subject.last(subject.case("", [0.002] * 40, 3))
-    found, wanted = (run(case.inputs)["x_next"] for run in (OnnxEngine(step_file), subject))
-    assert bool(found.isfinite().all()) and torch.allclose(found, wanted, atol=1e-5)
+    images, reference = (run(case.inputs)["x_next"] for run in (OnnxEngine(step_file), subject))
+    assert bool(images.isfinite().all()) and torch.allclose(images, reference, atol=1e-5)
 
 
 def test_export_scripts_do_not_shadow_what_they_import() -> None:

@@ -28,8 +28,8 @@ def test_parity_catches_a_gradient_that_was_baked_in(subject: Joint) -> None:
     baked = subject(example.inputs)["denoised"] - subject(off)["denoised"]
 
     def candidate(inputs: parity.Tensors) -> dict[str, Tensor]:
-        found = subject(dict(inputs) | {"dg_weight": torch.zeros(1)})
-        return found | {"denoised": found["denoised"] + baked * inputs["dg_weight"] / 2}
+        outputs = subject(dict(inputs) | {"dg_weight": torch.zeros(1)})
+        return outputs | {"denoised": outputs["denoised"] + baked * inputs["dg_weight"] / 2}
 
     assert compare(subject, candidate, [example], 1e-4).passed
     report = compare(subject, candidate, [subject.amplified("other", [1.0, 1.0], seed=2)], 1e-4)
@@ -38,7 +38,7 @@ def test_parity_catches_a_gradient_that_was_baked_in(subject: Joint) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "error"),
+    ("outputs", "error"),
     [
         ({"z": torch.ones(2, 3)}, parity.NameMismatchError),
         ({"y": torch.ones(2, 3, dtype=torch.float16)}, parity.DtypeMismatchError),
@@ -47,8 +47,8 @@ def test_parity_catches_a_gradient_that_was_baked_in(subject: Joint) -> None:
         ({"y": torch.full((2, 3), torch.nan)}, parity.ValueMismatchError),
     ],
 )
-def test_parity_names_what_differs(found: dict[str, Tensor], error: type[Exception]) -> None:
-    report = compare(lambda _: {"y": torch.ones(2, 3)}, lambda _: found, [Case("a", {})], 1e-2, {"y": torch.float32})
+def test_parity_names_what_differs(outputs: dict[str, Tensor], error: type[Exception]) -> None:
+    report = compare(lambda _: {"y": torch.ones(2, 3)}, lambda _: outputs, [Case("a", {})], 1e-2, {"y": torch.float32})
     assert not report.passed and error.__name__ in report.table() and not json.loads(report.json())["passed"]
     with pytest.raises(error):
         report.check()
@@ -96,7 +96,7 @@ def test_export_keeps_a_step_whose_denoised_images_are_small(small_denoised: Joi
 
 
 @pytest.mark.parametrize(
-    ("found", "problem"),
+    ("inputs", "problem"),
     [
         ({"y": (("batch", 3), "float")}, "NameMismatchError"),
         ({"x": ((2, 3), "float")}, "AxesMismatchError"),
@@ -105,8 +105,8 @@ def test_export_keeps_a_step_whose_denoised_images_are_small(small_denoised: Joi
         ({"x": (("n", 3), "float")}, ""),
     ],
 )
-def test_parity_names_what_differs_in_a_signature(found: dict[str, Any], problem: str) -> None:
-    rows = list(signature({"x": (("batch", 3), "float")}, found, "inputs"))
+def test_parity_names_what_differs_in_a_signature(inputs: dict[str, Any], problem: str) -> None:
+    rows = list(signature({"x": (("batch", 3), "float")}, inputs, "inputs"))
     assert [row.problem for row in rows] == ([problem] if problem else [])
 
 

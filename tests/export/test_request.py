@@ -54,8 +54,8 @@ def test_request_leaves_the_discriminator_out_where_there_is_none_and_says_so(
 ) -> None:
     assert read(cfg_scale=2.0).guidance.cfg_scale == 2.0 and not capsys.readouterr().err
     for name in ("dg_weight", "dg_weight_2nd"):
-        found = read(**{name: 2.0}).guidance
-        assert (found.dg_weight, found.dg_weight_2nd, found.cfg_scale) == (0.0, 0.0, 1.5)
+        guidance = read(**{name: 2.0}).guidance
+        assert (guidance.dg_weight, guidance.dg_weight_2nd, guidance.cfg_scale) == (0.0, 0.0, 1.5)
         assert "small has no discriminator network" in capsys.readouterr().err
     judged = replace(bundle, nets={**bundle.nets, "discriminator": NetSpec("EncoderUNetModel", {}, "d.safetensors")})
     monkeypatch.setattr(bundles, "read", lambda name: judged)

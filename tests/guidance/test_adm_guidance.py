@@ -70,9 +70,9 @@ def test_adm_gradient_guidance_shifts_the_mean_by_variance_times_gradient(v: flo
     function = guided_posterior(net, [guidance])
     denoised, shift, variance, log_ratio = function(x, sigma, None, *bounds_of(-6.0, -3.0, 2))
     share = 0.0 if v is None else (v + 1) / 2
-    wanted = torch.full_like(x, math.exp(-6 + 3 * share))
-    torch.testing.assert_close(variance, wanted, rtol=1e-6, atol=0)
-    torch.testing.assert_close(shift, 1.7 * wanted * SLOPE, rtol=1e-6, atol=1e-12)
+    reference = torch.full_like(x, math.exp(-6 + 3 * share))
+    torch.testing.assert_close(variance, reference, rtol=1e-6, atol=0)
+    torch.testing.assert_close(shift, 1.7 * reference * SLOPE, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(denoised, net(x, sigma).double())  # the gradient is in the shift alone
     torch.testing.assert_close(log_ratio, ramp(nl.vp_alpha(sigma).view(-1, 1, 1, 1) * x, sigma), rtol=1e-5, atol=1e-5)
 

@@ -25,12 +25,12 @@ from tests.support.guidance import (
 NetFactory = Callable[..., Any]
 
 
-@pytest.mark.parametrize("wanted", [0, 1])
-def test_guidance_exact_classifier_turns_the_mixtures_denoiser_into_the_classs(wanted: int) -> None:
+@pytest.mark.parametrize("label", [0, 1])
+def test_guidance_exact_classifier_turns_the_mixtures_denoiser_into_the_classs(label: int) -> None:
     x, sigma = batch(seed=4)
-    labels = F.one_hot(torch.full((len(x),), wanted), 2).float()
+    labels = F.one_hot(torch.full((len(x),), label), 2).float()
     denoised, log_ratio = guided_denoiser(mixture, [ClassifierGuidance(exact_classifier, 1.0)])(x, sigma, labels)
-    exact = CLASSES[wanted](x, sigma, None)
+    exact = CLASSES[label](x, sigma, None)
     assert (denoised - exact).abs().max() < 1e-4
     assert (mixture(x, sigma, None) - exact).abs().max() > 0.1
     assert (log_ratio == OUTSIDE_WINDOW).all()  # a classifier judges no sample real or generated

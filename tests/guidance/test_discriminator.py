@@ -34,8 +34,8 @@ def test_guidance_perfect_discriminator_turns_the_models_denoiser_into_the_datas
     x, sigma = batch(seed=0)
     guidance = DiscriminatorGuidance(exact_discriminator, weight=1.0, window=NO_WINDOW)
     denoised, log_ratio = guided_denoiser(MODEL, [guidance])(x, sigma, None)
-    for mine, plain, wanted in zip(denoised, MODEL(x, sigma, None), DATA(x, sigma, None), strict=True):
-        assert (mine - wanted).abs().max() < 1e-4 * (plain - wanted).abs().max()  # the network reads float32
+    for mine, plain, exact in zip(denoised, MODEL(x, sigma, None), DATA(x, sigma, None), strict=True):
+        assert (mine - exact).abs().max() < 1e-4 * (plain - exact).abs().max()  # the network reads float32
     torch.testing.assert_close(
         log_ratio,
         exact_discriminator(nl.vp_alpha(sigma).view(-1, 1, 1, 1) * x, nl.vp_time(sigma), None),
@@ -73,8 +73,8 @@ def test_guidance_is_the_gradient_of_the_log_ratio_with_respect_to_x(tiny_discri
     logit = copy.deepcopy(discriminator).double()(alpha * x, nl.vp_time(sigma), None)
     assert logit.abs().max() < 11  # inside the gate
     reference = level**2 * torch.autograd.grad(logit.sum(), x)[0]
-    for mine, wanted in zip(correction, reference, strict=True):
-        assert relative_error(mine, wanted) < 1e-4
+    for mine, exact in zip(correction, reference, strict=True):
+        assert relative_error(mine, exact) < 1e-4
     assert relative_error(log_ratio, logit) < 1e-4
 
 
@@ -133,12 +133,12 @@ def test_guidance_outside_its_window_never_runs_the_network(S_churn: float) -> N
     sampler.integrate(start, noise=lambda: torch.zeros_like(start))
     levels = torch.tensor([step.sigma for step in sampler.steps], dtype=torch.float64)
     raised = [nl.vp_time(sigma * (1 + step.gamma)).item() for sigma, step in zip(levels, sampler.steps, strict=True)]
-    wanted = [tau for tau in raised + nl.vp_time(levels)[1:].tolist() if window[0] <= tau <= window[1]]
+    inside = [tau for tau in raised + nl.vp_time(levels)[1:].tolist() if window[0] <= tau <= window[1]]
     if S_churn == 0:
-        assert sorted(seen) == pytest.approx(sorted(wanted))
+        assert sorted(seen) == pytest.approx(sorted(inside))
     else:  # a step that churns across the window's edge may be judged by the network and then left alone
-        assert set(round(tau, 9) for tau in wanted) <= set(round(tau, 9) for tau in seen)
-        assert len(seen) <= len(wanted) + 2
+        assert set(round(tau, 9) for tau in inside) <= set(round(tau, 9) for tau in seen)
+        assert len(seen) <= len(inside) + 2
     assert 0 < len(seen) == sampler.guidance_gradients < 31
 
 

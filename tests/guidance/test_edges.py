@@ -238,11 +238,11 @@ def test_schedule_is_linear_between_its_points_and_active_where_it_is_not_zero(
     low, high = sorted(ends)
     sigma = torch.linspace(low, high, 25, dtype=torch.float64)
     sigma = vp_sigma(sigma)
-    found = schedule(sigma)
+    factors = schedule(sigma)
     tau = vp_time(sigma)
     clear = torch.tensor([all(abs(float(t) - p) > 1e-6 for p, _ in points) for t in tau])
     by_hand = torch.tensor([factor(float(t)) for t in tau], dtype=torch.float64)
-    torch.testing.assert_close(found[clear], by_hand[clear], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(factors[clear], by_hand[clear], rtol=1e-4, atol=1e-4)
     if by_hand[clear].abs().gt(1e-6).any():
         assert schedule.active(float(sigma[0]), float(sigma[-1]))
 

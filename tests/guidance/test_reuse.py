@@ -144,9 +144,9 @@ def test_reuse_linear_is_exact_where_the_gradient_is_a_line_in_log_sigma() -> No
             carried.keep(sigma, gradient(sigma))
         for sigma in levels[1:]:  # where the last one was computed, between steps, far on
             exact = 2.5 * sigma.view(-1, 1, 1, 1) ** 2 * gradient(sigma)
-            found = carried.correction(sigma, 2.5)
+            correction = carried.correction(sigma, 2.5)
             if reuse == "linear" or sigma is levels[1]:
-                torch.testing.assert_close(found, exact)
+                torch.testing.assert_close(correction, exact)
         held = 2.5 * levels[3].view(-1, 1, 1, 1) ** 2 * gradient(levels[1])
         assert torch.allclose(carried.correction(levels[3], 2.5), held) == (reuse == "hold")
 
@@ -165,8 +165,8 @@ def test_reuse_linear_holds_where_the_last_two_are_at_one_noise_level() -> None:
     carried, sigma = CarriedGradient("linear"), torch.tensor([2.0, 3.0], dtype=torch.float64)
     carried.keep(sigma, torch.full((2, 1, 1, 1), 5.0))
     carried.keep(sigma * torch.tensor([1.0, 0.5]), torch.full((2, 1, 1, 1), 7.0))
-    found = carried.correction(sigma * torch.tensor([0.5, 0.25]), 1.0).flatten()
-    assert found.tolist() == pytest.approx([7.0 * 1.0**2, 9.0 * 0.75**2])
+    correction = carried.correction(sigma * torch.tensor([0.5, 0.25]), 1.0).flatten()
+    assert correction.tolist() == pytest.approx([7.0 * 1.0**2, 9.0 * 0.75**2])
 
 
 @pytest.mark.parametrize("solver", ["heun", "euler", "dpmpp-2m"])
@@ -268,8 +268,8 @@ def test_reuse_keeps_the_gradient_with_respect_to_x_and_changes_nothing_else(
     assert denoised.dtype == torch.float64 and gradient.dtype == torch.float32
     level = sigma.view(-1, 1, 1, 1)
     without, _ = guided_denoiser(net, [other])(x, sigma, labels)
-    for found, wanted in zip(gradient, (plain - without) / (2.5 * level**2), strict=True):
-        assert relative_error(found, wanted) < 1e-4 and wanted.abs().max() > 0
+    for mine, exact in zip(gradient, (plain - without) / (2.5 * level**2), strict=True):
+        assert relative_error(mine, exact) < 1e-4 and exact.abs().max() > 0
 
 
 # Accounts -------------------------------------------------------------------------------------------------------------

@@ -145,9 +145,9 @@ def test_batches_of_a_real_sampler_are_its_images(
     images, drawn = sampler(seeds, labels), sampler.draw_labels(seeds)
     assert drawn is not None
     assert [seed for part in written for seed in part.chunk.seeds] == seeds
-    found = np.concatenate([part.arrays["images"] for part in written]).astype(float)
+    pixels = np.concatenate([part.arrays["images"] for part in written]).astype(float)
     exact = (images * 127.5 + 128).clip(0, 255).permute(0, 2, 3, 1).double().numpy()
-    assert np.abs(found + 0.5 - exact).max() < 0.51  # uint8 cuts off
+    assert np.abs(pixels + 0.5 - exact).max() < 0.51  # uint8 cuts off
     classes = np.concatenate([part.labels for part in written if part.labels is not None])
     assert classes.tolist() == (drawn.tolist() if labels is None else labels)
 

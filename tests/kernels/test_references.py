@@ -28,11 +28,11 @@ def test_kernels_group_norm_reference_is_what_the_blocks_write_bit_for_bit(dtype
     x, params = torch.randn(2, 24, 5, 5, dtype=dtype), torch.randn(2, 48, dtype=dtype)
     scale, shift = params[:, :, None, None].chunk(2, dim=1)
     vectors = params[:, :24], params[:, 24:]
-    given = (norm.num_groups, norm.weight, norm.bias, norm.eps)
-    ours = ops.group_norm_silu(x, *given, *vectors)
+    norm_arguments = (norm.num_groups, norm.weight, norm.bias, norm.eps)
+    ours = ops.group_norm_silu(x, *norm_arguments, *vectors)
     assert torch.equal(ours, F.silu(norm(x) * (scale + 1) + shift))
-    assert torch.equal(ops.group_norm_silu(x, *given), F.silu(norm(x)))
-    added = ops.group_norm_silu(x, *given, channel_bias=params[:, :24], silu=False)
+    assert torch.equal(ops.group_norm_silu(x, *norm_arguments), F.silu(norm(x)))
+    added = ops.group_norm_silu(x, *norm_arguments, channel_bias=params[:, :24], silu=False)
     assert torch.equal(added, norm(x + params[:, :24, None, None]))
 
 

@@ -31,12 +31,12 @@ def require_spread(layer: nn.Module, std: Callable[[int, int], float], name: str
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor) and not isinstance(bias, nn.Module)
     area = weight[0, 0].numel()
-    wanted, found = std(weight.shape[1] * area, weight.shape[0] * area), weight.detach().double()
+    deviation, values = std(weight.shape[1] * area, weight.shape[0] * area), weight.detach().double()
     tolerance = 6 / math.sqrt(weight.numel())
-    assert float(found.square().mean().sqrt()) == pytest.approx(wanted, rel=tolerance, abs=0), name
-    assert abs(float(found.mean())) <= tolerance * wanted, name
-    if wanted and weight.numel() > 1000:  # a uniform one ends at sqrt(3) of its deviation, a normal one does not
-        share = float(found.abs().max()) / wanted
+    assert float(values.square().mean().sqrt()) == pytest.approx(deviation, rel=tolerance, abs=0), name
+    assert abs(float(values.mean())) <= tolerance * deviation, name
+    if deviation and weight.numel() > 1000:  # a uniform one ends at sqrt(3) of its deviation, a normal one does not
+        share = float(values.abs().max()) / deviation
         assert (1.6 < share <= math.sqrt(3) + 1e-3) if uniform else share > 2.5, name
     assert bias is None or not torch.any(bias), name
 

@@ -219,8 +219,8 @@ def test_sampler_builds_another_function_for_arguments_with_labels(tiny_net: Net
     labels = [None, eager.class_labels([3, 1], 2), None]
     images = [eager.integrate(latents, rows) for rows in labels]
     assert not torch.allclose(images[0], images[1])
-    for rows, wanted in zip(labels, images, strict=True):
-        torch.testing.assert_close(sampler.integrate(latents, rows), wanted)
+    for rows, image in zip(labels, images, strict=True):
+        torch.testing.assert_close(sampler.integrate(latents, rows), image)
 
 
 def test_sampler_runs_in_the_runtime_that_it_is_given(tiny_net: NetFactory) -> None:

@@ -29,9 +29,9 @@ def test_adm_denoiser_denoises_at_the_nearest_timestep(schedule: str, predict_xs
         sigma = net.levels[[timestep] * 2] * (1 + 1e-5)
         x = net.round_sigma(sigma).view(-1, 1, 1, 1) * images(2, 1, 2, 2)
         noise = net.levels[timestep] ** 2
-        wanted = (0.25 * x + noise * 0.3) / (0.25 + noise)
+        exact_image = (0.25 * x + noise * 0.3) / (0.25 + noise)
         denoised = net(x, net.round_sigma(sigma))
-        assert (denoised - wanted).abs().max() < 3e-7 * max(1, float(noise.sqrt()))
+        assert (denoised - exact_image).abs().max() < 3e-7 * max(1, float(noise.sqrt()))
         assert net.model.seen[-1].tolist() == [timestep] * 2 == net.timesteps(sigma).tolist()
         assert torch.equal(net.round_sigma(sigma), net.levels[[timestep] * 2])
 

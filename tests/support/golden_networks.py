@@ -90,11 +90,11 @@ class GivenFeatures(nn.Module):
 
     def __init__(self, features: Tensor) -> None:
         super().__init__()
-        self.given = nn.Parameter(features)
+        self.feature_map = nn.Parameter(features)
         self.feature_channels, self.feature_size = features.shape[1], features.shape[-1]
 
     def features(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        return self.given
+        return self.feature_map
 
 
 def judge_discriminator(golden: Golden, golden_fill: ModuleType) -> None:
@@ -142,11 +142,11 @@ def gradient_tol(golden: Golden) -> float:
 
 def judge_gradient(golden: Golden) -> None:
     guidance, labels, tol = gradient_guidance(golden, published_window=True), golden.labels(), gradient_tol(golden)
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    by_prefix: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for prefix, x, sigma in gradient_calls(golden):
         correction, log_ratio = correction_of(guidance, x, sigma, labels, x)
-        found.setdefault(prefix, []).append((-correction, log_ratio))  # DG subtracts its guidance, dgfast adds
-    for prefix, results in found.items():
+        by_prefix.setdefault(prefix, []).append((-correction, log_ratio))  # DG subtracts its guidance, dgfast adds
+    for prefix, results in by_prefix.items():
         gradients, log_ratios = (torch.stack(column) for column in zip(*results, strict=True))
         golden.judge_all(f"{prefix}guidance", gradients if prefix == "" else gradients[0], tol)
         golden.judge_log_ratio(f"{prefix}log_ratio", log_ratios if prefix == "" else log_ratios[0], tol)

@@ -26,6 +26,6 @@ def read(path: Path) -> None:
                 network.read(path, "score", None, {"num_heads": 2}, None)
                 network.read(path, "classifier", None, {}, None)
         case _:
-            found = bundle.read(path)
-            found.fingerprint()
-            found.load("score")
+            content = bundle.read(path)
+            content.fingerprint()
+            content.load("score")

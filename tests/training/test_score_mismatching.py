@@ -363,9 +363,9 @@ def test_noise_predictor_starts_flat_and_reads_level_and_class() -> None:
     x, level, rows = torch.randn(4, 1, 8, 8), torch.arange(4), torch.eye(3)[torch.arange(4) % 3]
     assert float(net(x, level, rows).detach().std((0, 2, 3)).max()) < 1e-6
     nn.init.normal_(net.get_parameter("out.weight"))
-    found = net(x, level, rows)
-    assert found.shape == x.shape
-    assert not torch.allclose(found, net(x, level + 1, rows)) and not torch.allclose(found, net(x, level, None))
+    noise = net(x, level, rows)
+    assert noise.shape == x.shape
+    assert not torch.allclose(noise, net(x, level + 1, rows)) and not torch.allclose(noise, net(x, level, None))
 
 
 def test_noise_predictor_compares_the_images_of_a_group() -> None:
@@ -374,8 +374,8 @@ def test_noise_predictor_compares_the_images_of_a_group() -> None:
     net = nets.build("NoisePredictor", **shape).requires_grad_(False)
     nn.init.normal_(net.get_parameter("out.weight"))
     x, level = torch.randn(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64)
-    found = net(x, level)
+    noise = net(x, level)
     x[3] = x[0]  # one of the first group
     changed = net(x, level)
-    torch.testing.assert_close(changed[4:], found[4:])
-    assert not torch.allclose(changed[:3], found[:3], atol=1e-4)
+    torch.testing.assert_close(changed[4:], noise[4:])
+    assert not torch.allclose(changed[:3], noise[:3], atol=1e-4)

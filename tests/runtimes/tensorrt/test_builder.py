@@ -146,8 +146,8 @@ def test_trt_builds_for_listed_capabilities(file: Path) -> None:
 
 
 def test_trt_builds_the_guided_step_of_mnist32(tmp_path: Path) -> None:
-    found = bundle.read("mnist32")
-    subject = joint(dgfast.load(found, guidance=found.guidance), found.sampling, found.guidance, "denoiser")
+    shipped = bundle.read("mnist32")
+    subject = joint(dgfast.load(shipped, guidance=shipped.guidance), shipped.sampling, shipped.guidance, "denoiser")
     example = dict(subject.case("example", [1.0, 2.0], seed=1).inputs)
     path = tmp_path / "mnist32.onnx"
     onnx.save(
