@@ -1,6 +1,6 @@
 """What the shipped networks answer, as numbers: a change in how they are read, called or computed shows here.
 
-Whoever trains the bundle anew prints the new numbers with `python -m tests.test_mnist32_pinned`.
+Whoever trains the bundle anew prints the new numbers with `python -m tests.bundles.test_mnist32_pinned`.
 """
 
 from typing import Any
