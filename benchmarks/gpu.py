@@ -22,7 +22,7 @@ import click
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _PYTEST = ("-m", "pytest", "-q", "-rfEs", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider")
 _TAIL = 3000  # characters of a failed part's output that are kept
-_KERNEL_TESTS = tuple(f"tests/test_kernels_{name}.py" for name in ("references", "switch", "group_norm", "updates"))
+_KERNEL_TESTS = tuple(f"tests/kernels/test_{name}.py" for name in ("references", "switch", "group_norm", "updates"))
 GRACE = 15.0  # seconds that an interrupted part has to write what it knows
 LEAST = 10.0  # a part does not begin with less time than this
 

@@ -21,6 +21,7 @@ from dgfast import GuidanceConfig, Networks, SamplingConfig, nets
 from dgfast.denoiser import EDMPrecond
 from dgfast.engines import runtime_of
 from dgfast.export.joint_graph import generator, joint
+from dgfast.export.subject import Subject
 from dgfast.graph import Function
 from dgfast.graph.agreement import relative_error
 from dgfast.one_step import OneStep
@@ -66,7 +67,7 @@ class Row:
 
 _GRID = SamplingConfig(num_steps=3, solver="euler", sigma_min=0.1)
 _HEUN = SamplingConfig(num_steps=3)
-_ADM = {"respacing": "3", "clip_denoised": True}
+_ADM = SamplingConfig(solver="ddpm", respacing="3", clip_denoised=True)
 METHODS: dict[str, Method] = {
     "discriminator": Method("edm", _HEUN, GuidanceConfig(dg_weight=0.03)),
     "discriminator, boosted": Method("edm", _GRID, GuidanceConfig(dg_weight=0.03, boosting=True)),
@@ -88,10 +89,10 @@ METHODS: dict[str, Method] = {
         "edm", _GRID, GuidanceConfig(diversity=0.2, dg_weight=0.03, dg_weight_2nd=0.03)
     ),
     "classifier by epsilon shift: ADM, ddim": Method(
-        "adm", SamplingConfig(solver="ddim", eta=0.5, **_ADM), GuidanceConfig(classifier_scale=3.0)
+        "adm", replace(_ADM, solver="ddim", eta=0.5), GuidanceConfig(classifier_scale=3.0)
     ),
     "classifier by mean shift, discriminator: ADM-G++": Method(
-        "adm", SamplingConfig(solver="ddpm", **_ADM),
+        "adm", _ADM,
         GuidanceConfig(classifier_scale=9.0, dg_weight=9.0, dg_schedule=((0.2, 0.5), (0.4, 1.0))),
     ),
     "classifier-free, discriminator: DiT-G++": Method(
@@ -131,10 +132,10 @@ def _recording(build: Build, errors: list[float], function: Function, example: E
 
     def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            wanted = function(*arguments)
-        found = candidate(*arguments)
-        errors.extend(relative_error(mine, true) for mine, true in zip(found, wanted, strict=True))
-        return found
+            true_results = function(*arguments)
+        results = candidate(*arguments)
+        errors.extend(relative_error(mine, true) for mine, true in zip(results, true_results, strict=True))
+        return results
 
     return run
 
@@ -142,17 +143,16 @@ def _recording(build: Build, errors: list[float], function: Function, example: E
 def _file(method: Method, folder: Path) -> OnnxEngine:
     """The function that the method calls, exported and opened."""
     path = folder / "function.onnx"
-    if method.family:
-        subject = joint(_networks(method.family), method.sampling, method.guidance)
-    else:
-        subject = generator(_generator())
+    subject: Subject = (
+        joint(_networks(method.family), method.sampling, method.guidance) if method.family else generator(_generator())
+    )
     save(convert(subject.function, dict(subject.example(len(_SEEDS), seed=1)), subject.outputs), path)
     return OnnxEngine(path)
 
 
-def _share(drawn: Tensor, wanted: Tensor) -> float:
+def _share(drawn: Tensor, reference: Tensor) -> float:
     """The largest difference, as a share of the largest value."""
-    return float((drawn - wanted).abs().max() / wanted.abs().max())
+    return float((drawn - reference).abs().max() / reference.abs().max())
 
 
 class _Raw(nn.Module):
@@ -223,9 +223,9 @@ def _frozen(net: nn.Module, draws: torch.Generator) -> Any:
 def main(methods: tuple[str, ...]) -> None:
     click.echo(f"| method | {' | '.join(WAYS)} | guidance moves the images by |\n{'|---' * (len(WAYS) + 2)}|")
     for name in methods or METHODS:
-        found = {row.runtime: row for row in rows(name)}
-        cells = [f"{found[r].error:.1e}, {found[r].drift:.1e}" if r in found else "" for r in WAYS]
-        moved = f"{found['onnx'].moved:.2g}" if METHODS[name].family else ""
+        by_runtime = {row.runtime: row for row in rows(name)}
+        cells = [f"{by_runtime[r].error:.1e}, {by_runtime[r].drift:.1e}" if r in by_runtime else "" for r in WAYS]
+        moved = f"{by_runtime['onnx'].moved:.2g}" if METHODS[name].family else ""
         click.echo(f"| {name} | {' | '.join(cells)} | {moved} |")
 
 

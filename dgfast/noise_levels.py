@@ -14,9 +14,11 @@ from torch import Tensor
 
 from dgfast.config import MOST_LEVELS, SamplingConfig
 from dgfast.errors import UserError
-from dgfast.vp import COSINE_S, vp_alpha, vp_sigma
+from dgfast.vp import COSINE_S
 from dgfast.vp import TIME_SCHEDULES as TIME_SCHEDULES
 from dgfast.vp import cosine_time as cosine_time
+from dgfast.vp import vp_alpha as vp_alpha
+from dgfast.vp import vp_sigma as vp_sigma
 from dgfast.vp import vp_time as vp_time
 
 

@@ -103,11 +103,14 @@ def golden_report(record_property: Callable[[str, object], None]) -> Callable[[s
 
 
 @pytest.fixture(scope="session")
-def filled_net() -> Callable[..., nn.Module]:
-    """(kind, keywords, prefix) -> that network with the recipe's weights, in eval mode, frozen; built once."""
+def filled_net() -> Callable[..., Any]:
+    """(kind, keywords, prefix) -> that network with the recipe's weights, in eval mode, frozen; built once.
+
+    Any, here and in the networks made of it: the kind names the class.
+    """
     built: dict[str, nn.Module] = {}
 
-    def net(kind: str, keywords: dict[str, Any], prefix: str) -> nn.Module:
+    def net(kind: str, keywords: dict[str, Any], prefix: str) -> Any:
         key = repr((kind, sorted(keywords.items()), prefix))
         if key not in built:
             built[key] = _golden_fill().fill_(nets.build(kind, **keywords), prefix).eval().requires_grad_(False)
@@ -117,10 +120,10 @@ def filled_net() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def tiny_net(filled_net: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def tiny_net(filled_net: Callable[..., Any]) -> Callable[..., Any]:
     """(label_dim, kind, prefix, other keywords) -> a U-Net for 8 x 8 images that runs in a few milliseconds."""
 
-    def net(label_dim: int = 0, kind: str = "EDMPrecond", prefix: str = "tiny/", **keywords: Any) -> nn.Module:
+    def net(label_dim: int = 0, kind: str = "EDMPrecond", prefix: str = "tiny/", **keywords: Any) -> Any:
         shape = {"img_resolution": 8, "img_channels": 1, "label_dim": label_dim}
         size = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8]}
         return filled_net(kind, {"model_type": "SongUNet", **shape, **size, **keywords}, prefix)
@@ -129,7 +132,7 @@ def tiny_net(filled_net: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def tiny_discriminator(filled_net: Callable[..., nn.Module]) -> Callable[..., Discriminator]:
+def tiny_discriminator(filled_net: Callable[..., Any]) -> Callable[..., Discriminator]:
     """(num_classes) -> a discriminator for the images of `tiny_net`."""
 
     def discriminator(num_classes: int = 0) -> Discriminator:
@@ -145,7 +148,7 @@ def tiny_discriminator(filled_net: Callable[..., nn.Module]) -> Callable[..., Di
 
 
 @pytest.fixture(scope="session")
-def small_bundle(tmp_path_factory: pytest.TempPathFactory, filled_net: Callable[..., nn.Module]) -> Bundle:
+def small_bundle(tmp_path_factory: pytest.TempPathFactory, filled_net: Callable[..., Any]) -> Bundle:
     """Score network and generator for 8 x 8 images of three classes, which are exported in about a second."""
     shape = {"img_resolution": 8, "img_channels": 1, "label_dim": 3}
     score = {"model_type": "SongUNet", "model_channels": 16, "channel_mult": [1], "num_blocks": 1}
@@ -161,7 +164,7 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory, filled_net: Callable[
 
 
 @pytest.fixture(scope="session")
-def small_discriminator(filled_net: Callable[..., nn.Module]) -> Callable[[int], Discriminator]:
+def small_discriminator(filled_net: Callable[..., Any]) -> Callable[[int], Discriminator]:
     """(classes) -> a discriminator of both parts with every kind of layer, as few of them as can be."""
 
     def discriminator(classes: int) -> Discriminator:

@@ -263,7 +263,7 @@ def two_jobs(job: Job) -> Row:
                 _until(ended.exists)  # the first job draws while the second comes and goes
                 return call(self, *arguments)
 
-            Sampler.__call__ = waiting  # type: ignore[method-assign]
+            Sampler.__call__ = waiting  # type: ignore[method-assign, assignment]
 
         first = job.run(out, processes=1, disturb=disturb, change=change)
         if first != [0] or second != [2]:
@@ -285,7 +285,7 @@ def nan(job: Job) -> Row:
             function = call(self, *arguments)
             return (lambda *x: tuple(y * torch.nan for y in function(*x))) if len(calls) > 15 else function
 
-        Sampler._function = broken  # type: ignore[method-assign]
+        Sampler._function = broken  # type: ignore[method-assign, assignment]
 
     _judge(row, job, job.scratch / "nan", job.run(job.scratch / "nan", processes=1, change=change))
     return row
@@ -304,7 +304,7 @@ def out_of_memory(job: Job) -> Row:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return call(self, *arguments)
 
-        Sampler.__call__ = limited  # type: ignore[method-assign]
+        Sampler.__call__ = limited  # type: ignore[method-assign, assignment]
 
     _judge(row, job, job.scratch / "oom", job.run(job.scratch / "oom", processes=1, change=change))
     return row

@@ -24,7 +24,8 @@ from pathlib import Path
 import click
 from click.testing import CliRunner
 
-from tests.support.page_environments import ROOT, Shell
+from tests.support.page_environments import Shell
+from tests.support.paths import ROOT
 
 PAGES = tuple(
     str(path.relative_to(ROOT))
@@ -146,9 +147,9 @@ def _as_run(text: str, short: bool) -> str:
     if not short:
         return f"{text} --seeds 0-1" if re.search(_BORROWED, text) else text
     for pattern, form in SHORT:
-        found = re.search(pattern, text)
-        if found:
-            return found.expand(form).format(text)
+        match = re.search(pattern, text)
+        if match:
+            return match.expand(form).format(text)
     return text
 
 

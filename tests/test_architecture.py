@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
-PACKAGE = REPOSITORY / "dgfast"
+from tests.support.paths import ROOT
+
+PACKAGE = ROOT / "dgfast"
 MODULES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py"), *(PACKAGE / "export").glob("*.py")})
 HEAVY = {"mlxtend", "torchmetrics", "prdc", "matplotlib", "onnx", "onnxruntime", "tensorrt", "triton", "diffusers"}
 # Room -> the rooms it may import (its own besides), and the packages beyond the standard library.
@@ -137,13 +138,13 @@ assert "torch._dynamo" not in sys.modules, "torch's compiler takes as long to im
 for name in ("load", "OneStep", "Sampler", "Networks", "SamplingConfig", "GuidanceConfig"):
     assert name in dgfast.__all__ and getattr(dgfast, name).__name__ == name
 """
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_architecture_page_has_every_room() -> None:
-    section = (REPOSITORY / "docs" / "architecture.md").read_text().split("## Rooms")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / "architecture.md").read_text().split("## Rooms")[1].split("\n## ")[0]
     first_cells = re.findall(r"^\| (`.*?) \|", section, re.M)
     on_the_page = {name.rstrip("/") for cell in first_cells for name in re.findall(r"`([\w/]+)`", cell)}
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}

@@ -87,11 +87,12 @@ def test_golden_outputs_agree_with_the_official_code(
 
 
 @torch.no_grad()
-def test_golden_default_window_judges_each_sample_on_its_own(golden_folder: Path, filled_net: NetFactory) -> None:
+def test_golden_default_window_judges_each_sample_on_its_own(
+    golden_folder: Path, own_golden_folder: Path, filled_net: NetFactory
+) -> None:
     """DG judges the window by the smallest tau of the batch; by default, dgfast judges each sample by its own."""
-    judged = 0
-    own = Path(__file__).parent / "golden"  # this law of dgfast holds whatever files another folder has
-    for path in sorted({*golden_folder.glob("*.npz"), *own.glob("dg_grad*.npz")}):
+    judged = 0  # the repository's own files too: this law of dgfast holds whatever files another folder has
+    for path in sorted({*golden_folder.glob("*.npz"), *own_golden_folder.glob("dg_grad*.npz")}):
         golden = Golden(path, filled_net)
         if kind_of(golden.meta) != "gradient":
             continue
@@ -109,13 +110,13 @@ def test_golden_default_window_judges_each_sample_on_its_own(golden_folder: Path
                     continue
                 if low <= tau.min() <= high:  # then the published code guides this sample too
                     name = "guidance" if f"{prefix}guidance" in golden.arrays else "guidance_sub"
-                    wanted = -torch.from_numpy(golden.arrays[prefix + name][one])
-                    ratio = float(golden.arrays[f"{prefix}log_ratio"][b])
+                    reference = -torch.from_numpy(golden.arrays[prefix + name][one])
+                    ratio = torch.from_numpy(golden.arrays[f"{prefix}log_ratio"])[b]
                 else:
                     alone = None if labels is None else labels[one]
-                    wanted, ratio = correction_of(guidance, x[one], sigma[one], alone, x[one])
-                mine = every_nth(correction[one], wanted.shape)
-                assert wanted.std() > 0 and (mine - wanted).abs().max() <= tol * wanted.std(), where
+                    reference, ratio = correction_of(guidance, x[one], sigma[one], alone, x[one])
+                mine = every_nth(correction[one], reference.shape)
+                assert reference.std() > 0 and (mine - reference).abs().max() <= tol * reference.std(), where
                 assert log_ratio[b].item() == pytest.approx(float(ratio), abs=1e-3), where
                 judged += 1
     assert judged, "no file has a call with one noise level a sample"

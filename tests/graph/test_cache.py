@@ -17,6 +17,7 @@ from dgfast.graph.trace import trace
 from dgfast.guidance import guided_denoiser
 from dgfast.nets.generator import Generator
 from dgfast.runtimes.cpu import build as cpu
+from dgfast.runtimes.cpu.fusion import regions
 from tests.support.graphs import Nets, example, guided, key
 
 LATENTS = (torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), None)
@@ -37,12 +38,12 @@ def test_graph_cache_hit_is_the_graph_that_was_traced(tiny: Nets, traced: list[i
     first = graph_cache.lowered(guided(tiny), example())
     x, sigma, labels = example()
     inputs = 3 * x.flip(-1), sigma.flip(0), labels.flip(0)
-    wanted = first(*inputs)
+    outputs = first(*inputs)
     for parameter in (*tiny["net"].parameters(), *tiny["discriminator"].parameters()):
         parameter.zero_()
     second = graph_cache.lowered(guided(twin), example())
     assert len(traced) == 1, "the second was traced"
-    assert all(map(torch.equal, second(*inputs), wanted))
+    assert all(map(torch.equal, second(*inputs), outputs))
     for node, other in zip(first.graph.nodes, second.graph.nodes, strict=True):
         assert (node.name, node.op) == (other.name, other.op)
         assert node.op == "get_attr" or node.target == other.target
@@ -60,7 +61,7 @@ def _forms(value: Any) -> Any:
 def test_graph_cache_serves_compiled_functions(
     small: Function, traced: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu.regions, "fuse", lambda *_: 0)  # takes seconds, and has tests of its own
+    monkeypatch.setattr(regions, "fuse", lambda *_: 0)  # takes seconds, and has tests of its own
     cold, warm = (cpu.build(small, LATENTS) for _ in range(2))
     assert len(traced) == 1
     assert all(map(torch.equal, cold(*LATENTS), warm(*LATENTS)))
@@ -96,11 +97,11 @@ def _altered(text: str) -> str:
 def test_graph_cache_traces_anew_what_is_damaged(
     small: Function, traced: list[int], folder: Path, damage: Callable[[str], str]
 ) -> None:
-    wanted = graph_cache.lowered(small, LATENTS)(*LATENTS)
+    outputs = graph_cache.lowered(small, LATENTS)(*LATENTS)
     (path,) = folder.iterdir()
     whole = path.read_text()
     path.write_text(damage(whole))
-    assert all(map(torch.equal, graph_cache.lowered(small, LATENTS)(*LATENTS), wanted))
+    assert all(map(torch.equal, graph_cache.lowered(small, LATENTS)(*LATENTS), outputs))
     assert len(traced) == 2 and path.read_text() == whole
 
 
@@ -126,8 +127,8 @@ def test_graph_cache_keeps_constants_and_infinite_numbers(folder: Path) -> None:
     x = torch.arange(6.0).view(3, 2)
     graph = trace(function, (x,))
     encoded = graph_cache._encoded(graph, [])
-    for mine, wanted in zip(graph_cache._decoded(encoded, [])(x), function(x), strict=True):
-        assert mine.dtype == wanted.dtype and torch.equal(mine.nan_to_num(), wanted.nan_to_num())
+    for mine, reference in zip(graph_cache._decoded(encoded, [])(x), function(x), strict=True):
+        assert mine.dtype == reference.dtype and torch.equal(mine.nan_to_num(), reference.nan_to_num())
     weights = torch.zeros(1 << 21)
     large = trace(lambda x: (x + weights,), (torch.zeros(1),))
     with pytest.raises(graph_key.NamelessError, match="constants"):

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,8 +35,8 @@ from dgfast.nets import blocks
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.noise_levels import vp_time
 from tests.support.graphs import Nets, example, guided, key
+from tests.support.paths import ROOT
 
-REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("folder")
 
 SCORES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -62,14 +61,14 @@ def test_graph_cache_knows_every_network_and_guidance_by_name(masters: Nets, nam
     kind, keywords = SCORES[name]
     net: Any = nets.build(kind, img_resolution=8, img_channels=1, label_dim=3, **keywords).eval()
     classifier = NoisyClassifier(masters["discriminator"].trunk)
-    time = {"time": getattr(net, "time", vp_time)}
+    time: dict[str, Any] = {"time": getattr(net, "time", vp_time)}
     discriminator = DiscriminatorGuidance(masters["discriminator"], **time)
     others = [
         Autoguidance(masters["net"], 2.0), ClassifierFreeGuidance(net, 2.0),
         ClassifierGuidance(classifier, 2.0, **time), LowDensityGuidance(classifier, 0.1, **time),
         PredictedCleanGuidance(classifier, 0.1, **time),
     ]  # fmt: skip
-    functions = [
+    functions: list[Function] = [
         PureFunction(  # as a sampler has it
             "denoiser", guided_denoiser(net, [*others, discriminator]), ("x", "sigma", "class_labels"), (),
             (*others, discriminator),
@@ -100,8 +99,8 @@ print(names.digest())
 def test_graph_cache_keys_are_the_same_in_every_process() -> None:
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", CODE], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": seed},
+            [sys.executable, "-c", CODE], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
         )
         for seed in ("1", "2")
     ]  # fmt: skip
@@ -158,24 +157,24 @@ def test_graph_cache_misses_other_arguments(tiny: Nets) -> None:
     assert len(keys) == len(others) and None not in keys
 
 
-def _settings() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
-    attention, mkldnn = torch.backends.cuda, torch.backends.mkldnn
-    yield "deterministic", *(partial(torch.use_deterministic_algorithms, on) for on in (False, True))
-    yield "dtype", *(partial(torch.set_default_dtype, dtype) for dtype in (torch.float64, torch.float32))
-    yield "matmul", *(partial(torch.set_float32_matmul_precision, how) for how in ("medium", "highest"))
-    yield "attention", *(partial(attention.enable_flash_sdp, on) for on in (False, True))
-    yield "onednn", *(partial(setattr, mkldnn, "enabled", on) for on in (False, True))
+def _settings() -> Iterator[tuple[str, Callable[..., object], object, object]]:
+    """Name, what sets it, another value, the value here."""
+    yield "deterministic", torch.use_deterministic_algorithms, False, True
+    yield "dtype", torch.set_default_dtype, torch.float64, torch.float32
+    yield "matmul", torch.set_float32_matmul_precision, "medium", "highest"
+    yield "attention", torch.backends.cuda.enable_flash_sdp, False, True
+    yield "onednn", partial(setattr, torch.backends.mkldnn, "enabled"), False, True
 
 
-@pytest.mark.parametrize(("change", "restore"), [pytest.param(*s[1:], id=s[0]) for s in _settings()])
-def test_graph_cache_misses_other_settings(tiny: Nets, change: Any, restore: Any) -> None:
-    restore()
+@pytest.mark.parametrize(("set_to", "other", "here"), [pytest.param(*s[1:], id=s[0]) for s in _settings()])
+def test_graph_cache_misses_other_settings(tiny: Nets, set_to: Any, other: object, here: object) -> None:
+    set_to(here)
     before = key(guided(tiny))
     try:
-        change()
+        set_to(other)
         assert before != key(guided(tiny)) is not None
     finally:
-        restore()
+        set_to(here)
     assert before == key(guided(tiny))
 
 

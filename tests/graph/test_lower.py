@@ -92,8 +92,9 @@ def test_runtimes_lowered_graph_computes_nothing_from_weights_alone(lowered: Low
             waiting.add(node)
     assert all(node in waiting for node in lowered.operations())
     convolutions = [node for node in lowered.operations() if node.target is aten.convolution.default]
-    assert len(convolutions) > 20 and all(node.args[1].op == "get_attr" for node in convolutions)
-    inputs = [node.args[0].meta["val"] for node in convolutions]
+    read = [node.all_input_nodes[:2] for node in convolutions]
+    assert len(convolutions) > 20 and all(weight.op == "get_attr" for _, weight in read)
+    inputs = [image.meta["val"] for image, _ in read]
     if lowered.case.channels_last:
         assert all(x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
 

@@ -36,8 +36,8 @@ class Recording:
             assert [None if x is None else (x.shape, x.dtype) for x in arguments] == shapes
             copies = [None if x is None else x.clone() for x in arguments]
             first, second = function(*arguments), function(*copies)
-            for given_, copied in zip(arguments, copies, strict=True):
-                assert given_ is None or torch.equal(given_, copied)
+            for argument, copied in zip(arguments, copies, strict=True):
+                assert argument is None or copied is None or torch.equal(argument, copied)
             for one, two in zip(first, second, strict=True):
                 assert torch.equal(one, two)
             return second
@@ -134,7 +134,7 @@ def test_runtimes_cuda_graph_computes_with_what_it_is_given() -> None:
 def test_runtimes_cuda_graph_of_whole_steps_equals_eager(
     tiny_net: NetFactory, small_discriminator: Callable[[int], Discriminator], solver: str, usual_kernels: None
 ) -> None:
-    net, discriminator = (copy.deepcopy(n).cuda() for n in (tiny_net(label_dim=3), small_discriminator(3)))
+    net, discriminator = copy.deepcopy(tiny_net(label_dim=3)).cuda(), copy.deepcopy(small_discriminator(3)).cuda()
     sampling, guidance = SamplingConfig(num_steps=5, solver=solver, S_churn=0.0), GuidanceConfig(1.0, 0.5)
     networks = Networks(net, discriminator)
     sampler = Sampler(networks, sampling, guidance, runtime=of_steps(capture))

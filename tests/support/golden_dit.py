@@ -37,11 +37,15 @@ def judge_dit_network(golden: Golden) -> None:
     net = golden.net("DiT", "config", "prefix", "state_dict")
     x, y, times = golden.tensor("x"), golden.tensor("y"), golden.tensor("t")
     null, channels = torch.full_like(y, net.null_class), x.shape[1]
-    golden.judge_all("pos_embed_init", nets.build("DiT", **golden.meta["config"]).pos_embed[0], NET_TOL)
+    golden.judge_all("pos_embed_init", nets.build("DiT", **golden.meta["config"]).get_parameter("pos_embed")[0], NET_TOL)
     golden.judge("out", _kept(golden, "out", torch.stack([net(x, t, y) for t in times])), NET_TOL)
     golden.judge("out_null", _kept(golden, "out_null", net(x, times[1], null)), NET_TOL)
     branch = int(golden.tensor("branch_time"))
-    two = {"scale": float(golden.tensor("LT_cfg")), "scale_low": float(golden.tensor("ST_cfg")), "branch": branch}
+    two: dict[str, Any] = {
+        "scale": float(golden.tensor("LT_cfg")),
+        "scale_low": float(golden.tensor("ST_cfg")),
+        "branch": branch,
+    }
     for key, scales in (("cfg", {"scale": float(golden.tensor("cfg_scale"))}), ("dg_early", two), ("dg_late", two)):
         # The file does not say at which timestep; the channels that guidance leaves alone do.
         calls = {}
@@ -155,7 +159,8 @@ def judge_dit_loop(golden: Golden, tag: str, monkeypatch: pytest.MonkeyPatch) ->
     for (first, *_, t, t_next, noise), bound in zip(steps, bounds, strict=True):
         sigma = t.flatten()
         alpha = nl.vp_alpha(t)
-        outputs = [raw((alpha * first).float(), net.timesteps(sigma), labels) for labels in (y, y * 0 + raw.null_class)]
+        image, times = (alpha * first).float(), net.timesteps(sigma)
+        outputs = raw(image, times, y), raw(image, times, torch.full_like(y, raw.null_class))
         noise_seen, v = dit_doubled(*outputs, raw.in_channels, sigma, **scales)[len(y) :].double().chunk(2, dim=1)
         denoised = second - t * noise_seen
         variance = (bound[0] + (v + 1) / 2 * (bound[1] - bound[0])).exp()

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def level_tol(net: nn.Module, discretization: str = "edm") -> float:
     return TABLE_TOL if discretization == "iddpm" or hasattr(net, "u") else SIGMA_TOL
 
 
-def judge_noise_levels_of_net(golden: Golden, net: nn.Module) -> None:
+def judge_noise_levels_of_net(golden: Golden, net: Any) -> None:
     has = golden.arrays.__contains__
     tol = level_tol(net)
     for key in filter(has, ("sigma_min", "sigma_max")):
@@ -89,11 +90,11 @@ class GivenFeatures(nn.Module):
 
     def __init__(self, features: Tensor) -> None:
         super().__init__()
-        self.given = nn.Parameter(features)
+        self.feature_map = nn.Parameter(features)
         self.feature_channels, self.feature_size = features.shape[1], features.shape[-1]
 
     def features(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        return self.given
+        return self.feature_map
 
 
 def judge_discriminator(golden: Golden, golden_fill: ModuleType) -> None:
@@ -106,7 +107,7 @@ def judge_discriminator(golden: Golden, golden_fill: ModuleType) -> None:
         name = config.removeprefix("config_")
         state_dict = f"state_dict_{name}" if f"state_dict_{name}" in golden.meta else "state_dict"
         head = golden.net("create_classifier", config, f"prefix_{name}", state_dict)
-        discriminator = Discriminator(GivenFeatures(features), head)
+        discriminator = Discriminator(GivenFeatures(features), head)  # type: ignore[arg-type]
         one_hot = F.one_hot(labels, int(labels.max()) + 1).float()
         outputs = {
             f"{name}_logit": head(features, 999 * t, labels),
@@ -141,11 +142,11 @@ def gradient_tol(golden: Golden) -> float:
 
 def judge_gradient(golden: Golden) -> None:
     guidance, labels, tol = gradient_guidance(golden, published_window=True), golden.labels(), gradient_tol(golden)
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    by_prefix: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for prefix, x, sigma in gradient_calls(golden):
         correction, log_ratio = correction_of(guidance, x, sigma, labels, x)
-        found.setdefault(prefix, []).append((-correction, log_ratio))  # DG subtracts its guidance, dgfast adds
-    for prefix, results in found.items():
+        by_prefix.setdefault(prefix, []).append((-correction, log_ratio))  # DG subtracts its guidance, dgfast adds
+    for prefix, results in by_prefix.items():
         gradients, log_ratios = (torch.stack(column) for column in zip(*results, strict=True))
         golden.judge_all(f"{prefix}guidance", gradients if prefix == "" else gradients[0], tol)
         golden.judge_log_ratio(f"{prefix}log_ratio", log_ratios if prefix == "" else log_ratios[0], tol)

@@ -1,5 +1,7 @@
 """The judges of the official samplers of EDM, DG and ADM, and of their noise levels."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.denoiser import DDPMPrecond
 from dgfast.guidance import OUTSIDE_WINDOW, ClassifierGuidance, DiscriminatorGuidance
 from dgfast.guidance.gradient import denoiser_gate
+from dgfast.nets.adm import EncoderUNetModel
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.networks import Networks
 from dgfast.sampler import Sampler
@@ -174,7 +177,7 @@ def judge_adm(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def judge_adm_loop(
-    golden: Golden, tag: str, raw: nn.Module, encoder: nn.Module, monkeypatch: pytest.MonkeyPatch
+    golden: Golden, tag: str, raw: nn.Module, encoder: EncoderUNetModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, model = golden.meta["cases"][tag], golden.meta["model_config"]
     options = case["create_gaussian_diffusion"]
@@ -204,11 +207,14 @@ def judge_adm_loop(
         times.append(one_level(net.timesteps(sigma)))
         return direction, gate, nothing
 
+    def keeping(step: Callable[..., Any], x: Tensor, d: Tensor, *rest: Any) -> Any:
+        denoised.append(d)
+        return step(x, d, *rest)
+
     with monkeypatch.context() as patch:
         patch.setattr(ClassifierGuidance, "correct", recording)
         for module, step in ((ddpm, "ancestral_step"), (ddim, "ddim_step")):
-            real = getattr(module, step)
-            patch.setattr(module, step, lambda x, d, *rest, real=real: denoised.append(d) or real(x, d, *rest))
+            patch.setattr(module, step, partial(keeping, getattr(module, step)))
         sampler = Sampler(networks, sampling, GuidanceConfig(classifier_scale=scale))
         sigmas = torch.tensor([step.sigma for step in sampler.steps], dtype=torch.float64)
         states: list[Tensor] = []

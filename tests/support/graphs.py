@@ -11,11 +11,12 @@ from dgfast.graph import cache as graph_cache
 from dgfast.guidance import DiscriminatorGuidance, guided_denoiser
 
 Example = tuple[Tensor | None, ...]
+Whole = tuple[Tensor, Tensor, Tensor]
 Nets = dict[str, Any]
-GUIDANCE = {"weight": 2.0, "window": (0.1, 0.9)}
+GUIDANCE: dict[str, Any] = {"weight": 2.0, "window": (0.1, 0.9)}
 
 
-def example(batch: int = 2, dtype: torch.dtype = torch.float64, classes: int = 3) -> Example:
+def example(batch: int = 2, dtype: torch.dtype = torch.float64, classes: int = 3) -> Whole:
     x = torch.randn(batch, 1, 8, 8, dtype=dtype, generator=torch.Generator().manual_seed(batch))
     return x, torch.linspace(0.5, 3, batch, dtype=dtype), F.one_hot(torch.arange(batch) % classes, classes).float()
 

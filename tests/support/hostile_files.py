@@ -10,9 +10,8 @@ import torch
 
 from dgfast import bundle
 from dgfast.checkpoints import network, torch_file
-from tests.support import hostile_bundles
-
-ATTACKS = hostile_bundles.ATTACKS  # and those of `hostile_pickles`, which it imports
+from tests.support import hostile_bundles as hostile_bundles  # adds its attacks to those of `hostile_pickles`
+from tests.support.hostile_pickles import ATTACKS as ATTACKS
 
 
 def read(path: Path) -> None:
@@ -27,6 +26,6 @@ def read(path: Path) -> None:
                 network.read(path, "score", None, {"num_heads": 2}, None)
                 network.read(path, "classifier", None, {}, None)
         case _:
-            found = bundle.read(path)
-            found.fingerprint()
-            found.load("score")
+            content = bundle.read(path)
+            content.fingerprint()
+            content.load("score")

@@ -24,6 +24,7 @@ from dgfast.checkpoints.torch_file import Opaque
 from dgfast.runtimes.onnx.session import OnnxEngine, stored_tensor
 from dgfast.runtimes.tensorrt import file as engine_file
 from tests.support import mutations, mutations_onnx
+from tests.support.paths import ROOT
 
 TINY: dict[str, Any] = {
     "img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_type": "SongUNet", "model_channels": 8,
@@ -86,7 +87,7 @@ def _convert(path: Path) -> None:
 # Snapshots and torch.save's files -------------------------------------------------------------------------------------
 @cache
 def _snapshot() -> bytes:
-    return (Path(__file__).parents[1] / "golden" / "edm_tiny.pkl").read_bytes()
+    return (ROOT / "tests/golden/edm_tiny.pkl").read_bytes()
 
 
 @cache
@@ -225,8 +226,8 @@ def _engine_json() -> str:
 
 def _read_engine_json(path: Path) -> None:
     file = engine_file.read(path)
-    for check in (lambda: file.check_library("tensorrt", "10.9"), lambda: file.check_gpu("H100", "9.0")):
-        check()
+    file.check_library("tensorrt", "10.9")
+    file.check_gpu("H100", "9.0")
     file.check_batch(4)
 
 
@@ -243,7 +244,11 @@ def _onnx() -> bytes:
         helper.make_node("Relu", ["scaled"], ["positive"]),
         helper.make_node("Reshape", ["positive", "shape"], ["y"]),
     ]
-    ends = {"x": ["batch", 1, 4, 4], "sigma": ["batch", 1, 1, 1], "y": ["batch", 2, 16]}
+    ends: dict[str, list[str | int | None]] = {
+        "x": ["batch", 1, 4, 4],
+        "sigma": ["batch", 1, 1, 1],
+        "y": ["batch", 2, 16],
+    }
     x, sigma, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in ends.items())
     graph = helper.make_graph(nodes, "g", [x, sigma], [y], [numpy_helper.from_array(a, n) for n, a in arrays.items()])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

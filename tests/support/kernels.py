@@ -109,7 +109,7 @@ def update_arguments(name: str, state: torch.dtype, order: str, extras: bool) ->
     if name == "guide":
         gradient = images(1, torch.bfloat16 if extras else torch.float32)
         return {"denoised": images(0, state, order), "gradient": gradient, "gate": per_sample(count, 3)}
-    arguments = {"x": images(0, state, order), "denoised": images(1, torch.float32)}
+    arguments: dict[str, Any] = {"x": images(0, state, order), "denoised": images(1, torch.float32)}
     arguments |= {key: per_sample(count, 4 + i).view(-1, 1, 1, 1) for i, key in enumerate("abh")}
     if name == "heun_update":
         arguments |= {"d": images(2, state), "x_prime": images(3, state, order), "w": 0.3}
@@ -131,7 +131,7 @@ class Recorded(TorchDispatchMode):
     """Names of dgfast's own operations among those that run inside."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

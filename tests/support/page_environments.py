@@ -14,7 +14,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 _TREE = ("benchmarks", "dgfast", "docs", "examples", "export", "kernels", "tests")
 _FILES = ("LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py")
 _STARTUP = """

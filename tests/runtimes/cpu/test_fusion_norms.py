@@ -1,5 +1,7 @@
 """Group normalisation and its input gradient in generated code, against float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,18 +34,19 @@ def normalised(x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None
     return y, mean, rstd, backward(dy, x, mean, rstd, weight, *sizes, [True, False, False])[0]
 
 
-def fused(given: Arguments, groups: int) -> tuple[GraphModule, list[Tensor]]:
-    tensors = [t for t in given if t is not None]
-    missing = [None] * (4 - len(tensors))
-    graph = lower(trace(lambda *a: normalised(*a, *missing, groups), tensors), tensors, channels_last=True)
-    assert regions.fuse(graph, len(given[0])) >= 1
+def fused(inputs: Arguments, groups: int) -> tuple[GraphModule, list[Tensor]]:
+    tensors = [t for t in inputs if t is not None]
+    missing: list[Any] = [*[None] * (4 - len(tensors)), groups]
+    graph = lower(trace(lambda *present: normalised(*present, *missing), tensors), tensors, channels_last=True)
+    assert regions.fuse(graph, len(inputs[0])) >= 1
     assert not {forward, backward} & {node.target for node in graph.graph.nodes}
     return graph, tensors
 
 
-def exact(given: Arguments, groups: int) -> tuple[Tensor, ...]:
-    wide = [None if t is None else t.double().contiguous() for t in given]
-    return normalised(*wide, groups)  # type: ignore[arg-type]
+def exact(inputs: Arguments, groups: int) -> tuple[Tensor, ...]:
+    x, dy, weight, bias = (None if t is None else t.double().contiguous() for t in inputs)
+    assert x is not None and dy is not None
+    return normalised(x, dy, weight, bias, groups)
 
 
 SHAPES = [((2, 6, 5, 3), 2), ((3, 8, 7), 4), ((2, 4, 3, 3), 4), ((1, 12, 4, 4), 1), ((2, 128, 4, 4), 32)]
@@ -53,18 +56,18 @@ CASES.append((torch.bfloat16, (2, 8, 4, 4), 2, "weight and bias"))
 
 @pytest.mark.parametrize(("dtype", "shape", "groups", "affine"), CASES, ids=str)
 def test_fusion_norms_equal_float64(dtype: torch.dtype, shape: tuple[int, ...], groups: int, affine: str) -> None:
-    given = arguments(shape, dtype, affine, 0.3)
-    graph, tensors = fused(given, groups)
-    for found, wanted in zip(graph(*tensors), exact(given, groups), strict=True):
-        assert found.shape == wanted.shape
-        tolerance = TOLERANCES[dtype] * float(wanted.abs().max())
-        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=tolerance)
+    inputs = arguments(shape, dtype, affine, 0.3)
+    graph, tensors = fused(inputs, groups)
+    for mine, reference in zip(graph(*tensors), exact(inputs, groups), strict=True):
+        assert mine.shape == reference.shape
+        tolerance = TOLERANCES[dtype] * float(reference.abs().max())
+        torch.testing.assert_close(mine.double(), reference, rtol=0, atol=tolerance)
 
 
 def test_fusion_norms_survive_a_mean_a_thousand_times_the_spread() -> None:
     """The variance as E[x^2] - E[x]^2 would be off by several per cent here."""
-    given = arguments((2, 8, 16, 16), torch.float32, "weight and bias", 1e3)
-    graph, tensors = fused(given, 4)
+    inputs = arguments((2, 8, 16, 16), torch.float32, "weight and bias", 1e3)
+    graph, tensors = fused(inputs, 4)
     tolerances = (1e-3, 1e-6, 1e-5, 1e-3)  # neighbours of 1000 are 6e-5 apart
-    for found, wanted, tol in zip(graph(*tensors), exact(given, 4), tolerances, strict=True):
-        torch.testing.assert_close(found.double(), wanted, rtol=tol, atol=tol)
+    for mine, reference, tol in zip(graph(*tensors), exact(inputs, 4), tolerances, strict=True):
+        torch.testing.assert_close(mine.double(), reference, rtol=tol, atol=tol)

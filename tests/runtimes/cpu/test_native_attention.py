@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -21,21 +22,21 @@ _OURS = (attention._FORWARD, attention._BACKWARD)
 def attend(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """The result, and the gradients of its product with `grad`."""
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(*inputs)
-        return (out.detach(), *torch.autograd.grad(out, inputs, grad))
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return (out.detach(), *torch.autograd.grad(out, (q, k, v), grad))
 
 
 def tensors(
     batch: int, heads: int, queries: int, keys: int, depth: int, seed: int = 0, tokens_first: bool = True
 ) -> list[Tensor]:
     """q, k, v and a gradient [batch, heads, tokens, depth]; in memory a token's heads beside each other, or not."""
-    generator, found = torch.Generator().manual_seed(seed), []
+    generator, made = torch.Generator().manual_seed(seed), []
     for n in (queries, keys, keys, queries):
         size = (batch, n, heads, depth) if tokens_first else (batch, heads, n, depth)
         x = torch.randn(size, generator=generator)
-        found.append(x.transpose(1, 2) if tokens_first else x)
-    return found
+        made.append(x.transpose(1, 2) if tokens_first else x)
+    return made
 
 
 def replaced(function: Callable[..., tuple[Tensor, ...]], example: list[Tensor]) -> torch.fx.GraphModule:
@@ -44,11 +45,11 @@ def replaced(function: Callable[..., tuple[Tensor, ...]], example: list[Tensor])
     return graph
 
 
-def assert_equals_float64(given_: list[Tensor], example: list[Tensor]) -> None:
+def assert_equals_float64(inputs: list[Tensor], example: list[Tensor]) -> None:
     graph = replaced(attend, example)
     assert not [n for n in graph.graph.nodes if n.target in _OURS], "PyTorch's own attention is left"
-    for found, wanted in zip(graph(*given_), attend(*(x.double() for x in given_)), strict=True):
-        assert (found - wanted).abs().max() < 3e-6 * max(1.0, float(wanted.abs().max()))
+    for mine, reference in zip(graph(*inputs), attend(*(x.double() for x in inputs)), strict=True):
+        assert (mine - reference).abs().max() < 3e-6 * max(1.0, float(reference.abs().max()))
 
 
 @contextmanager
@@ -104,20 +105,20 @@ def test_attention_with_many_keys_takes_fewer_queries_at_a_time() -> None:
 def test_attention_survives_large_scores() -> None:
     """Scores of hundreds: only the differences to the largest are exponentiated."""
     q, k, v, grad = tensors(1, 1, 20, 30, 16, seed=1)
-    given_ = [30 * q, 30 * k, v, grad]
-    graph = replaced(attend, given_)
+    inputs = [30 * q, 30 * k, v, grad]
+    graph = replaced(attend, inputs)
     assert 30 * 30 * float((q @ k.mT).abs().max()) / math.sqrt(16) > 500
-    exact = attend(*(x.double() for x in given_))
-    for ours, theirs, wanted in zip(graph(*given_), attend(*given_), exact, strict=True):
-        assert (ours - wanted).abs().max() <= 4 * (theirs - wanted).abs().max() + 1e-6
+    exact = attend(*(x.double() for x in inputs))
+    for ours, theirs, reference in zip(graph(*inputs), attend(*inputs), exact, strict=True):
+        assert (ours - reference).abs().max() <= 4 * (theirs - reference).abs().max() + 1e-6
 
 
 def test_attention_that_masks_scales_or_drops_stays_pytorchs() -> None:
     q, k, v, _ = tensors(1, 2, 8, 8, 16)
-    kinds: list[dict[str, object]] = [{"is_causal": True}, {"attn_mask": torch.ones(8, 8)}, {"scale": -1.0}]
+    kinds: list[dict[str, Any]] = [{"is_causal": True}, {"attn_mask": torch.ones(8, 8)}, {"scale": -1.0}]
     for keywords in kinds:
-        graph = replaced(lambda *x: (F.scaled_dot_product_attention(*x, **keywords),), [q, k, v])  # noqa: B023
+        graph = replaced(lambda q, k, v: (F.scaled_dot_product_attention(q, k, v, **keywords),), [q, k, v])  # noqa: B023
         assert not [n for n in graph.graph.nodes if n.op == "call_module"]
-    graph = replaced(lambda *x: (F.scaled_dot_product_attention(*x, scale=0.3),), [q, k, v])
+    graph = replaced(lambda q, k, v: (F.scaled_dot_product_attention(q, k, v, scale=0.3),), [q, k, v])
     assert [n for n in graph.graph.nodes if n.op == "call_module"]
     torch.testing.assert_close(graph(q, k, v)[0], F.scaled_dot_product_attention(q, k, v, scale=0.3))

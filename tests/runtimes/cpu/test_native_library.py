@@ -59,7 +59,11 @@ def test_library_keeps_nothing_that_computes_something_else(
 ) -> None:
     """A compiler that errs: the operations stay with PyTorch, and the next run compiles anew."""
     compile_ = library._compile
-    monkeypatch.setattr(library, "_compile", lambda *a: compile_(*a[:-1], a[-1].replace(fault, fault[:2] + "1.001f")))
+
+    def erring(command: str, folder: Path, number: int, text: str) -> Path:
+        return compile_(command, folder, number, text.replace(fault, fault[:2] + "1.001f"))
+
+    monkeypatch.setattr(library, "_compile", erring)
     graph, kinds = fused()
     x = example()
     torch.testing.assert_close(graph(x), function(x))

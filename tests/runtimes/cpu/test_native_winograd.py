@@ -1,6 +1,7 @@
 """Winograd's convolutions are convolutions, whatever the size, the cores and the processor's registers."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,10 +37,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def largest_error(weight: Tensor, bias: Tensor | None, x: Tensor) -> float:
     """Of the compiled function against float64, relative to the largest value."""
-    wanted = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
-    found = winograd.Winograd(compiled(), weight, x.shape)(x, bias)
-    assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    reference = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
+    mine = winograd.Winograd(compiled(), weight, x.shape)(x, bias)
+    assert mine.dtype == torch.float32 and mine.is_contiguous(memory_format=torch.channels_last)
+    return float((mine - reference).abs().max() / reference.abs().max())
 
 
 @settings(max_examples=30)
@@ -87,8 +88,8 @@ def test_winograd_points_are_exact() -> None:
     lagrange = torch.linalg.inv(torch.cat([points[:, None] ** torch.arange(6), torch.eye(6)[5:].double()]))
     distances = [torch.prod(points[i] - points[torch.arange(5) != i]) for i in range(5)]
     data = lagrange @ torch.diag(torch.stack([*distances, torch.ones((), dtype=torch.float64)]))
-    found = evaluated.T @ ((one @ kernel) * (data.T @ line))
-    torch.testing.assert_close(found, line.unfold(0, 3, 1) @ kernel)
+    convolved = evaluated.T @ ((one @ kernel) * (data.T @ line))
+    torch.testing.assert_close(convolved, line.unfold(0, 3, 1) @ kernel)
 
 
 def test_winograd_replaces_what_it_may_and_nothing_else() -> None:
@@ -114,15 +115,19 @@ def test_winograd_replaces_what_it_may_and_nothing_else() -> None:
     calls = [n for n in graph.graph.nodes if n.op == "call_module"]
     left = sum(n.target is torch.ops.aten.convolution.default for n in graph.graph.nodes)
     assert (len(calls), left) == (1, convolutions - 1) == (1, 9)
-    for found, wanted in zip(graph(*inputs(1)), function(*inputs(1)), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    for mine, reference in zip(graph(*inputs(1)), function(*inputs(1)), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
 
 
 def test_winograd_is_not_used_where_its_code_errs(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler that errs, on a machine that has compiled nothing yet: the convolution stays with PyTorch."""
     monkeypatch.setenv("DGFAST_CACHE_DIR", str(tmp_path))
     compile_ = library._compile
-    monkeypatch.setattr(library, "_compile", lambda *a: compile_(*a[:-1], a[-1].replace("y[j] + shift", "y[j]")))
+
+    def erring(command: str, folder: Path, number: int, text: str) -> Path:
+        return compile_(command, folder, number, text.replace("y[j] + shift", "y[j]"))
+
+    monkeypatch.setattr(library, "_compile", erring)
     weight, bias = draw(4 * lanes(), 4 * lanes(), 3, 3), draw(4 * lanes(), seed=1)
     example = [draw(2, 4 * lanes(), 16, 16)]
     graph = lower(trace(lambda x: (F.conv2d(x, weight, bias, padding=1),), example), example, channels_last=True)

@@ -19,6 +19,7 @@ from dgfast.runtimes.onnx import build as runtime
 from dgfast.runtimes.onnx import session
 from dgfast.runtimes.onnx.file import save
 from dgfast.runtimes.onnx.graph import Batch, OnnxGraph
+from dgfast.runtimes.onnx.session import OnnxEngine
 from dgfast.runtimes.onnx.writer import convert, operations
 from dgfast.sampler import Sampler
 
@@ -40,10 +41,10 @@ def image(batch: int, *shape: int, seed: int = 0) -> Tensor:
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gradient_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor]]:
+def gradient_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """The input gradient of a sum that gives every element a weight of its own."""
 
-    def gradient(x: Tensor) -> tuple[Tensor]:
+    def gradient(x: Tensor) -> tuple[Tensor, ...]:
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             y = function(x)
@@ -114,8 +115,10 @@ def test_onnx_gradients_are_what_torch_says_at_every_batch(name: str, rank_4: bo
     model = convert(gradient, {"x": image(2, 6, 8, 8)}, ["dx"], dynamic=True, rank_4=rank_4)
     for batch in (1, 4):
         x = image(batch, 6, 8, 8, seed=6)
-        (wanted,) = gradient(x)
-        np.testing.assert_allclose(run(model, {"x": x})[0], wanted, rtol=2e-5, atol=2e-5 * float(wanted.abs().max()))
+        (reference,) = gradient(x)
+        np.testing.assert_allclose(
+            run(model, {"x": x})[0], reference, rtol=2e-5, atol=2e-5 * float(reference.abs().max())
+        )
 
 
 def test_onnx_images_stay_in_four_dimensions_for_tensorrt() -> None:
@@ -223,8 +226,8 @@ def test_onnx_runtime_on_a_gpu_is_exact_and_never_the_cpu_in_disguise(monkeypatc
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(session.PROVIDERS.values()))
     cuda, tensorrt = session.PROVIDERS["cuda"], session.PROVIDERS["tensorrt"]
-    found = session.providers("tensorrt", torch.device("cuda", 1))
-    assert found == [(tensorrt, {"device_id": 1}), (cuda, {"device_id": 1, "use_tf32": 0})]
+    providers = session.providers("tensorrt", torch.device("cuda", 1))
+    assert providers == [(tensorrt, {"device_id": 1}), (cuda, {"device_id": 1, "use_tf32": 0})]
     torch.set_float32_matmul_precision("high")
     try:
         assert session.providers("cuda", torch.device("cuda", 0)) == [(cuda, {"device_id": 0, "use_tf32": 1})]
@@ -256,11 +259,11 @@ def test_onnx_runtime_agrees_inside_and_outside_of_the_window(guided: Callable[.
     example = arguments(3, 3, 0)
     built = runtime.build(guided, example)
     for first in range(0, 6, 3):
-        given = arguments(3, 3, first)
-        for mine, wanted in zip(built(*given), guided(*given), strict=True):
-            assert mine.dtype == wanted.dtype == torch.float64
-            largest = wanted.abs().reshape(3, -1).amax(1)
-            assert float(((mine - wanted).abs().reshape(3, -1).amax(1) / largest).max()) < 1e-4
+        inputs = arguments(3, 3, first)
+        for mine, reference in zip(built(*inputs), guided(*inputs), strict=True):
+            assert mine.dtype == reference.dtype == torch.float64
+            largest = reference.abs().reshape(3, -1).amax(1)
+            assert float(((mine - reference).abs().reshape(3, -1).amax(1) / largest).max()) < 1e-4
 
 
 @pytest.mark.parametrize("published", [False, True])
@@ -269,25 +272,25 @@ def test_onnx_runtime_divides_a_batch_unless_one_sample_depends_on_another(
 ) -> None:
     sizes: list[int] = []
 
-    class Engine(runtime.OnnxEngine):
+    class Engine(OnnxEngine):
         def __call__(self, arguments: Any) -> dict[str, Tensor]:
             sizes.append(len(arguments["input_0"]))
             return super().__call__(arguments)
 
     assert networks.discriminator is not None
     guidance = DiscriminatorGuidance(networks.discriminator, 30.0, WINDOW, published_window=published)
-    function, given = guided_denoiser(networks.denoiser, (guidance,)), arguments(16, 3, 0)
+    function, inputs = guided_denoiser(networks.denoiser, (guidance,)), arguments(16, 3, 0)
     monkeypatch.setattr(runtime, "OnnxEngine", Engine)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    built = runtime.build(function, given)
-    for mine, wanted in zip(built(*given), function(*given), strict=True):
-        largest = wanted.abs().reshape(16, -1).amax(1)
-        assert float(((mine - wanted).abs().reshape(16, -1).amax(1) / largest).max()) < 1e-4
+    built = runtime.build(function, inputs)
+    for mine, reference in zip(built(*inputs), function(*inputs), strict=True):
+        largest = reference.abs().reshape(16, -1).amax(1)
+        assert float(((mine - reference).abs().reshape(16, -1).amax(1) / largest).max()) < 1e-4
     assert sizes == ([16] if published else [8, 8])
 
 
-def relative(mine: Tensor, wanted: Tensor) -> float:
-    return float((mine - wanted).abs().max() / wanted.abs().max())
+def relative(mine: Tensor, reference: Tensor) -> float:
+    return float((mine - reference).abs().max() / reference.abs().max())
 
 
 def test_onnx_runtime_draws_the_same_images(networks: Networks) -> None:

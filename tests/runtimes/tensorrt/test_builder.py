@@ -25,8 +25,6 @@ from dgfast.runtimes.tensorrt.builder import Options, build, parse
 from dgfast.runtimes.tensorrt.library import layers
 from tests.support.tensorrt import BATCH, FLAVOR, TRT, graph, refused
 
-REPOSITORY = Path(__file__).parents[3]
-
 
 @pytest.mark.parametrize(("dtype", "half"), [("float32", set()), ("fp16", {"Half"}), ("bf16", {"BFloat16"})])
 def test_trt_builds_products_in_the_type_that_was_asked_for(dtype: str, half: set[str], tmp_path: Path) -> None:
@@ -116,7 +114,7 @@ def test_trt_refuses_an_open_size_that_is_no_batch(tmp_path: Path) -> None:
 
 def test_trt_reports_what_the_parser_refuses_a_line_each(tmp_path: Path) -> None:
     node = helper.make_node("Det", ["x"], ["y"], name="head/determinant")
-    shapes = {"x": ["b", 3, 3], "y": ["b"]}
+    shapes: dict[str, list[str | int | None]] = {"x": ["b", 3, 3], "y": ["b"]}
     sides = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     onnx.save(helper.make_model(helper.make_graph([node], "g", sides[:1], sides[1:])), tmp_path / "det.onnx")
     first, *reasons = refused(lambda: parse(TRT, tmp_path / "det.onnx")).splitlines()
@@ -148,8 +146,8 @@ def test_trt_builds_for_listed_capabilities(file: Path) -> None:
 
 
 def test_trt_builds_the_guided_step_of_mnist32(tmp_path: Path) -> None:
-    found = bundle.read("mnist32")
-    subject = joint(dgfast.load(found, guidance=found.guidance), found.sampling, found.guidance, "denoiser")
+    shipped = bundle.read("mnist32")
+    subject = joint(dgfast.load(shipped, guidance=shipped.guidance), shipped.sampling, shipped.guidance, "denoiser")
     example = dict(subject.case("example", [1.0, 2.0], seed=1).inputs)
     path = tmp_path / "mnist32.onnx"
     onnx.save(
@@ -174,7 +172,7 @@ OBJECTS = {
 
 def test_trt_code_uses_what_the_library_has() -> None:
     """Also what runs on a GPU alone: every attribute of the module and of the objects above."""
-    used = set()
+    used: set[tuple[str, ...]] = set()
     for path in (engine_builder.__file__, tensorrt.__file__, tensorrt_library.__file__):
         for node in ast.walk(ast.parse(Path(path).read_text())):
             if isinstance(node, ast.Attribute):
@@ -185,10 +183,10 @@ def test_trt_code_uses_what_the_library_has() -> None:
                 elif owner in OBJECTS and names and path != tensorrt_library.__file__:
                     used.add((OBJECTS[owner], names[0]))
     assert {owner for owner, *_ in used} >= set(OBJECTS.values()) - {"Runtime", "EngineInspector"}
-    for names in used - {("__name__",), ("__version__",)}:
+    for path_to in used - {("__name__",), ("__version__",)}:
         value = TRT
-        for name in names:
-            assert hasattr(value, name), f"{TRT.__name__} {TRT.__version__} has no {'.'.join(names)}"
+        for name in path_to:
+            assert hasattr(value, name), f"{TRT.__name__} {TRT.__version__} has no {'.'.join(path_to)}"
             value = getattr(value, name)
 
 

@@ -124,7 +124,8 @@ class MemoryContext:
     """An execution context that computes twice the float32 input x from nothing but addresses and shapes."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.shape, self.addresses = most, (0,), dict[str, int]()
+        self.most, self.addresses = most, dict[str, int]()
+        self.shape: tuple[int, ...] = (0,)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shape = shape

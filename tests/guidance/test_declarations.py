@@ -1,0 +1,116 @@
+"""A guidance is one class: declared once, it is in every command line, bundle, plan and exported file."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+
+from dgfast import bundle as bundles
+from dgfast import sample
+from dgfast.bundle import Bundle
+from dgfast.config import GuidanceConfig
+from dgfast.errors import UserError
+from dgfast.export import to_onnx
+from dgfast.guidance import GUIDANCES, Guidance, option
+from dgfast.guidance.declaration import all_options
+from dgfast.image_folder import read_images
+from dgfast.networks import Networks
+from dgfast.runtimes.onnx.session import OnnxEngine
+
+
+@pytest.fixture
+def brightness() -> Iterator[type[Guidance]]:
+    @dataclass(frozen=True, eq=False)
+    class Brightness(Guidance):
+        """D' = D + w at noise levels above `above`."""
+
+        @dataclass(frozen=True)
+        class Options:
+            brightness: float = option(0.0, "How much brighter; 0 turns it off.", "w", attribute="weight")
+            brightness_above: float = option(0.1, "Noise level above which it acts.", "sigma")
+
+        weight: float | Tensor
+        above: float
+
+        name = "brightness guidance"
+        formula = "D + w"
+
+        @classmethod
+        def make(cls, networks: Networks, config: GuidanceConfig) -> "Brightness":
+            return cls(config.brightness, config.brightness_above)  # type: ignore[attr-defined]
+
+        def active(self, sigma_low: float, sigma_high: float) -> bool:
+            return bool(self.weight != 0) and sigma_high > self.above
+
+        def correct(
+            self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
+        ) -> tuple[Tensor, Tensor, None]:
+            return torch.ones_like(denoised), self.weight * (sigma > self.above).to(sigma.dtype), None
+
+    yield Brightness
+    GUIDANCES.remove(Brightness)
+
+
+def _draw(bundle: Bundle, out: Path, *options: str) -> np.ndarray:
+    command = ["--bundle", str(bundle.folder), "--seeds", "0-3", "--device", "cpu", "--out", str(out), *options]
+    done = CliRunner().invoke(sample.main, command)
+    assert done.exit_code == 0, done.output
+    return read_images(out)[0].astype(int)
+
+
+def test_declared_guidance_is_sampled_exported_and_run_without_another_line(
+    brightness: type[Guidance], small_bundle: Bundle, tmp_path: Path
+) -> None:
+    made = ["--brightness", "0.2", "--brightness-above", "0.5"]
+    done = CliRunner().invoke(to_onnx.main, ["--bundle", str(small_bundle.folder), "--out", str(tmp_path / "f"), *made])
+    assert done.exit_code == 0, done.output
+    (path,) = (tmp_path / "f").glob("*.onnx")
+    assert list(OnnxEngine(path).inputs) == ["x", "sigma", "class_labels", "brightness"]
+
+    plain, eager = _draw(small_bundle, tmp_path / "plain"), _draw(small_bundle, tmp_path / "eager", *made)
+    assert np.abs(eager - plain).mean() > 5
+    engine = ["--runtime", "onnx", "--engine", str(path)]
+    assert np.abs(_draw(small_bundle, tmp_path / "onnx", *made, *engine) - eager).max() <= 1
+    assert np.abs(_draw(small_bundle, tmp_path / "off", *engine) - plain).max() <= 1  # the weight is an input
+    other = ["--bundle", str(small_bundle.folder), "--brightness", "0.2", *engine, "--out", str(tmp_path / "other")]
+    done = CliRunner().invoke(sample.main, other)
+    assert done.exit_code == 2 and "exported with another brightness_above, 0.5" in done.output  # and this is inside
+
+
+def test_declared_guidance_has_its_section_of_help(brightness: type[Guidance]) -> None:
+    shown = CliRunner().invoke(sample.main, ["--help"], terminal_width=200).output
+    assert "Brightness guidance, D + w:\n  --brightness w " in shown and "--brightness-above sigma" in shown
+
+
+def test_declared_guidance_is_in_the_configuration_and_in_bundles(
+    brightness: type[Guidance], small_bundle: Bundle, tmp_path: Path
+) -> None:
+    before = GuidanceConfig()
+    config = replace(before, brightness=0.3)  # type: ignore[call-arg]  # declared above, at run time
+    assert asdict(config)["brightness"] == 0.3 and config != before and "brightness=0.3" in repr(config)
+    bundles.write(replace(small_bundle, folder=tmp_path, guidance=config))
+    assert bundles.read(tmp_path).guidance == config
+    with pytest.raises(UserError, match="brightness nan is not a finite number"):
+        replace(config, brightness=float("nan"))  # type: ignore[call-arg]
+
+
+def test_every_option_is_a_field_of_the_configuration_and_turns_its_guidance_on() -> None:
+    names = {one.name for one in all_options()}
+    assert names <= {one.name for one in fields(GuidanceConfig)} and len(names) == 23
+    assert not any(kind.on(GuidanceConfig()) or kind.on(GuidanceConfig(), second=True) for kind in GUIDANCES)
+    assert [kind.name for kind in GUIDANCES if kind.on(GuidanceConfig(dg_weight_2nd=1.0), second=True)] == [
+        "discriminator guidance"
+    ]
+
+
+def test_options_of_the_commands_are_those_declared() -> None:
+    for command, exported in ((sample.main, False), (to_onnx.main, True)):
+        names = [parameter.name for parameter in command.get_params(click.Context(command))]
+        assert {one.name for one in all_options() if one.exported or not exported} <= set(names)
+        assert len(names) == len(set(names)) and ("dg_every" in names) is not exported

@@ -1,0 +1,76 @@
+"""A training that is cut off at the worst moment, while its state is written, and one whose state is no state."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dgfast.errors import UserError
+from dgfast.training.loop import Schedule, fit
+
+CPU = torch.device("cpu")
+SCHEDULE = Schedule(images=1600, batch=16, lr=0.05)
+
+
+def line(net: nn.Module, batch: int) -> Tensor:
+    """Regression to y = 3 x + 1."""
+    x = torch.randn(batch, 1)
+    return ((net(x) - 3 * x - 1) ** 2).mean()
+
+
+def fresh() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(1, 1)
+
+
+def weights(net: nn.Module) -> list[float]:
+    return [float(parameter) for parameter in net.parameters()]
+
+
+def test_training_torn_while_it_saves_goes_on_from_the_state_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = weights(fit(fresh(), line, SCHEDULE, tmp_path / "whole", CPU))
+    saved, save = 0, torch.save
+
+    def torn(state: dict[str, Any], file: Any) -> None:
+        nonlocal saved
+        saved += 1
+        save(state, file)
+        if saved == 40:  # the power fails when half of the bytes are on the disk
+            content = Path(file).read_bytes()
+            Path(file).write_bytes(content[: len(content) // 2])
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", torn)
+        with pytest.raises(UserError, match="the same command goes on"):
+            fit(fresh(), line, SCHEDULE, tmp_path / "parts", CPU)
+    assert torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == 39
+    assert weights(fit(fresh(), line, SCHEDULE, tmp_path / "parts", CPU)) == whole
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_training_state_that_is_torn_is_one_line(tmp_path: Path, share: float) -> None:
+    fit(fresh(), line, SCHEDULE, tmp_path, CPU)
+    path = tmp_path / "state.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match=r"state\.pt.*remove it to start anew") as caught:
+        fit(fresh(), line, SCHEDULE, tmp_path, CPU)
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("content", [[], {"step": 3}, {"schedule": None, "step": 3}, "net", {"net": {}}])
+def test_training_state_of_something_else_is_one_line(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"state\.pt.*remove it to start anew"):
+        fit(fresh(), line, SCHEDULE, tmp_path, CPU)
+
+
+def test_training_state_of_another_network_is_one_line(tmp_path: Path) -> None:
+    fit(fresh(), line, SCHEDULE, tmp_path, CPU)
+    with pytest.raises(UserError, match=r"state\.pt.*remove it to start anew"):
+        fit(nn.Linear(1, 1, bias=False), line, SCHEDULE, tmp_path, CPU)
