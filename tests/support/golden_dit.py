@@ -37,7 +37,9 @@ def judge_dit_network(golden: Golden) -> None:
     net = golden.net("DiT", "config", "prefix", "state_dict")
     x, y, times = golden.tensor("x"), golden.tensor("y"), golden.tensor("t")
     null, channels = torch.full_like(y, net.null_class), x.shape[1]
-    golden.judge_all("pos_embed_init", nets.build("DiT", **golden.meta["config"]).get_parameter("pos_embed")[0], NET_TOL)
+    golden.judge_all(
+        "pos_embed_init", nets.build("DiT", **golden.meta["config"]).get_parameter("pos_embed")[0], NET_TOL
+    )
     golden.judge("out", _kept(golden, "out", torch.stack([net(x, t, y) for t in times])), NET_TOL)
     golden.judge("out_null", _kept(golden, "out_null", net(x, times[1], null)), NET_TOL)
     branch = int(golden.tensor("branch_time"))
