@@ -22,6 +22,7 @@ from torch.nn import functional
 from dgfast import IMPORTED_AT, ops
 from dgfast.graph.key import NamelessError, inside, require_untouched
 
+_ROOT = Path(__file__).parents[1]
 _FLOAT32 = ("generic", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv")
 _ROOMS = ("denoiser", "guidance", "job", "nets", "noise_levels", "ops", "vp")  # where functions have their code
 _PLAIN = (bool, int, float, str, tuple)
@@ -61,10 +62,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _sources() -> str:
     """A hash of dgfast's sources, which are those that this process runs."""
-    root = Path(__file__).parents[1]
-    files = (Path(at, name) for at, _, names in os.walk(root, followlinks=True) for name in names)
+    files = (Path(at, name) for at, _, names in os.walk(_ROOT, followlinks=True) for name in names)
     paths = tuple(sorted(path for path in files if path.suffix == ".py"))
-    name = _hash(root, paths)
+    name = _hash(paths)
     times = (time for path in paths for time in (path.stat().st_mtime, path.stat().st_ctime))
     if max(times, default=math.inf) > IMPORTED_AT:
         raise NamelessError("sources that are not there, or newer than this process")
@@ -72,8 +72,8 @@ def _sources() -> str:
 
 
 @cache
-def _hash(root: Path, paths: tuple[Path, ...]) -> str:
-    lines = [f"{path.relative_to(root)} {sha256(path.read_bytes()).hexdigest()}\n" for path in paths]
+def _hash(paths: tuple[Path, ...]) -> str:
+    lines = [f"{path.relative_to(_ROOT)} {sha256(path.read_bytes()).hexdigest()}\n" for path in paths]
     return sha256("".join(lines).encode()).hexdigest()
 
 
