@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, update_wrapper, wraps
 from types import ModuleType
 from typing import Any
 
@@ -70,9 +70,22 @@ def test_graph_cache_keeps_nothing_under_a_mode() -> None:
         environment.environment(torch.device("cpu"))
 
 
+def test_graph_cache_keeps_nothing_under_a_hook_of_all_modules(tiny: Nets) -> None:
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert key(guided(tiny)) is None
+    finally:
+        hook.remove()
+
+
 # Code changed in memory -----------------------------------------------------------------------------------------------
 def _mine(x: Tensor, *_: Any) -> Tensor:
     return x
+
+
+class _Mine:
+    def __call__(self, x: Tensor, *_: Any) -> Tensor:
+        return x
 
 
 @pytest.mark.parametrize(
@@ -99,6 +112,7 @@ def test_graph_cache_misses_changed_code(
         (blocks.Conv2d, "forward", _mine), (blocks.Conv2d, "forward", staticmethod(_mine)),
         (blocks.Conv2d, "kernel", property(_mine)), (DiscriminatorGuidance, "correct", partial(_mine)),
         (ops, "group_norm_silu_reference", _mine), (ops, "guide", torch.no_grad()(_mine)),
+        (ops, "guide", wraps(ops.guide)(_mine)), (ops, "guide", update_wrapper(_Mine(), ops.guide)),
         (compose, "ops", ModuleType("mine")), (blocks, "Linear", type("Linear", (nn.Linear,), {"__module__": "mine"})),
         (F, "silu", _mine), (F, "silu", partial(operator.mul, 2)), (torch, "relu", _mine), (Tensor, "view", _mine),
         (nn.Linear, "forward", _mine), (nn.Conv1d, "_conv_forward", _mine), (nn.Module, "__call__", _mine),

@@ -118,9 +118,14 @@ def test_graph_cache_does_not_tell_equal_texts_apart(tiny: Nets) -> None:
 
 
 # Misses ---------------------------------------------------------------------------------------------------------------
+NUMBERS = torch.zeros(1), torch.ones(1)
 CHANGES: dict[str, Callable[[Any, Any], object]] = {
     "weight": lambda net, judge: next(net.parameters()).view(-1)[0].add_(1e-6),
     "buffer": lambda net, judge: net.register_buffer("one", torch.ones(1)),
+    "type of zeros": lambda net, judge: net.register_buffer("one", torch.zeros(1)),
+    "of other zeros": lambda net, judge: net.register_buffer("one", torch.zeros(1, dtype=torch.int32)),
+    "first once more": lambda net, judge: setattr(net, "numbers", [NUMBERS[0], NUMBERS[1], NUMBERS[0]]),
+    "second once more": lambda net, judge: setattr(net, "numbers", [NUMBERS[0], NUMBERS[1], NUMBERS[1]]),
     "number": lambda net, judge: setattr(net, "sigma_data", net.sigma_data + 0.125),
     "mode": lambda net, judge: net.train(),
     "mode inside": lambda net, judge: [*net.modules()][-1].train(),
@@ -184,6 +189,11 @@ def time(sigma: Tensor) -> Tensor:
     return sigma / 100
 
 
+@lru_cache
+def kept_time(sigma: Tensor) -> Tensor:
+    return sigma / 100
+
+
 @dataclass(frozen=True, eq=False)
 class Louder(DiscriminatorGuidance):
     pass
@@ -212,7 +222,7 @@ NAMELESS: dict[str, Callable[[Any, Any], object]] = {
     "guidance": lambda net, options: options.update(kind=Louder),
     "function": lambda net, options: options.update(time=time),
     "function inside": lambda net, options: options.update(time=partial(time)),
-    "function kept": lambda net, options: options.update(time=lru_cache(time)),
+    "function kept": lambda net, options: options.update(time=kept_time),
     "function of torch's around it": lambda net, options: options.update(time=torch.no_grad()(time)),
     "closure": lambda net, options: options.update(time=lambda sigma: vp_time(sigma)),
 }  # fmt: skip
