@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from pathlib import Path
+from time import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from dgfast.sampler import Sampler
 
 __version__ = "0.1.0"
+
+IMPORTED_AT = time()
+"""Before the first module of dgfast was read: a source that is newer is not what runs here."""
 
 __all__ = ["GuidanceConfig", "Networks", "OneStep", "Sampler", "SamplingConfig", "UserError", "load", "to_uint8"]
 

@@ -5,6 +5,7 @@ Whoever executes, exports or measures a function asks for it here. No function i
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -204,9 +205,9 @@ class GeneratorNet(Protocol):
 
 def generator(net: GeneratorNet) -> PureFunction:
     """The one function of a one-step job, (latents, class_labels) -> images."""
+    return PureFunction("generator", partial(_generated, net), ("latents", "class_labels"), ("images",))
 
-    def function(latents: Tensor, class_labels: Tensor | None) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return (net(latents, class_labels),)
 
-    return PureFunction("generator", function, ("latents", "class_labels"), ("images",))
+@torch.no_grad()
+def _generated(net: GeneratorNet, latents: Tensor, class_labels: Tensor | None) -> tuple[Tensor, ...]:
+    return (net(latents, class_labels),)

@@ -56,10 +56,11 @@ def kernels(choice: Choice) -> Iterator[None]:
 
 
 def _by_triton(x: Tensor) -> bool:
-    return x.device.type in _triton_devices()
+    return x.device.type in triton_devices()
 
 
-def _triton_devices() -> tuple[str, ...]:
+def triton_devices() -> tuple[str, ...]:
+    """The types of device on whose tensors the operations take a kernel, as chosen here and now."""
     if _CHOICE.get() != "triton":
         return ()
     from dgfast.kernels.launch import devices
@@ -69,7 +70,16 @@ def _triton_devices() -> tuple[str, ...]:
 
 # torch.compile sees into no ContextVar. This is torch.compiler.assume_constant_result without its import of the whole
 # compiler, which takes as long as torch itself.
-_triton_devices._dynamo_marked_constant = True  # type: ignore[attr-defined]
+triton_devices._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def register(name: str) -> None:
+    """Make the kernel `torch.ops.dgfast.<name>` known to torch, for a graph that was read from a file.
+
+    Raises:
+        ImportError: there is none, or no Triton.
+    """
+    import_module(f"dgfast.kernels.{name}")
 
 
 # Group normalisation --------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ ROOMS = {
     "denoiser": ({"noise_levels"}, {"torch"}),
     "nets": ({"denoiser", "errors", "ops"}, {"torch", "numpy"}),
     "guidance": ({"errors", "ops", "vp"}, {"torch"}),
-    "graph": ({"errors"}, {"torch"}),
+    "graph": ({"IMPORTED_AT", "errors", "ops"}, {"torch"}),
     "runtimes": ({"bounds", "devices", "errors", "extras", "graph"}, {"torch", "numpy", "onnx", "onnxruntime"}),
     "job": (
         {"config", "devices", "errors", "graph", "guidance", "networks", "noise_levels", "plan", "solvers"},

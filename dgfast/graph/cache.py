@@ -19,14 +19,16 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
+from dgfast import ops
 from dgfast.graph import Function
 from dgfast.graph.cache_folder import cache_folder
-from dgfast.graph.key import Key, NamelessError, environment
+from dgfast.graph.environment import environment
+from dgfast.graph.key import NamelessError, digest, written
 from dgfast.graph.lower import fold_constants, unfolded
 from dgfast.graph.nodes import constant
 from dgfast.graph.trace import trace
 
-_NAMESPACES = ("aten", "prims")
+_NAMESPACES = ("aten", "prims", "dgfast")
 _NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}  # as torch.<name>
 _MOST_BYTES = 4 << 20  # of constants that are not the function's own tensors
 
@@ -49,15 +51,12 @@ def lowered(function: Function, example: Sequence[Tensor | None]) -> GraphModule
 
 def _named(function: Function, example: Sequence[Tensor | None]) -> tuple[Path | None, list[Tensor]]:
     """The file of the graph, None if it has no name, and the tensors among which the graph's weights are."""
-    key = Key()
     try:
-        key.add(function)
-        tensors = list(key.tensors)
-        key.add(_MAKERS)
-        key.add([None if x is None else _argument_form(x, example, tensors) for x in example])
-        key.add(environment(next(x.device for x in example if x is not None)))
-        return cache_folder("graphs") / f"{key.digest()}.json", tensors
-    except (NamelessError, RecursionError):
+        text, tensors = written(function)
+        forms = [None if x is None else _argument_form(x, example, tensors) for x in example]
+        name = digest(text, tensors, forms, environment(next(x.device for x in example if x is not None)))
+        return cache_folder("graphs") / f"{name}.json", tensors
+    except NamelessError:
         return None, []
 
 
@@ -73,7 +72,7 @@ def _read(path: Path, tensors: list[Tensor]) -> GraphModule | None:
     try:
         seal, text = path.read_text().split("\n", 1)
         return _decoded(json.loads(text), tensors) if seal == _seal(path, text) else None
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError):
         return None
 
 
@@ -205,6 +204,8 @@ def _operation(name: str) -> Any:
     if name == "getitem":
         return operator.getitem
     namespace, packet, overload = name.split(".")
+    if namespace == "dgfast":
+        ops.register(packet)
     found = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     if namespace not in _NAMESPACES or not isinstance(found, OpOverload):
         raise ValueError(name)
@@ -251,6 +252,3 @@ def _constant(stored: dict[str, Any]) -> Tensor:
     data = bytearray(b64decode(stored["data"], validate=True))
     values = torch.frombuffer(data, dtype=x.dtype) if data else torch.empty(0, dtype=x.dtype)
     return x.copy_(values.reshape(x.shape))
-
-
-_MAKERS = (trace, unfolded, _encoded, _decoded)

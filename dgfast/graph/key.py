@@ -1,298 +1,119 @@
 """A name for all that the trace of a function depends on: two traces with one name are the same trace.
 
-The name is a hash of the living objects: what a function closes over, the code of dgfast that it reaches and the
-globals that this code names, networks attribute by attribute, and the contents of tensors, for a trace may read them.
-Code that is not dgfast's, torch's or Python's own has no name, for nobody can say what it depends on.
+The function is written down by Python's own pickle, which nobody ever reads: values as they are, code by its name, and
+tensors apart, with their contents, for a trace may read them. Code has to be dgfast's, torch's, numpy's or Python's
+own, for which the hash of dgfast's sources and the versions in `environment` stand. A closure, or whatever else pickle
+cannot write down, has no name.
 """
 
-import functools
 import os
-import platform
 import sys
-import types
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from functools import partial, partialmethod
 from hashlib import sha256
-from pathlib import Path
+from io import BytesIO
+from pickle import Pickler
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_OWN = "dgfast"
-_TRUSTED = {"torch", "numpy", "click", *sys.stdlib_module_names}  # pinned by their versions, not by their code
-_PLAIN = (
-    types.NoneType, bool, int, float, complex, str, bytes, types.EllipsisType,
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
-_FLOAT32 = ("generic", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv")
-_BOOKKEEPING = {
-    "__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__match_args__", "__dataclass_fields__",
-    "__dataclass_params__", "__abstractmethods__", "__parameters__", "__orig_bases__", "_abc_impl",
-}  # fmt: skip  # of a class, and nothing that its methods do depends on it
-_HEAP_TYPE = 1 << 9  # a class of Python: what its objects hold is in their attributes
+from dgfast.graph import Function
+
+_TRUSTED = {"dgfast", "torch", "numpy", "typing_extensions", "pybind11_builtins", *sys.stdlib_module_names}
 
 
 class NamelessError(Exception):
     """Something that a name cannot vouch for."""
 
 
-class Key:
-    """A hash that takes in one object after another.
-
-    Attributes:
-        tensors: those it met, each once, in the order of meeting.
-    """
-
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-        self._hash = sha256()
-        self._met: dict[Any, tuple[int, Any]] = {}  # with the object, so that its id stays its own
-
-    def digest(self) -> str:
-        """The hash of all that was added, contents of tensors included."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for contents in pool.map(_contents, self.tensors):
-                self._note("contents", contents)
-        return self._hash.hexdigest()
-
-    def add(self, value: Any) -> None:
-        """Take in an object and all that it consists of.
-
-        Raises:
-            NamelessError: it has a part that is not dgfast's, torch's or Python's own, or of an unknown kind.
-        """
-        kind = type(value)
-        if kind in _PLAIN:
-            self._note(kind.__name__, repr(value))
-        elif kind in (tuple, list, torch.Size):
-            self._all(kind, value)
-        elif kind in (dict, OrderedDict, types.MappingProxyType):
-            self._all(kind, (part for item in value.items() for part in item))
-        elif kind in (set, frozenset):
-            self._note(kind.__name__, repr(sorted(map(_plain, value))))
-        elif not self._is_known(id(value), value):
-            self._object(value, kind)
-
-    def _object(self, value: Any, kind: type) -> None:
-        if kind in (Tensor, nn.Parameter):
-            self._tensor(value)
-        elif kind is types.FunctionType:
-            self._function(value)
-        elif kind is types.MethodType:
-            self._parts("method", value.__func__, value.__self__)
-        elif kind is functools.partial:
-            self._parts("partial", value.func, value.args, value.keywords)
-        elif kind is functools._lru_cache_wrapper:
-            self._parts("cached", value.__wrapped__)
-        elif kind in (staticmethod, classmethod):
-            self._parts(kind.__name__, value.__func__)
-        elif kind is property:
-            self._parts("property", value.fget, value.fset)
-        elif kind is ContextVar:
-            self._parts("variable", value.name, value.get(None))
-        elif isinstance(value, type) and not isinstance(value, types.GenericAlias):
-            self._class(value)
-        elif kind in (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType):
-            self._builtin(value)
-        elif kind in (torch._ops.OpOverload, torch._ops.OpOverloadPacket):
-            self._note("operation", str(value))
-        elif kind.__module__ == "typing" or kind is types.UnionType or isinstance(value, types.GenericAlias):
-            self._note("hint", repr(value))
-        else:
-            self._instance(value, kind)
-
-    def _note(self, kind: str, text: str) -> None:
-        data = f"{kind} {text}".encode()
-        self._hash.update(len(data).to_bytes(8, "little") + data)
-
-    def _all(self, kind: type, values: Iterable[Any]) -> None:
-        values = list(values)
-        self._note(kind.__name__, str(len(values)))
-        for value in values:
-            self.add(value)
-
-    def _parts(self, kind: str, *parts: Any) -> None:
-        self._note("object", kind)
-        for part in parts:
-            self.add(part)
-
-    def _is_known(self, key: Any, value: Any) -> bool:
-        if key in self._met:
-            self._note("again", str(self._met[key][0]))
-            return True
-        self._met[key] = len(self._met), value
-        return False
-
-    def _tensor(self, x: Tensor) -> None:
-        if x.layout != torch.strided or x.is_meta or x.is_quantized or x.is_conj() or x.is_neg():
-            raise NamelessError(f"a tensor of layout {x.layout} on {x.device}")
-        form = type(x).__name__, tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad
-        self._note("tensor", repr(form))
-        self.tensors.append(x)
-
-    def _function(self, function: types.FunctionType) -> None:
-        home = str(function.__globals__.get("__name__"))
-        self._note("function", f"{home} {function.__module__} {function.__qualname__}")
-        _require_trusted(home)
-        if _root(home) != _OWN and _importable(function):
-            return
-        self._code(function.__code__)
-        if function.__code__.co_filename == "<string>":  # what `dataclass` writes
-            return
-        self._parts("defaults", function.__defaults__, function.__kwdefaults__)
-        for cell in function.__closure__ or ():
-            try:
-                self.add(cell.cell_contents)
-            except ValueError:
-                self._note("cell", "empty")
-        if _root(home) == _OWN:
-            self._globals(function.__globals__, set(_names(function.__code__)))
-
-    def _code(self, code: types.CodeType) -> None:
-        names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
-        counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags, len(code.co_consts)
-        self._note("code", repr((code.co_name, code.co_code, code.co_exceptiontable, names, counts)))
-        for value in code.co_consts:
-            if isinstance(value, types.CodeType):
-                self._code(value)
-            else:
-                self.add(value)
-
-    def _globals(self, namespace: dict[str, Any], names: set[str]) -> None:
-        """What code that mentions these names may find under them."""
-        found = sorted(names & namespace.keys())
-        self._note("globals", repr(found))
-        for value in map(namespace.__getitem__, found):
-            if not isinstance(value, types.ModuleType):
-                self.add(value)
-            elif _root(value.__name__) != _OWN:
-                self._outside(value, names)
-            elif not self._is_known((id(value), frozenset(names)), value):
-                self._globals(vars(value), names)
-
-    def _outside(self, module: types.ModuleType, names: set[str]) -> None:
-        """A module whose version stands for its code."""
-        _require_trusted(module.__name__)
-        self._note("module", module.__name__)
-        _require_untouched(vars(module)[name] for name in names & vars(module).keys())
-
-    def _class(self, cls: type) -> None:
-        self._note("class", f"{cls.__module__} {cls.__qualname__}")
-        _require_trusted(cls.__module__)
-        if _root(cls.__module__) != _OWN:
-            if not _importable(cls):
-                raise NamelessError(f"a class that {cls.__module__} makes as it goes")
-            _require_untouched(vars(cls).values())
-            return
-        self._all(tuple, cls.__bases__)
-        self.add({name: value for name, value in vars(cls).items() if name not in _BOOKKEEPING})
-
-    def _builtin(self, value: Any) -> None:
-        owner = getattr(value, "__objclass__", None) or value.__self__
-        self._note("builtin", value.__qualname__)
-        if isinstance(owner, types.ModuleType):
-            self._outside(owner, set())
-        else:
-            self.add(owner)
-
-    def _instance(self, value: Any, cls: type) -> None:
-        own_or_module = _root(cls.__module__) == _OWN or isinstance(value, nn.Module)
-        bases = [base for base in cls.__mro__ if base is not object]
-        plain = all(base.__flags__ & _HEAP_TYPE and not base.__dict__.get("__slots__") for base in bases)
-        if not (own_or_module and plain):
-            raise NamelessError(f"a {cls.__module__}.{cls.__qualname__}")
-        self._parts("instance", cls)
-        attributes = vars(value)
-        if any(name.endswith("hooks") and held for name, held in attributes.items()):
-            raise NamelessError(f"a {cls.__qualname__} with hooks")
-        self._all(dict, (part for item in attributes.items() for part in item))
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a trace on this device depends on besides the function and its arguments.
+def written(function: Function) -> tuple[bytes, list[Tensor]]:
+    """The function and all that it consists of but the contents of tensors; and these, each once.
 
     Raises:
-        NamelessError: hooks or modes that see every operation.
+        NamelessError: it has a part that cannot be written down, or whose code is somebody else's.
     """
-    watched = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
-    if watched or nn.modules.module._has_any_global_hook():
-        raise NamelessError("hooks or modes that see every operation")
-    attention, cudnn = torch.backends.cuda, torch.backends.cudnn
-    return {
-        "versions": (sys.version, str(torch.__version__), torch.version.git_version, sys.modules["numpy"].__version__),
-        "machine": (platform.machine(), torch.backends.cpu.get_cpu_capability()),
-        "gpu": (torch.cuda.get_device_name(device), cudnn.version()) if device.type == "cuda" else None,
-        "dgfast": (_sources(), os.environ.get("TRITON_INTERPRET")),
-        "default dtype": torch.get_default_dtype(),
-        "default device": torch.get_default_device(),
-        "inference mode": torch.is_inference_mode_enabled(),
-        "autocast": [(torch.is_autocast_enabled(at), torch.get_autocast_dtype(at)) for at in ("cpu", device.type)],
-        "deterministic": torch.get_deterministic_debug_mode(),
-        "float32": [torch._C._get_fp32_precision_getter(*of) for of in _FLOAT32],  # the older getters may raise
-        "cudnn": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
-        "mkldnn": (torch.backends.mkldnn.is_available(), torch.backends.mkldnn.enabled),
-        "attention": (
-            attention.flash_sdp_enabled(), attention.mem_efficient_sdp_enabled(), attention.math_sdp_enabled(),
-            attention.cudnn_sdp_enabled(), torch._C._get_sdp_priority_order(),
-        ),
-    }  # fmt: skip
+    file = BytesIO()
+    pickler = _Pickler(file, protocol=5)
+    try:
+        pickler.dump(function)
+    except Exception as error:  # every class has its own way to say that it cannot be pickled
+        raise NamelessError(f"{error}") from error
+    return file.getvalue(), [x for _, x in pickler.tensors.values()]
 
 
-@functools.cache
-def _sources() -> str:
-    """A hash of every module of dgfast, for what is imported inside of functions."""
-    root, found = Path(__file__).parents[1], sha256()
-    paths = [Path(at, name) for at, _, names in os.walk(root, followlinks=True) for name in names]
-    for path in sorted(path for path in paths if path.suffix == ".py"):
-        found.update(f"{path.relative_to(root)} {sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return found.hexdigest()
+def digest(function: bytes, tensors: list[Tensor], *others: object) -> str:
+    """The name of a function that `written` wrote down, and of other plain values."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        contents = list(pool.map(_contents, tensors))
+    return sha256(repr((function, contents, others)).encode()).hexdigest()
+
+
+class _Pickler(Pickler):
+    """Writes down what a function consists of.
+
+    Attributes:
+        tensors: those it met, each with its place in the order of meeting, by their ids.
+    """
+
+    def __init__(self, file: BytesIO, protocol: int) -> None:
+        super().__init__(file, protocol)
+        self.tensors: dict[int, tuple[int, Tensor]] = {}
+
+    def persistent_id(self, value: Any) -> Any:
+        """What stands for a value; None: what pickle makes of it."""
+        if type(value) is str:
+            return value.encode()  # pickle writes a text that it has met otherwise than one equal to it
+        if type(value) in (set, frozenset):  # whose order is another in every process
+            return type(value).__name__, sorted(value)
+        return self._form(value) if isinstance(value, Tensor) else None
+
+    def reducer_override(self, value: Any) -> Any:
+        """How a value that is neither plain nor a collection is written."""
+        require_trusted(value)
+        if isinstance(value, MethodType):
+            return partial, (value.__func__, value.__self__)  # pickle looks at the function's name alone
+        if isinstance(value, nn.Module):
+            return type(value), (), vars(value)  # pickle leaves out what `compile` made of it
+        if isinstance(value, type):
+            for member in (member for base in value.__mro__ for member in vars(base).values()):
+                require_untouched(member)
+        return NotImplemented
+
+    def _form(self, x: Tensor) -> tuple[object, ...]:
+        unlike = x.layout != torch.strided or x.is_meta or x.is_quantized or x.is_conj() or x.is_neg()
+        if unlike or type(x) not in (Tensor, nn.Parameter):
+            raise NamelessError(f"a {type(x).__qualname__} of layout {x.layout} on {x.device}")
+        index, _ = self.tensors.setdefault(id(x), (len(self.tensors), x))
+        form = tuple(x.shape), x.stride(), str(x.dtype), str(x.device), x.requires_grad
+        return type(x).__name__, index, *form
+
+
+def require_untouched(value: Any) -> None:
+    """Raise NamelessError if somebody has put their own under a name of dgfast or torch, where this stands."""
+    require_trusted(inside(value))
+    if isinstance(value, partial | partialmethod):
+        raise NamelessError("a partial in the place of a function")
+
+
+def require_trusted(value: Any) -> None:
+    """Raise NamelessError for code, or an object with code, for which neither a hash nor a version stands."""
+    if isinstance(value, FunctionType):  # it may say that it is what it wraps
+        homes = value.__module__, value.__globals__.get("__name__")
+    elif isinstance(value, ModuleType):
+        homes = value.__name__, "builtins"
+    else:
+        homes = type(value).__module__, getattr(value, "__module__", None) or "builtins"
+    if not all(str(home).partition(".")[0] in _TRUSTED for home in homes):
+        raise NamelessError(f"code of {' and '.join(map(str, homes))}")
+
+
+def inside(value: Any) -> Any:
+    """The function in a property, or in a class method or static one."""
+    return getattr(value, "fget", getattr(value, "__func__", value))
 
 
 def _contents(x: Tensor) -> str:
     dense = x.detach().cpu().contiguous()
     return sha256(dense.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Names of globals and attributes in this code and in what it defines."""
-    yield from code.co_names
-    for value in code.co_consts:
-        if isinstance(value, types.CodeType):
-            yield from _names(value)
-
-
-def _plain(value: Any) -> str:
-    if type(value) not in _PLAIN:
-        raise NamelessError(f"a set of {type(value).__name__}")
-    return f"{type(value).__name__} {value!r}"
-
-
-def _importable(value: Any) -> bool:
-    """Whether it is what its module holds under its name."""
-    found: Any = sys.modules.get(value.__module__)
-    for name in value.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is value
-
-
-def _require_trusted(module: str) -> None:
-    if _root(module) not in {_OWN, *_TRUSTED}:
-        raise NamelessError(f"code of {module}")
-
-
-def _require_untouched(members: Iterable[Any]) -> None:
-    """Raise NamelessError if somebody has put a function of their own into a trusted class or module."""
-    for value in members:
-        if isinstance(value, types.FunctionType):
-            _require_trusted(str(value.__globals__.get("__name__")))
-        elif isinstance(value, type):
-            _require_trusted(value.__module__)
-        elif callable(value) and _root(type(value).__module__) not in ("torch", "builtins"):
-            raise NamelessError(f"a {type(value).__qualname__} in the place of a function")
-
-
-def _root(module: str) -> str:
-    return module.partition(".")[0]

@@ -1,6 +1,10 @@
-"""The guided denoiser: one pure function of a denoiser and its guidances."""
+"""The guided denoiser: one pure function of a denoiser and its guidances.
+
+It is a partial of a function here and no closure, for `graph.key` can write that down: its graph is kept.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,17 +28,7 @@ def guided_denoiser(denoiser: Denoiser, guidances: Sequence[Guidance], clip: boo
         clip: keep the denoised images in [-1, 1]: after the guidances that mix denoisers, before those by gradients,
             as ADM does.
     """
-
-    def guided(x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        plain = denoiser(x, sigma, class_labels).to(x.dtype)
-        denoised = _mixed(plain, guidances, x, sigma, class_labels, clip)
-        given, log_ratio = denoised, torch.full_like(sigma, OUTSIDE_WINDOW)
-        for direction, gate, ratio in _gradients(given, guidances, x, sigma, class_labels):
-            denoised = ops.guide(denoised, direction, gate)
-            log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
-        return denoised, log_ratio
-
-    return guided
+    return partial(_guided_denoiser, denoiser, tuple(guidances), clip)
 
 
 def guided_posterior(denoiser: Denoiser, guidances: Sequence[Guidance], clip: bool = False) -> GuidedPosterior:
@@ -45,27 +39,40 @@ def guided_posterior(denoiser: Denoiser, guidances: Sequence[Guidance], clip: bo
     denoised [B, C, H, W] holds the guidances that mix denoisers. The gradient guidances are in the shift, in ADM's form
     variance w grad_u l (arXiv 2105.05233, algorithm 1); shift and variance [B, C, H, W] are in VP coordinates.
     """
+    return partial(_guided_posterior, denoiser, tuple(guidances), clip)
+
+
+def _guided_denoiser(
+    denoiser: Denoiser, guidances: Sequence[Guidance], clip: bool, x: Tensor, sigma: Tensor, class_labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    plain = denoiser(x, sigma, class_labels).to(x.dtype)
+    denoised = _mixed(plain, guidances, x, sigma, class_labels, clip)
+    given, log_ratio = denoised, torch.full_like(sigma, OUTSIDE_WINDOW)
+    for direction, gate, ratio in _gradients(given, guidances, x, sigma, class_labels):
+        denoised = ops.guide(denoised, direction, gate)
+        log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
+    return denoised, log_ratio
+
+
+def _guided_posterior(
+    denoiser: Denoiser, guidances: Sequence[Guidance], clip: bool, x: Tensor, sigma: Tensor,
+    class_labels: Tensor | None, log_least: Tensor, log_most: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with_variance = getattr(denoiser, "with_variance", None)
-
-    def guided(
-        x: Tensor, sigma: Tensor, class_labels: Tensor | None, log_least: Tensor, log_most: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        v: Tensor | None = None
-        if with_variance is None:
-            plain = denoiser(x, sigma, class_labels)
-        else:
-            plain, v = with_variance(x, sigma, class_labels)
-        plain = plain.to(x.dtype)
-        denoised = _mixed(plain, guidances, x, sigma, class_labels, clip)
-        variance = _variance(v, log_least, log_most).to(x.dtype).expand_as(x)
-        shift, log_ratio = torch.zeros_like(x), torch.full_like(sigma, OUTSIDE_WINDOW)
-        for direction, gate, ratio in _gradients(denoised, guidances, x, sigma, class_labels):
-            weight = (gate / denoiser_gate(sigma)).view(-1, 1, 1, 1).to(x.dtype)
-            shift = shift + variance * weight * direction
-            log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
-        return denoised, shift, variance, log_ratio
-
-    return guided
+    v: Tensor | None = None
+    if with_variance is None:
+        plain = denoiser(x, sigma, class_labels)
+    else:
+        plain, v = with_variance(x, sigma, class_labels)
+    plain = plain.to(x.dtype)
+    denoised = _mixed(plain, guidances, x, sigma, class_labels, clip)
+    variance = _variance(v, log_least, log_most).to(x.dtype).expand_as(x)
+    shift, log_ratio = torch.zeros_like(x), torch.full_like(sigma, OUTSIDE_WINDOW)
+    for direction, gate, ratio in _gradients(denoised, guidances, x, sigma, class_labels):
+        weight = (gate / denoiser_gate(sigma)).view(-1, 1, 1, 1).to(x.dtype)
+        shift = shift + variance * weight * direction
+        log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
+    return denoised, shift, variance, log_ratio
 
 
 def _mixed(

@@ -6,12 +6,13 @@ correction of the denoised image, is known exactly at every call.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dgfast import ops
-from dgfast.guidance.compose import Denoiser, guided_denoiser
+from dgfast.guidance.compose import Denoiser, GuidedDenoiser, guided_denoiser
 from dgfast.guidance.declaration import Guidance
 from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.vp import vp_alpha
@@ -23,15 +24,16 @@ def gradient_keeping_denoiser(
     denoiser: Denoiser, others: Sequence[Guidance], discriminator: DiscriminatorGuidance, clip: bool = False
 ) -> GradientKeepingDenoiser:
     """As `guided_denoiser` with `others` and `discriminator`, and g [B, C, H, W], float32, as a third result."""
-    without = guided_denoiser(denoiser, others, clip)
+    return partial(_gradient_keeping, guided_denoiser(denoiser, others, clip), discriminator)
 
-    def guided(x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        denoised, _ = without(x, sigma, class_labels)
-        direction, gate, log_ratio = discriminator.correct(x, sigma, class_labels, denoised)
-        gradient = vp_alpha(sigma).view(-1, 1, 1, 1) * direction  # ungated: the next call may be inside the window
-        return ops.guide(denoised, direction, gate), log_ratio.to(sigma.dtype), gradient.float()
 
-    return guided
+def _gradient_keeping(
+    without: GuidedDenoiser, discriminator: DiscriminatorGuidance, x: Tensor, sigma: Tensor, class_labels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    denoised, _ = without(x, sigma, class_labels)
+    direction, gate, log_ratio = discriminator.correct(x, sigma, class_labels, denoised)
+    gradient = vp_alpha(sigma).view(-1, 1, 1, 1) * direction  # ungated: the next call may be inside the window
+    return ops.guide(denoised, direction, gate), log_ratio.to(sigma.dtype), gradient.float()
 
 
 class CarriedGradient:

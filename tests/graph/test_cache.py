@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dgfast import job
+from dgfast import job, ops
 from dgfast.graph import Function
 from dgfast.graph import cache as graph_cache
 from dgfast.graph import key as graph_key
@@ -114,10 +114,31 @@ def test_graph_cache_reads_no_file_under_another_name(small: Function, folder: P
     assert len(traced) == 2
 
 
-def test_graph_cache_calls_nothing_but_aten() -> None:
-    for name in ("aten.add", "aten.__class__.mro", "debugprims.delete_tensor.default", "os.system.default"):
-        with pytest.raises((ValueError, AttributeError)):
+def test_graph_cache_calls_nothing_but_operations_of_torch_and_dgfast() -> None:
+    for name in (
+        "aten.add",
+        "aten.__class__.mro",
+        "debugprims.delete_tensor.default",
+        "os.system.default",
+        "dgfast.gate.default",
+    ):
+        with pytest.raises((ValueError, AttributeError, ImportError)):
             graph_cache._operation(name)
+
+
+def test_graph_cache_keeps_calls_of_kernels(
+    tiny: Nets, traced: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)  # or they leave tensors on the CPU alone
+    with ops.kernels("triton"):
+        first, second = (graph_cache.lowered(guided(tiny), example()) for _ in range(2))
+    graph_cache.lowered(guided(tiny), example())
+    assert len(traced) == len([*folder.iterdir()]) == 2
+    called = [
+        [str(node.target) for node in graph.graph.nodes if node.op == "call_function"] for graph in (first, second)
+    ]
+    assert called[0] == called[1] and "dgfast.guide.default" in called[0]
 
 
 def test_graph_cache_keeps_constants_and_infinite_numbers(folder: Path) -> None:

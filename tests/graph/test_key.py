@@ -4,19 +4,21 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial, wraps
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
-from dgfast import nets, ops
-from dgfast.graph import Function
-from dgfast.graph import key as graph_key
+from dgfast import Networks, job, nets
+from dgfast.config import SamplingConfig
+from dgfast.denoiser import VEPrecond
 from dgfast.guidance import (
     Autoguidance,
     ClassifierFreeGuidance,
@@ -25,15 +27,10 @@ from dgfast.guidance import (
     LowDensityGuidance,
     PredictedCleanGuidance,
     WeightSchedule,
-    guided_denoiser,
-    guided_posterior,
 )
-from dgfast.guidance import discriminator as discriminator_module
-from dgfast.guidance.reuse import gradient_keeping_denoiser
-from dgfast.job import PureFunction
-from dgfast.nets import blocks
 from dgfast.nets.discriminator import NoisyClassifier
-from dgfast.noise_levels import vp_time
+from dgfast.nets.generator import Generator
+from dgfast.vp import TIME_SCHEDULES, vp_time
 from tests.support.graphs import Nets, example, guided, key
 from tests.support.paths import ROOT
 
@@ -62,87 +59,105 @@ def test_graph_cache_knows_every_network_and_guidance_by_name(masters: Nets, nam
     net: Any = nets.build(kind, img_resolution=8, img_channels=1, label_dim=3, **keywords).eval()
     classifier = NoisyClassifier(masters["discriminator"].trunk)
     time: dict[str, Any] = {"time": getattr(net, "time", vp_time)}
-    discriminator = DiscriminatorGuidance(masters["discriminator"], **time)
-    others = [
+    guidances = [
         Autoguidance(masters["net"], 2.0), ClassifierFreeGuidance(net, 2.0),
         ClassifierGuidance(classifier, 2.0, **time), LowDensityGuidance(classifier, 0.1, **time),
-        PredictedCleanGuidance(classifier, 0.1, **time),
+        PredictedCleanGuidance(classifier, 0.1, **time), DiscriminatorGuidance(masters["discriminator"], **time),
     ]  # fmt: skip
-    functions: list[Function] = [
-        PureFunction(  # as a sampler has it
-            "denoiser", guided_denoiser(net, [*others, discriminator]), ("x", "sigma", "class_labels"), (),
-            (*others, discriminator),
-        ),
-        guided_posterior(net, [*others, discriminator]), gradient_keeping_denoiser(net, others, discriminator),
-    ]  # fmt: skip
-    keys = {key(function) for function in functions}
-    assert len(keys) == 3 and None not in keys
+    jobs = [job.Job(Networks(net), SamplingConfig(num_steps=4, clip_denoised=clip)) for clip in (False, True)]
+    functions = [
+        made.called(some, keep) for made in jobs for keep in (False, True) for some in (guidances, guidances[1:])
+    ]
+    posteriors = [made.guided("posterior", guidances) for made in jobs]
+    keys = {key(function) for function in (*functions, *posteriors)}
+    assert len(keys) == 10 and None not in keys
+
+
+def test_graph_cache_knows_the_generator_by_name() -> None:
+    generators = [Generator(8, 1, latent_dim=4, style_dim=8, channels=(8, 8)).eval() for _ in range(2)]
+    keys = {key(job.generator(generator), (torch.zeros(2, 4), None)) for generator in generators}
+    assert len(keys) == 2 and None not in keys
 
 
 CODE = """
 import torch
-from dgfast import nets
-from dgfast.guidance import guided_denoiser, ClassifierFreeGuidance
-from dgfast.graph import cache as graph_cache, key as graph_key
+from dgfast import Networks, nets
+from dgfast.graph import cache
+from dgfast.guidance import ClassifierFreeGuidance
+from dgfast.job import Job, generator
+calls, trace = [], cache.trace
+cache.trace = lambda *arguments: calls.append(1) or trace(*arguments)
 torch.manual_seed(0)
 net = nets.build("EDMPrecond", model_type="SongUNet", img_resolution=8, img_channels=1, label_dim=3, model_channels=16,
                  channel_mult=[1], num_blocks=1, attn_resolutions=[8]).eval().requires_grad_(False)
-function = guided_denoiser(net, [ClassifierFreeGuidance(net, 2.0)])
 x = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
-print(graph_cache._named(function, (x, x.new_ones(2), torch.zeros(2, 3)))[0].stem)
-names = graph_key.Key()
-names.add(frozenset("abcdefgh"))  # in an order that the seed decides
-print(names.digest())
+cache.lowered(Job(Networks(net)).called((ClassifierFreeGuidance(net, 2.0),)), (x, x.new_ones(2), torch.zeros(2, 3)))
+net = nets.build("Generator", img_resolution=8, img_channels=1, label_dim=0, latent_dim=6, channels=[16, 8])
+net.words = frozenset("abcdefgh")  # in an order that the seed decides
+cache.lowered(generator(net), (torch.zeros(2, 6), None))
+print(len(calls))
 """
 
 
-def test_graph_cache_keys_are_the_same_in_every_process() -> None:
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", CODE], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
-        )
-        for seed in ("1", "2")
-    ]  # fmt: skip
-    first, second = (run.communicate()[0].split() for run in runs)
-    assert first == second and len(first) == 2
+def test_graph_cache_hits_in_every_process(folder: Path) -> None:
+    for seed, traced in (("1", 2), ("2", 0)):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout == f"{traced}\n", done.stderr
+        assert len([*folder.iterdir()]) == 2
+
+
+def test_graph_cache_does_not_tell_equal_texts_apart(tiny: Nets) -> None:
+    """Which of them are one object is another thing in every process."""
+    text = "same"
+    keys = set()
+    for tiny["net"].texts in ([text, text], [text, "".join([*text])]):
+        keys.add(key(guided(tiny)))
+    assert len(keys) == 1 and None not in keys
 
 
 # Misses ---------------------------------------------------------------------------------------------------------------
-def _weight(chosen: Nets) -> None:
-    next(chosen["net"].parameters()).view(-1)[0] += 1e-6
+NUMBERS = torch.zeros(1), torch.ones(1)
+CHANGES: dict[str, Callable[[Any, Any], object]] = {
+    "weight": lambda net, judge: next(net.parameters()).view(-1)[0].add_(1e-6),
+    "buffer": lambda net, judge: net.register_buffer("one", torch.ones(1)),
+    "type of zeros": lambda net, judge: net.register_buffer("one", torch.zeros(1)),
+    "of other zeros": lambda net, judge: net.register_buffer("one", torch.zeros(1, dtype=torch.int32)),
+    "first once more": lambda net, judge: setattr(net, "numbers", [NUMBERS[0], NUMBERS[1], NUMBERS[0]]),
+    "second once more": lambda net, judge: setattr(net, "numbers", [NUMBERS[0], NUMBERS[1], NUMBERS[1]]),
+    "number": lambda net, judge: setattr(net, "sigma_data", net.sigma_data + 0.125),
+    "mode": lambda net, judge: net.train(),
+    "mode inside": lambda net, judge: [*net.modules()][-1].train(),
+    "layout": lambda net, judge: judge.to(memory_format=torch.channels_last),
+    "type": lambda net, judge: net.double(),
+    "gradient": lambda net, judge: net.requires_grad_(True),
+    "class": lambda net, judge: setattr(net, "__class__", VEPrecond),
+    "one layer twice": lambda net, judge: setattr(net.model, "map_layer1", net.model.map_layer0),
+    "equal layers": lambda net, judge: setattr(net.model, "map_layer1", copy.deepcopy(net.model.map_layer0)),
+    "hook of torch's": lambda net, judge: net.register_forward_hook(torch.add),
+    "method of torch's": lambda net, judge: setattr(net, "forward", MethodType(nn.Identity.forward, net)),
+    "another method": lambda net, judge: setattr(net, "forward", MethodType(nn.Flatten.forward, net)),
+}  # fmt: skip
 
 
-def _config(chosen: Nets) -> None:
-    chosen["net"].sigma_data += 0.125
+def test_graph_cache_misses_another_network(masters: Nets) -> None:
+    keys = [key(guided(masters))]
+    assert keys[0] == key(guided(copy.deepcopy(masters)))
+    for change in CHANGES.values():
+        changed = copy.deepcopy(masters)
+        change(changed["net"], changed["discriminator"])
+        keys.append(key(guided(changed)))
+    assert len(set(keys)) == len(keys) == len(CHANGES) + 1 and None not in keys
 
 
-def _mode(chosen: Nets) -> None:
-    chosen["net"].train()
-
-
-def _layout(chosen: Nets) -> None:
-    chosen["discriminator"].to(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("change", [_weight, _config, _mode, _layout])
-def test_graph_cache_misses_another_network(tiny: Nets, change: Callable[[Nets], None]) -> None:
-    before = key(guided(tiny))
-    assert before == key(guided(copy.deepcopy(tiny))) is not None
-    change(tiny)
-    assert before != key(guided(tiny)) is not None
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"weight": 2.0000000000000004}, {"weight": 2}, {"window": (0.1, 0.8)}, {"boost": 2.0},
-        {"schedule": WeightSchedule(((0.1, 1.0),))}, {"published_window": True},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_graph_cache_misses_another_guidance(tiny: Nets, changes: dict[str, Any]) -> None:
-    assert key(guided(tiny)) != key(guided(tiny, **changes)) is not None
+def test_graph_cache_misses_another_guidance(tiny: Nets) -> None:
+    changes: list[dict[str, Any]] = [
+        {}, {"weight": 2.0000000000000004}, {"weight": 2}, {"window": (0.1, 0.8)}, {"boost": 2.0}, {"boost": True},
+        {"schedule": WeightSchedule(((0.1, 1.0),))}, {"published_window": True}, {"time": TIME_SCHEDULES["cosine"]},
+        {"weight": torch.tensor(2.0)}, {"weight": torch.tensor(3.0)}, {"discriminator": tiny["net"]},
+    ]  # fmt: skip
+    keys = {key(guided(tiny, **change)) for change in changes}
+    assert len(keys) == len(changes) and None not in keys
 
 
 def test_graph_cache_misses_other_arguments(tiny: Nets) -> None:
@@ -157,53 +172,6 @@ def test_graph_cache_misses_other_arguments(tiny: Nets) -> None:
     assert len(keys) == len(others) and None not in keys
 
 
-def _settings() -> Iterator[tuple[str, Callable[..., object], object, object]]:
-    """Name, what sets it, another value, the value here."""
-    yield "deterministic", torch.use_deterministic_algorithms, False, True
-    yield "dtype", torch.set_default_dtype, torch.float64, torch.float32
-    yield "matmul", torch.set_float32_matmul_precision, "medium", "highest"
-    yield "attention", torch.backends.cuda.enable_flash_sdp, False, True
-    yield "onednn", partial(setattr, torch.backends.mkldnn, "enabled"), False, True
-
-
-@pytest.mark.parametrize(("set_to", "other", "here"), [pytest.param(*s[1:], id=s[0]) for s in _settings()])
-def test_graph_cache_misses_other_settings(tiny: Nets, set_to: Any, other: object, here: object) -> None:
-    set_to(here)
-    before = key(guided(tiny))
-    try:
-        set_to(other)
-        assert before != key(guided(tiny)) is not None
-    finally:
-        set_to(here)
-    assert before == key(guided(tiny))
-
-
-def test_graph_cache_misses_other_code(tiny: Nets, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [key(guided(tiny))]
-    with monkeypatch.context() as patch:
-        patch.setattr(graph_key, "_sources", lambda: "another")
-        keys += [key(guided(tiny))]
-    with monkeypatch.context() as patch:  # a number that the code names
-        patch.setattr(discriminator_module, "LOGIT_LIMIT", 1.0)
-        keys += [key(guided(tiny))]
-    with monkeypatch.context() as patch:  # a function deep inside, as it stands in memory
-        code = blocks._deinterleaved.__code__
-        others = tuple(value + 1 if type(value) is int else value for value in code.co_consts)
-        patch.setattr(blocks._deinterleaved, "__code__", code.replace(co_consts=others))
-        keys += [key(guided(tiny))]
-    with ops.kernels("triton") if _has_triton() else ExitStack():
-        keys += [key(guided(tiny))] if _has_triton() else []
-    assert len(set(keys)) == len(keys) and None not in keys and key(guided(tiny)) == keys[0]
-
-
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 # What has no name -----------------------------------------------------------------------------------------------------
 class Mine(nn.Module):
     """A user's own network, whose code no key can know."""
@@ -212,71 +180,59 @@ class Mine(nn.Module):
         return x / 2
 
 
-def _mine(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
-    return guided(chosen, net=Mine())
+def forward(self: Any, x: Tensor, *_: Any) -> Tensor:
+    return x / 2
 
 
-def _function(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
-    return guided(chosen, net=lambda x, sigma, labels: x / 2)
+def time(sigma: Tensor) -> Tensor:
+    return sigma / 100
 
 
-def _inside(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
-    chosen["net"].model.enc["8x8_conv"] = Mine()
-    return guided(chosen)
+@lru_cache
+def kept_time(sigma: Tensor) -> Tensor:
+    return sigma / 100
 
 
-def _hook(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
-    chosen["net"].register_forward_hook(torch.add)
-    return guided(chosen)
+@dataclass(frozen=True, eq=False)
+class Louder(DiscriminatorGuidance):
+    pass
 
 
-def _forward(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
-    chosen["net"].forward = lambda x, *_: x / 2
-    return guided(chosen)
+class Halved(Tensor):
+    pass
 
 
-def _patched_class(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
-    patch.setattr(blocks.Conv2d, "forward", lambda self, x: x)
-    return guided(chosen)
+NAMELESS: dict[str, Callable[[Any, Any], object]] = {
+    "network": lambda net, options: options.update(net=Mine()),
+    "function for a network": lambda net, options: options.update(net=lambda x, *_: x / 2),
+    "layer": lambda net, options: setattr(net.model, "map_layer0", Mine()),
+    "hook": lambda net, options: net.register_forward_hook(forward),
+    "hook that says it is torch's": lambda net, options: net.register_forward_hook(wraps(torch.relu)(forward)),
+    "lambda": lambda net, options: setattr(net, "forward", lambda x, *_: x / 2),
+    "method": lambda net, options: setattr(net, "forward", MethodType(forward, net)),
+    "class": lambda net, options: setattr(net, "__class__", type("EDMPrecond", (type(net),), {})),
+    "parametrized": lambda net, options: parametrize.register_parametrization(
+        net.model.map_layer0, "weight", nn.Identity()
+    ),
+    "compiled": lambda net, options: net.compile(backend="eager"),
+    "of another type": lambda net, options: net.register_buffer("other", torch.ones(1).as_subclass(Halved)),
+    "sparse": lambda net, options: net.register_buffer("other", torch.ones(1).to_sparse()),
+    "nowhere": lambda net, options: net.register_buffer("other", torch.ones(1, device="meta")),
+    "guidance": lambda net, options: options.update(kind=Louder),
+    "function": lambda net, options: options.update(time=time),
+    "function inside": lambda net, options: options.update(time=partial(time)),
+    "function kept": lambda net, options: options.update(time=kept_time),
+    "function of torch's around it": lambda net, options: options.update(time=torch.no_grad()(time)),
+    "closure": lambda net, options: options.update(time=lambda sigma: vp_time(sigma)),
+}  # fmt: skip
 
 
-def _patched_function(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
-    patch.setattr(ops, "group_norm_silu_reference", lambda x, *_: x)
-    return guided(chosen)
-
-
-def _patched_torch(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
-    patch.setattr(F, "silu", lambda x: x)
-    return guided(chosen)
-
-
-def _patched_layer(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
-    patch.setattr(nn.Conv2d, "forward", lambda self, x: x)
-    return guided(chosen)
-
-
-def _patched_object(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
-    patch.setattr(F, "silu", partial(torch.mul, 2))
-    return guided(chosen)
-
-
-def _subclass(chosen: Nets, patch: pytest.MonkeyPatch) -> Function:
-    class Louder(DiscriminatorGuidance):
-        pass
-
-    return guided_denoiser(chosen["net"], [Louder(chosen["discriminator"])])
-
-
-NAMELESS = [
-    _mine, _function, _inside, _hook, _forward, _patched_class, _patched_function, _patched_torch, _patched_layer,
-    _patched_object, _subclass,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("make", NAMELESS)
-def test_graph_cache_keeps_nothing_of_a_user(tiny: Nets, monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
-    with monkeypatch.context() as patch:
-        assert key(make(tiny, patch)) is None
+@pytest.mark.parametrize("change", NAMELESS.values(), ids=NAMELESS)
+def test_graph_cache_keeps_nothing_of_a_user(tiny: Nets, change: Callable[[Any, Any], object]) -> None:
+    options: dict[str, Any] = {}
+    assert key(guided(tiny)) is not None
+    change(tiny["net"], options)
+    assert key(guided(tiny, **options)) is None
 
 
 def test_graph_cache_keeps_nothing_of_a_function_that_holds_its_argument(tiny: Nets) -> None:
@@ -284,8 +240,3 @@ def test_graph_cache_keeps_nothing_of_a_function_that_holds_its_argument(tiny: N
     tiny["net"].last = x
     assert key(guided(tiny), (x, sigma, labels)) is None
     assert key(guided(tiny), (x.clone(), sigma, labels)) is not None
-
-
-def test_graph_cache_keeps_nothing_under_a_mode() -> None:
-    with torch.device("cpu"), pytest.raises(graph_key.NamelessError, match="modes"):
-        graph_key.environment(torch.device("cpu"))

@@ -36,7 +36,7 @@ def test_kernels_reference_runs_unless_triton_is_chosen_and_can_run() -> None:
 def test_kernels_choice_ends_with_its_block() -> None:
     with pytest.raises(ZeroDivisionError), ops.kernels("triton"):
         raise ZeroDivisionError
-    assert ops._triton_devices() == ()
+    assert ops.triton_devices() == ()
 
 
 def test_kernels_unknown_choice_is_named() -> None:

@@ -21,9 +21,9 @@ def example(batch: int = 2, dtype: torch.dtype = torch.float64, classes: int = 3
     return x, torch.linspace(0.5, 3, batch, dtype=dtype), F.one_hot(torch.arange(batch) % classes, classes).float()
 
 
-def guided(chosen: Nets, net: Any = None, **changes: Any) -> Function:
+def guided(chosen: Nets, net: Any = None, kind: Any = DiscriminatorGuidance, **changes: Any) -> Function:
     net = chosen["net"] if net is None else net
-    return guided_denoiser(net, [DiscriminatorGuidance(chosen["discriminator"], **GUIDANCE | changes)])
+    return guided_denoiser(net, [kind(**{"discriminator": chosen["discriminator"], **GUIDANCE, **changes})])
 
 
 def key(function: Function, arguments: Example | None = None) -> str | None:
