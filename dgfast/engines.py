@@ -92,10 +92,10 @@ def generated_by(engine: Engine) -> Function:
 def _called(engine: Engine, arguments: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
     """The file's results in the type of the first argument; without a class, its classes are rows of zeros."""
     first = next(x for x in arguments.values() if x is not None)
-    given = {name: x for name, x in arguments.items() if x is not None and name in engine.inputs}
-    if "class_labels" in engine.inputs and "class_labels" not in given:
-        given["class_labels"] = first.new_zeros(len(first), engine.inputs["class_labels"][0][1])
-    return tuple(x.to(first.dtype) for x in engine(given).values())
+    inputs = {name: x for name, x in arguments.items() if x is not None and name in engine.inputs}
+    if "class_labels" in engine.inputs and "class_labels" not in inputs:
+        inputs["class_labels"] = first.new_zeros(len(first), engine.inputs["class_labels"][0][1])
+    return tuple(x.to(first.dtype) for x in engine(inputs).values())
 
 
 def require_fit(engine: Engine, bundle: Bundle, sampling: SamplingConfig, guidance: GuidanceConfig) -> None:

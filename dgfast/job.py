@@ -161,19 +161,19 @@ class Job:
         remembers = LAST[0] in solver.inputs
 
         def function(*arguments: Tensor) -> tuple[Tensor, ...]:
-            given = dict(zip(names, arguments, strict=True))
-            t, t_next = (given[name].view(-1, 1, 1, 1) for name in ("sigma", "sigma_next"))
-            more = {name: given[name] for name in solver.inputs}
+            named = dict(zip(names, arguments, strict=True))
+            t, t_next = (named[name].view(-1, 1, 1, 1) for name in ("sigma", "sigma_next"))
+            more = {name: named[name] for name in solver.inputs}
             if remembers:
                 more[LAST[1]] = more[LAST[1]].view(-1, 1, 1, 1)
 
             def call(guidances: Sequence[Guidance]) -> Call:
                 guided = self.guided(solver.function, guidances)
-                return lambda x, t, *bounds: guided(x, t.flatten(), given["class_labels"], *bounds)
+                return lambda x, t, *bounds: guided(x, t.flatten(), named["class_labels"], *bounds)
 
-            correct = call(with_weights(second, given, second=True)) if two_points else None
-            predict = call(with_weights(first, given))
-            x_next, denoised, _ = solver.any_step(given["x"], t, t_next, predict, correct, more)
+            correct = call(with_weights(second, named, second=True)) if two_points else None
+            predict = call(with_weights(first, named))
+            x_next, denoised, _ = solver.any_step(named["x"], t, t_next, predict, correct, more)
             return (x_next, denoised) if remembers else (x_next,)
 
         outputs = ("x_next", "denoised") if remembers else ("x_next",)  # denoised is the next step's LAST

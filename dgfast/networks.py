@@ -106,19 +106,19 @@ def load(
     Raises:
         UserError: unknown or broken bundle, a network that `guidance` needs and the bundle lacks.
     """
-    found = bundle if isinstance(bundle, bundles.Bundle) else bundles.read(bundle)
-    wanted = roles(found, guidance)
-    nets: dict[str, Any] = {role: found.load(role, device, dtype) for role in wanted}
+    opened = bundle if isinstance(bundle, bundles.Bundle) else bundles.read(bundle)
+    needed = roles(opened, guidance)
+    nets: dict[str, Any] = {role: opened.load(role, device, dtype) for role in needed}
     trunk, head = nets.get("classifier"), nets.get("discriminator")
     if trunk is not None and not isinstance(trunk, EncoderUNetModel):
         raise UserError(
-            f"bundle {found.name}: its classifier, a {type(trunk).__name__}, reads no noise level; guidance needs a "
+            f"bundle {opened.name}: its classifier, a {type(trunk).__name__}, reads no noise level; guidance needs a "
             "noise-aware one, such as `dgfast train classifier` makes"
         )
     score, read = nets["score"], (getattr(trunk, "in_channels", None), getattr(trunk, "image_size", None))
     if trunk is not None and read != (score.img_channels, score.img_resolution):
         raise UserError(
-            f"bundle {found.name}: the classifier reads {read[0]} x {read[1]} x {read[1]} images, "
+            f"bundle {opened.name}: the classifier reads {read[0]} x {read[1]} x {read[1]} images, "
             f"the score network makes {score.img_channels} x {score.img_resolution} x {score.img_resolution}"
         )
     try:
@@ -127,10 +127,10 @@ def load(
             discriminator=noise_aware.Discriminator(trunk, head) if trunk is not None and head is not None else None,
             classifier=noise_aware.NoisyClassifier(trunk) if trunk is not None else None,
             reference=nets.get("reference"),
-            time=_time(score, trunk, found.spec("classifier").time_schedule if trunk is not None else None),
+            time=_time(score, trunk, opened.spec("classifier").time_schedule if trunk is not None else None),
         )
     except ValueError as error:
-        raise UserError(f"bundle {found.name}: {error}") from error
+        raise UserError(f"bundle {opened.name}: {error}") from error
 
 
 def one_hot(labels: Sequence[int] | Tensor, classes: int, count: int, device: torch.device) -> Tensor:

@@ -67,8 +67,8 @@ class OneStep:
         Raises:
             UserError: unknown or broken bundle, or one without a generator.
         """
-        found = bundle if isinstance(bundle, bundles.Bundle) else bundles.read(bundle)
-        generator = found.load("generator", device, dtype)
+        opened = bundle if isinstance(bundle, bundles.Bundle) else bundles.read(bundle)
+        generator = opened.load("generator", device, dtype)
         return cls(generator, device, runtime)  # type: ignore[arg-type]  # a module types no attributes
 
     def __repr__(self) -> str:

@@ -200,11 +200,11 @@ def _main(options: dict[str, Any], began: float) -> None:
     from dgfast.team import Team
 
     bundle = bundles.read(options["bundle"])
-    given = {name: value for name, value in options.items() if value is not None}
+    set_options = {name: value for name, value in options.items() if value is not None}
     formats = _formats(options["formats"], options["seeds"])
     team = Team.join()
     device, dtype = _device_and_dtype(options["device"], options["dtype"], team.local_rank)
-    settings = _settings(bundle, given)
+    settings = _settings(bundle, set_options)
     networks = _networks(bundle, settings, device, dtype)
     fetcher = _fetcher(bundle, networks, device, options["vae"], formats)
     runtime, engine = _runtime(options), None

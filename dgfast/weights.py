@@ -91,10 +91,10 @@ def check(kind: str, keywords: Mapping[str, Any], tensors: Mapping[str, Tensor],
         nets.check_types(kind, keywords)
         with warnings.catch_warnings(), torch.device("meta"), _at_most(len(tensors) + bounds.MISSING_TENSORS):
             warnings.simplefilter("ignore")  # torch's, of sizes of 0
-            wanted = nets.build(kind, **keywords).state_dict()
+            state = nets.build(kind, **keywords).state_dict()
     except _UNBUILDABLE as error:
         raise UserError(f"{source}: its keywords make no {one_line(kind, 80)} ({one_line(error)})") from error
-    _check_fit(wanted, tensors, source)
+    _check_fit(state, tensors, source)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
     if sum(tensor.nbytes for tensor in tensors.values()) > 2 * sum(storages.values()):
         raise UserError(f"{source}: its tensors are views of the same few bytes; save them as tensors of their own")

@@ -123,5 +123,5 @@ def _drop_unread(model: Any) -> None:
 
 def product_type(model: Any) -> str:
     """Of which type its products are: float32, fp16 or bf16, by the types of the weights."""
-    found = {w.data_type for w in model.graph.initializer}
-    return next((name for name, code in TYPES.items() if code in found), "float32")
+    types = {w.data_type for w in model.graph.initializer}
+    return next((name for name, code in TYPES.items() if code in types), "float32")

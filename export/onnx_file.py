@@ -133,9 +133,9 @@ def _self_test(engine: OnnxEngine, subject: Subject, batch: int | None, dtype: s
 
 
 def _stamp(model: Any, metadata: dict[str, str]) -> None:
-    known = {entry.key: entry for entry in model.metadata_props}
+    entries = {entry.key: entry for entry in model.metadata_props}
     for key, value in metadata.items():
-        (known.get(key) or model.metadata_props.add(key=key)).value = value
+        (entries.get(key) or model.metadata_props.add(key=key)).value = value
 
 
 def _require_default_domain(model: Any) -> None:

@@ -137,15 +137,15 @@ def compare(
     """
     rows: list[Row] = []
     for case in cases:
-        wanted, found = reference(case.inputs), candidate(case.inputs)
-        if list(wanted) != list(found):
-            detail = f"outputs {', '.join(found)}, not {', '.join(wanted)}"
+        expected, results = reference(case.inputs), candidate(case.inputs)
+        if list(expected) != list(results):
+            detail = f"outputs {', '.join(results)}, not {', '.join(expected)}"
             rows.append(Row(case.name, "outputs", float("inf"), 0.0, NameMismatchError.__name__, detail))
             continue
-        for name, value in wanted.items():
+        for name, value in expected.items():
             allowed = tolerance if isinstance(tolerance, float | int) else tolerance[name]
             dtype, least = (dtypes or {}).get(name), case.least.get(name)
-            rows.append(_row(case.name, name, value, found[name], allowed, dtype, least))
+            rows.append(_row(case.name, name, value, results[name], allowed, dtype, least))
     return Report(rows)
 
 

@@ -92,12 +92,14 @@ def read(bundle: str, options: Mapping[str, Any]) -> Request:
     Raises:
         UserError: no such bundle, or options that the function has no use for.
     """
-    found, given = bundles.read(bundle), named(options)
-    what = given.pop("what", None)
-    if what == "generator" and given:
-        raise UserError(f"a generator has no solver and no guidance: leave out {spelled(given)}, or --what generator")
-    sampling = replace(found.sampling, **{name: given.pop(name) for name in _SAMPLING if name in given})
-    return Request(found, what, sampling, _possible(found, replace(found.guidance, **given)))
+    opened, set_options = bundles.read(bundle), named(options)
+    what = set_options.pop("what", None)
+    if what == "generator" and set_options:
+        raise UserError(
+            f"a generator has no solver and no guidance: leave out {spelled(set_options)}, or --what generator"
+        )
+    sampling = replace(opened.sampling, **{name: set_options.pop(name) for name in _SAMPLING if name in set_options})
+    return Request(opened, what, sampling, _possible(opened, replace(opened.guidance, **set_options)))
 
 
 def named(options: Mapping[str, Any]) -> dict[str, Any]:

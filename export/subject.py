@@ -129,10 +129,10 @@ class Joint:
 
     def cases(self, batch: int) -> list[Case]:
         """Noise levels inside and outside of the window; the guidance as it is and amplified."""
-        known = [s for s in _LEVELS if s <= max(*self.sigmas, 160.0)]
+        levels = [s for s in _LEVELS if s <= max(*self.sigmas, 160.0)]
         cases = []
-        for i, start in enumerate(range(0, len(known), max(batch, 2))):
-            chosen = [known[(start + k) % len(known)] for k in range(batch)]
+        for i, start in enumerate(range(0, len(levels), max(batch, 2))):
+            chosen = [levels[(start + k) % len(levels)] for k in range(batch)]
             name = f"batch {batch}, sigma {', '.join(f'{s:g}' for s in chosen[:5])}{', ...' if batch > 5 else ''}"
             cases.append(self.case(name, chosen, seed=100 + i))
             if self.weights:
@@ -206,12 +206,12 @@ class GeneratorSubject:
 
     def cases(self, batch: int) -> list[Case]:
         """Latents as they are drawn, and far from any that is; with classes, none too."""
-        given = self.example(batch, seed=100)
-        cases = [Case(f"batch {batch}", given)]
-        cases.append(Case(f"batch {batch}, 4 x the latents", {**given, "latents": 4 * given["latents"]}))
+        latents = self.example(batch, seed=100)
+        cases = [Case(f"batch {batch}", latents)]
+        cases.append(Case(f"batch {batch}, 4 x the latents", {**latents, "latents": 4 * latents["latents"]}))
         if self.label_dim:
-            none = torch.zeros_like(given["class_labels"])
-            cases.append(Case(f"batch {batch}, no class", {**given, "class_labels": none}))
+            none = torch.zeros_like(latents["class_labels"])
+            cases.append(Case(f"batch {batch}, no class", {**latents, "class_labels": none}))
         return cases
 
     def whole_run(self, reference: Runs, candidate: Runs, batch: int, tolerance: float) -> list[Row]:

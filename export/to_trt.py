@@ -157,9 +157,9 @@ def _in_type(onnx: Path, dtype: str, keep_float32: tuple[str, ...], out: Path) -
     from dgfast.export.half_products import half_products, product_type
     from dgfast.runtimes.onnx.file import save
 
-    found = product_type(_read(onnx, weights=False))
-    if found != "float32":
-        raise UserError(f"{onnx}: is in {found}; give the float32 file, of which --dtype makes every other")
+    product = product_type(_read(onnx, weights=False))
+    if product != "float32":
+        raise UserError(f"{onnx}: is in {product}; give the float32 file, of which --dtype makes every other")
     if dtype in ("float32", "tf32"):
         return onnx
     model, path = _read(onnx), out / f"model-{dtype}.onnx"
@@ -230,19 +230,19 @@ def _report(file: EngineFile, built: Built, reference: Path, asked: Request | No
     """
     from dgfast.export import engine_report
 
-    found, latency = None, ""
+    report, latency = None, ""
     if not built.obstacles:
         try:
-            found, latency = _executed(file, reference, asked)
-            found.check()
+            report, latency = _executed(file, reference, asked)
+            report.check()
         except UserError:
             file.path.unlink()
             (file.folder / "engine.json").unlink()
             raise
-        (file.folder / "parity.json").write_text(found.json() + "\n")
-        file = replace(file, parity=EXECUTED, errors=found.worst)
+        (file.folder / "parity.json").write_text(report.json() + "\n")
+        file = replace(file, parity=EXECUTED, errors=report.worst)
         file.write()
-    text = engine_report.summary(file, built, layer_table(built.layers), found, latency)
+    text = engine_report.summary(file, built, layer_table(built.layers), report, latency)
     (file.folder / "report.md").write_text(text)
     click.echo(text, nl=False)
 
@@ -261,14 +261,14 @@ def _executed(file: EngineFile, reference: Path, asked: Request | None) -> tuple
     sizes = list(dict.fromkeys(file.batch))
     if asked is None:
         cases = [self_test.case(onnx, size, seed=1) for size in sizes]
-        found = compare(onnx, engine, cases, file.tolerance)
+        report = compare(onnx, engine, cases, file.tolerance)
         timed = {size: case.inputs for size, case in zip(sizes, cases, strict=True)}
-        return found, engine_report.latency_table({"engine": engine}, timed, device)
+        return report, engine_report.latency_table({"engine": engine}, timed, device)
     subject = asked.subject()
     cases = [case for size in {min(size, 8) for size in sizes} for case in subject.cases(size)]
-    found = compare(subject, engine, cases, file.tolerance)
+    report = compare(subject, engine, cases, file.tolerance)
     timed = {size: subject.example(size, seed=3) for size in sizes}
-    return found, engine_report.against_eager(engine, asked.subject(device), timed, device)
+    return report, engine_report.against_eager(engine, asked.subject(device), timed, device)
 
 
 if __name__ == "__main__":

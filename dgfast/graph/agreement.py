@@ -9,7 +9,7 @@ PREDICTS_NOISE = "predicts_noise"
 _SHARE_OF_NOISE = 0.01
 
 
-def relative_error(found: Tensor, reference: Tensor, least: Tensor | None = None) -> float:
+def relative_error(result: Tensor, reference: Tensor, least: Tensor | None = None) -> float:
     """The largest difference, as a share of the reference's largest value in the same sample.
 
     Of outputs of one number a sample it is relative to 1 where they are smaller. Infinite if a shape differs or
@@ -18,8 +18,8 @@ def relative_error(found: Tensor, reference: Tensor, least: Tensor | None = None
     Args:
         least: sizes [B] to take the share of where the reference's are smaller, see `least_sizes`.
     """
-    found, reference = found.detach().double().cpu(), reference.detach().double().cpu()
-    if found.shape != reference.shape:
+    result, reference = result.detach().double().cpu(), reference.detach().double().cpu()
+    if result.shape != reference.shape:
         return float("inf")
     if reference.dim() <= 1:
         scale = reference.abs().clamp(min=1)
@@ -27,7 +27,7 @@ def relative_error(found: Tensor, reference: Tensor, least: Tensor | None = None
         size = reference.abs().flatten(1).amax(1).clamp(min=1e-12)
         size = size if least is None else size.maximum(least.double().cpu())
         scale = size.view(-1, *[1] * (reference.dim() - 1))
-    error = ((found - reference).abs() / scale).max()
+    error = ((result - reference).abs() / scale).max()
     return float(error) if bool(error.isfinite()) else float("inf")
 
 

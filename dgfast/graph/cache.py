@@ -182,7 +182,7 @@ def _contents(x: Tensor) -> dict[str, Any]:
 
 # JSON -> graph --------------------------------------------------------------------------------------------------------
 def _decoded(stored: dict[str, Any], tensors: list[Tensor]) -> GraphModule:
-    graph, known = Graph(), dict[str, Node]()
+    graph, made = Graph(), dict[str, Node]()
     held = {"tensor": tensors, "constant": list(map(_constant, stored["constants"]))}
     attributes: dict[str, Tensor] = {}
     for name, op, target, arguments, keywords, value in stored["nodes"]:
@@ -192,9 +192,9 @@ def _decoded(stored: dict[str, Any], tensors: list[Tensor]) -> GraphModule:
             attributes[target] = held[kind][index]
         elif op == "call_function":
             target = _operation(target)
-        args = _plain(arguments, known)
-        node = graph.create_node(op, target, args, {k: _plain(v, known) for k, v in keywords.items()}, name)
-        known[name] = node
+        args = _plain(arguments, made)
+        node = graph.create_node(op, target, args, {k: _plain(v, made) for k, v in keywords.items()}, name)
+        made[name] = node
         if value != "none":
             node.meta["val"] = _result(value)
     return GraphModule(attributes, graph)
@@ -206,10 +206,10 @@ def _operation(name: str) -> Any:
     namespace, packet, overload = name.split(".")
     if namespace == "dgfast":
         ops.register(packet)
-    found = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
-    if namespace not in _NAMESPACES or not isinstance(found, OpOverload):
+    operation = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    if namespace not in _NAMESPACES or not isinstance(operation, OpOverload):
         raise ValueError(name)
-    return found
+    return operation
 
 
 def _plain(stored: Any, known: dict[str, Node]) -> Any:

@@ -55,18 +55,18 @@ def unfolded(
 
 def fold_constants(graph: GraphModule) -> None:
     """Compute every operation that depends on weights alone, in place, and keep its result as a buffer."""
-    known: dict[Node, Any] = {}
+    constants: dict[Node, Any] = {}
     for node in list(graph.graph.nodes):
         if node.op == "get_attr":
-            known[node] = constant(graph, node)
-        elif node.op == "call_function" and not _is_mutable(node) and all(n in known for n in node.all_input_nodes):
-            arguments, keywords = (map_arg(a, known.__getitem__) for a in (node.args, node.kwargs))
+            constants[node] = constant(graph, node)
+        elif node.op == "call_function" and not _is_mutable(node) and all(n in constants for n in node.all_input_nodes):
+            arguments, keywords = (map_arg(a, constants.__getitem__) for a in (node.args, node.kwargs))
             with torch.no_grad():
-                known[node] = node.target(*arguments, **keywords)
+                constants[node] = node.target(*arguments, **keywords)
     for node in list(graph.graph.nodes):
-        value = known.get(node)
-        wanted = any(user not in known for user in node.users)
-        if node.op == "call_function" and isinstance(value, Tensor) and wanted:
+        value = constants.get(node)
+        is_used = any(user not in constants for user in node.users)
+        if node.op == "call_function" and isinstance(value, Tensor) and is_used:
             _attach(graph, node, value)
     graph.graph.eliminate_dead_code()
     graph.recompile()

@@ -47,8 +47,8 @@ def _guided_denoiser(
 ) -> tuple[Tensor, Tensor]:
     plain = denoiser(x, sigma, class_labels).to(x.dtype)
     denoised = _mixed(plain, guidances, x, sigma, class_labels, clip)
-    given, log_ratio = denoised, torch.full_like(sigma, OUTSIDE_WINDOW)
-    for direction, gate, ratio in _gradients(given, guidances, x, sigma, class_labels):
+    mixed, log_ratio = denoised, torch.full_like(sigma, OUTSIDE_WINDOW)
+    for direction, gate, ratio in _gradients(mixed, guidances, x, sigma, class_labels):
         denoised = ops.guide(denoised, direction, gate)
         log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
     return denoised, log_ratio

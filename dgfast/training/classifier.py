@@ -67,9 +67,9 @@ def accuracy_by_sigma(
     """Share of images with noise sigma that the noise-aware classifier gets right, at each level."""
     images, labels = (tensor.to(device) for tensor in data.tensors())
     torch.manual_seed(0)
-    found = {}
+    by_sigma = {}
     for level in sigmas:
         sigma = torch.full((len(images),), level, dtype=torch.float64, device=device)
         right = net(to_vp(images, sigma), vp_time(sigma)).argmax(1) == labels
-        found[f"{level:g}"] = round(float(right.float().mean()), 4)
-    return found
+        by_sigma[f"{level:g}"] = round(float(right.float().mean()), 4)
+    return by_sigma

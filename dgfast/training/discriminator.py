@@ -51,7 +51,7 @@ def judge_by_sigma(
 ) -> dict[str, dict[str, float]]:
     """Held-out accuracy and binary cross-entropy at each noise level, both halves weighing the same."""
     torch.manual_seed(0)
-    found = {}
+    by_sigma = {}
     for level in sigmas:
         losses, rights = [], []
         for data, is_real in ((real, 1.0), (generated, 0.0)):
@@ -61,8 +61,8 @@ def judge_by_sigma(
             target = torch.full_like(logit, is_real)
             losses.append(F.binary_cross_entropy_with_logits(logit, target))
             rights.append(((logit > 0).float() == target).float().mean())
-        found[f"{level:g}"] = {
+        by_sigma[f"{level:g}"] = {
             "accuracy": round(float(torch.stack(rights).mean()), 4),
             "loss": round(float(torch.stack(losses).mean()), 4),
         }
-    return found
+    return by_sigma

@@ -130,12 +130,12 @@ def _branches(graph: Graph) -> dict[Node, str]:
 
     above: dict[Node, set[Node]] = {}
     for node in graph.nodes:
-        found = {root(heavy) for source in node.all_input_nodes for heavy in above[source]}
+        heavy_roots = {root(heavy) for source in node.all_input_nodes for heavy in above[source]}
         if getattr(node.target, "overloadpacket", None) in _HEAVY:
-            for other in found:
+            for other in heavy_roots:
                 joined[other] = node
-            found = {node}
-        above[node] = found
+            heavy_roots = {node}
+        above[node] = heavy_roots
     names: dict[Node, str] = {}
     parts: dict[Node, str] = {}
     for node, heavy in above.items():

@@ -43,13 +43,13 @@ def build(function: Function, example: Sequence[Tensor | None], provider: str | 
         UserError: the function cannot be exported, onnx or ONNX Runtime is missing or has no such provider.
     """
     extras.require("onnx")
-    of_given, given, outputs = named(function, example)
-    first = next(iter(given.values()))
+    of_tensors, inputs, outputs = named(function, example)
+    first = next(iter(inputs.values()))
     threads = torch.get_num_threads()
     parts = _parts(len(first), threads) if (provider or first.device.type) == "cpu" else 1
-    model = convert(of_given, {name: x[: len(x) // parts] for name, x in given.items()}, outputs)
+    model = convert(of_tensors, {name: x[: len(x) // parts] for name, x in inputs.items()}, outputs)
     if parts > 1 and _mixes_samples(model):
-        parts, model = 1, convert(of_given, given, outputs)
+        parts, model = 1, convert(of_tensors, inputs, outputs)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "function.onnx"
         save(model, path)
@@ -58,7 +58,7 @@ def build(function: Function, example: Sequence[Tensor | None], provider: str | 
     pool = ThreadPoolExecutor(parts)
 
     def compute(*tensors: Tensor) -> list[Tensor]:
-        return list(engine(dict(zip(given, tensors, strict=True))).values())
+        return list(engine(dict(zip(inputs, tensors, strict=True))).values())
 
     def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:
         tensors = [single(x) for x in arguments if x is not None]

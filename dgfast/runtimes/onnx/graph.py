@@ -87,13 +87,13 @@ class OnnxGraph:
 
     def constant(self, array: Any, dtype: Any = None) -> Value:
         """An array as a value; the same array twice is the same value."""
-        given = np.array(array, dtype=dtype, order="C")
-        if given.dtype == np.float64:
-            given = given.astype(np.float32)
-        key = given.shape, given.dtype.str, hashlib.blake2b(given.tobytes()).digest()
+        held = np.array(array, dtype=dtype, order="C")
+        if held.dtype == np.float64:
+            held = held.astype(np.float32)
+        key = held.shape, held.dtype.str, hashlib.blake2b(held.tobytes()).digest()
         if key not in self._digests:
-            value = Value(f"constant_{len(self.constants)}", given.shape, given.dtype.type)
-            self.constants[value.name], self._digests[key] = given, value
+            value = Value(f"constant_{len(self.constants)}", held.shape, held.dtype.type)
+            self.constants[value.name], self._digests[key] = held, value
         return self._digests[key]
 
     def array(self, value: Value) -> Array | None:
@@ -235,23 +235,23 @@ class OnnxGraph:
 
     def source(self, x: Value, kind: str) -> Value | None:
         """What `x` is a reshape (a "Reshape") of."""
-        found, source = self._source.get(x.name, ("", x))
-        return source if found == kind else None
+        operation, source = self._source.get(x.name, ("", x))
+        return source if operation == kind else None
 
     def _unexpanded(self, x: Value) -> Value:
         return self.source(x, "Expand") or x
 
     def live(self, outputs: Sequence[Value]) -> tuple[list[Record], list[str]]:
         """The operations, and names of the constants, that the outputs depend on."""
-        wanted, records = {value.name for value in outputs}, []
+        needed, records = {value.name for value in outputs}, []
         for record in reversed(self.records):
-            if not wanted & set(record.outputs):
+            if not needed & set(record.outputs):
                 continue
-            while record.outputs[-1] not in wanted:
+            while record.outputs[-1] not in needed:
                 record.outputs.pop()
             records.append(record)
-            wanted |= set(record.inputs)
-        return records[::-1], [name for name in self.constants if name in wanted]
+            needed |= set(record.inputs)
+        return records[::-1], [name for name in self.constants if name in needed]
 
 
 _FOLDED = {

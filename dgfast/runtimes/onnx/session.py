@@ -151,7 +151,7 @@ class OnnxEngine:
                 f"give --batch {self.batch}, or export with --batch dynamic"
             )
         fits = tensor.dim() == len(shape) and all(
-            isinstance(wanted, str) or wanted == size for wanted, size in zip(shape, tensor.shape, strict=True)
+            isinstance(expected, str) or expected == size for expected, size in zip(shape, tensor.shape, strict=True)
         )
         if not fits:
             raise UserError(f"{self.path}: {name} has shape {list(tensor.shape)}, not {list(shape)}")
@@ -200,19 +200,19 @@ def providers(name: str, device: torch.device) -> list[Any]:
     """
     import onnxruntime
 
-    wanted, present = PROVIDERS.get(name, name), onnxruntime.get_available_providers()
-    if wanted not in present:
+    provider, present = PROVIDERS.get(name, name), onnxruntime.get_available_providers()
+    if provider not in present:
         here = ", ".join(sorted(k for k, v in PROVIDERS.items() if v in present))
         raise UserError(
             f"this ONNX Runtime has no {name} provider (it has {here}): "
             "pip install onnxruntime-gpu, or use --device cpu"
         )
     if name == "cpu":
-        return [(wanted, {})]
+        return [(provider, {})]
     place = {"device_id": device.index or 0}
     # By default it rounds to TensorFloat-32 whatever torch does.
     cuda = PROVIDERS["cuda"], {**place, "use_tf32": int(torch.get_float32_matmul_precision() != "highest")}
-    return [cuda] if name == "cuda" else [(wanted, place), cuda]  # CUDA takes what TensorRT leaves
+    return [cuda] if name == "cuda" else [(provider, place), cuda]  # CUDA takes what TensorRT leaves
 
 
 def _require_started(wanted: str, started: Sequence[str]) -> None:

@@ -38,15 +38,15 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
     Raises:
         UserError: the function can't be exported, there is no library, or it can't build or run here.
     """
-    of_given, given, outputs = named(function, example)
+    of_tensors, inputs, outputs = named(function, example)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "function.onnx")
-        save(convert(of_given, given, outputs, rank_4=True), path)
-        engine = load(_built(path, len(next(iter(given.values())))))
+        save(convert(of_tensors, inputs, outputs, rank_4=True), path)
+        engine = load(_built(path, len(next(iter(inputs.values())))))
 
     def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:
         tensors = [x for x in arguments if x is not None]
-        return tuple(x.to(tensors[0].dtype) for x in engine(dict(zip(given, tensors, strict=True))).values())
+        return tuple(x.to(tensors[0].dtype) for x in engine(dict(zip(inputs, tensors, strict=True))).values())
 
     return run
 

@@ -168,19 +168,19 @@ def _config(trt: Any, builder: Any, options: Options) -> Any:
 
 
 def _set_capabilities(trt: Any, config: Any, capabilities: tuple[str, ...]) -> None:
-    known = {
+    by_capability = {
         f"{name[2:-1]}.{name[-1]}": value
         for name, value in trt.ComputeCapability.__members__.items()
         if name.startswith("SM")
     }
-    unknown = [capability for capability in capabilities if capability not in known]
+    unknown = [capability for capability in capabilities if capability not in by_capability]
     if unknown:
         raise UserError(
-            f"--capability {', '.join(unknown)}: {trt.__name__} {trt.__version__} builds for {', '.join(known)}"
+            f"--capability {', '.join(unknown)}: {trt.__name__} {trt.__version__} builds for {', '.join(by_capability)}"
         )
     config.num_compute_capabilities = len(capabilities)
     for index, capability in enumerate(capabilities):
-        config.set_compute_capability(known[capability], index)
+        config.set_compute_capability(by_capability[capability], index)
 
 
 def _add_profile(builder: Any, network: Any, config: Any, batch: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -90,8 +90,10 @@ class TensorRTEngine:
         if not self.file.self_test.is_file():
             return
         inputs, expected = read_self_test(self.file.self_test)
-        given, wanted = ({name: torch.from_numpy(a) for name, a in arrays.items()} for arrays in (inputs, expected))
-        check_values(self.file, given, self(given), wanted)
+        tensors, reference = (
+            {name: torch.from_numpy(a) for name, a in arrays.items()} for arrays in (inputs, expected)
+        )
+        check_values(self.file, tensors, self(tensors), reference)
 
 
 def load(path: str | Path, device: torch.device | str = "cuda") -> TensorRTEngine:
@@ -164,10 +166,10 @@ def _sizes(shape: Any) -> tuple[int | str, ...]:
 
 
 def _dtype(trt: Any, dtype: Any, file: EngineFile) -> torch.dtype:
-    known = {
+    types = {
         trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16, trt.DataType.BF16: torch.bfloat16,
         trt.DataType.INT32: torch.int32, trt.DataType.INT64: torch.int64, trt.DataType.BOOL: torch.bool,
     }  # fmt: skip
-    if dtype not in known:
+    if dtype not in types:
         raise UserError(f"{file.path}: has a tensor of type {dtype}, which PyTorch has not")
-    return known[dtype]
+    return types[dtype]

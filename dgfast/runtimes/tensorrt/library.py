@@ -55,10 +55,10 @@ def find(flavor: str | None = None) -> tuple[str, Any]:
                 continue
             if hasattr(trt, "Builder"):  # type stubs alone leave an importable folder without anything in it
                 return name, trt
-    wanted = [FLAVORS[flavor]] if flavor else list(FLAVORS.values())
-    how = " or ".join(f"{f.title}: {f.install}" for f in wanted)
+    flavors = [FLAVORS[flavor]] if flavor else list(FLAVORS.values())
+    how = " or ".join(f"{f.title}: {f.install}" for f in flavors)
     because = f" ({'; '.join(reasons)})" if reasons else ""
-    raise UserError(f"{' and '.join(f.title for f in wanted)} not installed here{because}; install {how}")
+    raise UserError(f"{' and '.join(f.title for f in flavors)} not installed here{because}; install {how}")
 
 
 def listener(trt: Any) -> Any:
@@ -109,8 +109,8 @@ def obstacles(trt: Any, plan: bytes, listener: Any) -> list[str]:
     validity, bits = judge(plan)
     if validity != trt.EngineValidity.INVALID:
         return []
-    found = [name for name, bit in trt.EngineInvalidityDiagnostics.__members__.items() if int(bits) & int(bit)]
-    return [name.lower().replace("_", " ") for name in found] or listener.errors()[-1:] or ["invalid"]
+    reasons = [name for name, bit in trt.EngineInvalidityDiagnostics.__members__.items() if int(bits) & int(bit)]
+    return [name.lower().replace("_", " ") for name in reasons] or listener.errors()[-1:] or ["invalid"]
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,14 @@ class Layer:
 
 def layers(text: str) -> list[Layer]:
     """The layers in a text of the library's engine inspector (one a line), or of its builder's log."""
-    found = []
+    listed = []
     for line in text.splitlines():
         match = re.match(r"Name: (.*?), LayerType: (\w+)", line.strip())
         if match:
             without_constants = re.sub(r"Constants: \[.*?\], Outputs", "Outputs", line)
             types = dict.fromkeys(re.findall(r"Datatype: (\w+)", without_constants))
-            found.append(Layer(match[1], match[2], tuple(types)))
-    return found
+            listed.append(Layer(match[1], match[2], tuple(types)))
+    return listed
 
 
 def layer_table(found: Sequence[Layer]) -> str:

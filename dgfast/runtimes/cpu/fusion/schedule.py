@@ -61,9 +61,9 @@ class Schedule:
 
     def space(self, node: Node) -> Space:
         """The loops over an operation's result, or over an input that is an image."""
-        found = space(result(node), self._batch)
-        assert found is not None
-        return found
+        loops = space(result(node), self._batch)
+        assert loops is not None
+        return loops
 
     def stage(self, node: Node) -> Stage:
         """The first stage in which an operation can be computed; of inputs, the first of all."""

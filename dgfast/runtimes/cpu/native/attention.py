@@ -100,12 +100,12 @@ def _agrees(target: Any, function: Any) -> bool:
 def _agrees_on(target: Any, function: Any, batch: int, heads: int, queries: int, keys: int, depth: int) -> bool:
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     q, k, v, grad = (draw(batch, n, heads, depth).transpose(1, 2) for n in (queries, keys, keys, queries))
-    wanted, tensors = _FORWARD(q, k, v), (q, k, v)
+    reference, tensors = _FORWARD(q, k, v), (q, k, v)
     if target is _BACKWARD:
-        tensors = (grad, q, k, v, *wanted)
-        wanted = _BACKWARD(*tensors, 0.0, False)
-    found = Attention(function, target, wanted, 1 / math.sqrt(depth))(*tensors)
-    return all((a - b).abs().max() <= _TOLERANCE * b.abs().max() for a, b in zip(found, wanted, strict=True))
+        tensors = (grad, q, k, v, *reference)
+        reference = _BACKWARD(*tensors, 0.0, False)
+    results = Attention(function, target, reference, 1 / math.sqrt(depth))(*tensors)
+    return all((a - b).abs().max() <= _TOLERANCE * b.abs().max() for a, b in zip(results, reference, strict=True))
 
 
 def _is_plain(node: Node) -> bool:

@@ -31,9 +31,9 @@ def compiler() -> str:
         UserError: there is none.
     """
     for name in (os.environ.get("CXX"), *_COMPILERS):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
+        path = shutil.which(name) if name else None
+        if path:
+            return path
     raise UserError(
         "--compile needs a C++ compiler, and there is none: install g++ (Debian, Ubuntu: apt install g++), "
         "or use --compile=try to run without compiling"

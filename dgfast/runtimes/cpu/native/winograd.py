@@ -147,8 +147,8 @@ def _agrees(function: Any) -> bool:
         weight = torch.randn(filters * lanes(), channels * lanes(), 3, 3, generator=generator)
         bias = torch.randn(filters * lanes(), generator=generator)
         x = torch.randn(samples, channels * lanes(), height, width, generator=generator)
-        wanted = F.conv2d(x, weight, bias, padding=1)
-        difference = Winograd(function, weight, x.shape)(x, bias) - wanted
-        if not difference.abs().max() <= _TOLERANCE * wanted.abs().max():
+        reference = F.conv2d(x, weight, bias, padding=1)
+        difference = Winograd(function, weight, x.shape)(x, bias) - reference
+        if not difference.abs().max() <= _TOLERANCE * reference.abs().max():
             return False
     return True
