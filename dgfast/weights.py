@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from dgfast import bounds, nets
 from dgfast.checkpoints import one_line
@@ -89,7 +90,10 @@ def check(kind: str, keywords: Mapping[str, Any], tensors: Mapping[str, Tensor],
     try:
         bounds.check_keywords(keywords)
         nets.check_types(kind, keywords)
-        with warnings.catch_warnings(), torch.device("meta"), _at_most(len(tensors) + bounds.MISSING_TENSORS):
+        with (
+            warnings.catch_warnings(), torch.device("meta"), _WithoutValues(),
+            _at_most(len(tensors) + bounds.MISSING_TENSORS),
+        ):  # fmt: skip
             warnings.simplefilter("ignore")  # torch's, of sizes of 0
             state = nets.build(kind, **keywords).state_dict()
     except _UNBUILDABLE as error:
@@ -132,6 +136,14 @@ def _listed(what: str, names: list[str], most: int = 5) -> list[str]:
         return []
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return [f"{what} {', '.join(one_line(name) for name in names[:most])}{more}"]
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Draws no weights: tensors without memory have no values, and for drawing them torch imports its compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawn = [*args, *(kwargs or {}).values()]
+        return drawn[0] if func in (Tensor.normal_, nn.init.normal_) else func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -134,6 +134,7 @@ import dgfast
 assert "torch" not in sys.modules, "import dgfast takes as long as torch"
 import dgfast.ops, dgfast.nets, dgfast.sampler
 import dgfast.runtimes.cpu.build, dgfast.runtimes.cuda.build, dgfast.runtimes.onnx.build
+dgfast.Sampler(dgfast.load("mnist32"), guidance=dgfast.GuidanceConfig(dg_weight=1.0))([0])
 assert "torch._dynamo" not in sys.modules, "torch's compiler takes as long to import as torch"
 for name in ("load", "OneStep", "Sampler", "Networks", "SamplingConfig", "GuidanceConfig"):
     assert name in dgfast.__all__ and getattr(dgfast, name).__name__ == name

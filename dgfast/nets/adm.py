@@ -51,7 +51,7 @@ class AttentionPool2d(nn.Module):
     def __init__(self, size: int, channels: int, num_head_channels: int, out_channels: int) -> None:
         super().__init__()
         self.num_heads = channels // num_head_channels
-        self.positional_embedding = nn.Parameter(torch.randn(channels, size * size + 1) / math.sqrt(channels))
+        self.positional_embedding = nn.Parameter(torch.randn(channels, size * size + 1).div_(math.sqrt(channels)))
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
         self.c_proj = nn.Conv1d(channels, out_channels, 1)
 

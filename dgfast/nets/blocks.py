@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -96,9 +97,9 @@ class Conv2d(nn.Module):
         if kernel:
             area = kernel * kernel
             initialise_(self, init, fan_in=in_channels * area, fan_out=out_channels * area)
-        taps = torch.tensor(resample_filter, dtype=torch.float32)
-        taps = taps.outer(taps) / taps.sum() ** 2
-        self.register_buffer("resample_filter", taps[None, None] if up or down else None)
+        taps = np.array(resample_filter, np.float32)
+        taps = np.outer(taps, taps) / taps.sum() ** 2
+        self.register_buffer("resample_filter", torch.tensor(taps)[None, None] if up or down else None)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W] -> [B, out_channels, H', W']
         w_pad = self.weight.shape[-1] // 2 if self.weight is not None else 0
@@ -148,7 +149,7 @@ class FourierEmbedding(nn.Module):
 
     def __init__(self, channels: int, scale: float = 16) -> None:
         super().__init__()
-        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+        self.register_buffer("freqs", torch.randn(channels // 2).mul_(scale))
 
     def forward(self, x: Tensor) -> Tensor:  # [B] -> [B, channels], cosines first
         angle = x.float()[:, None] * (2 * math.pi * self.freqs)
