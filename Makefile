@@ -14,8 +14,8 @@ test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 # A worker a core, each taking what another has not begun. Not in pyproject.toml: with workers nothing can be timed,
-# and pytest-benchmark runs no benchmark.
-	$(VENV)/bin/pytest -n logical --maxprocesses 4 --dist worksteal
+# and pytest-benchmark runs no benchmark. They share the cores: a thread that waits for another must not spin.
+	OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -n logical --maxprocesses 4 --dist worksteal
 
 format: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check --fix .
