@@ -34,6 +34,8 @@ def pick_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise UserError(f"--device {name}: not usable here ({reason}); try --device cpu") from error
+    if device.type == "meta":
+        raise UserError(f"--device {name}: tensors have no values there; try --device cpu")
     require_float64(device)
     return device
 

@@ -10,6 +10,7 @@ from dgfast.progress import duration
 from dgfast.sampler import Sampler
 
 _CPU_BATCH = 8  # on the CPU the time of a call grows with the batch, and a call of a whole one may take a minute
+_MANIFEST, _LINE, _HEADERS = 4096, 128, 1024  # bytes: of the manifest, of a chunk's line in it, of a file's own
 
 
 def estimate(drawing: Drawing) -> str:
@@ -22,7 +23,7 @@ def estimate(drawing: Drawing) -> str:
     batch = folder.chunks.size if sampler.device.type == "cuda" else min(_CPU_BATCH, folder.chunks.size)
     seconds = sampler.estimate(batch) / batch * missing / drawing.team.size
     there = f", {drawing.images - missing:,} of them there already" if missing < drawing.images else ""
-    size = missing * _bytes_of_one(drawing, sampler)
+    size = _most_bytes(drawing, sampler, missing)
     path = folder.path.absolute()
     free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
     return "\n".join(
@@ -30,7 +31,8 @@ def estimate(drawing: Drawing) -> str:
             f"images  {drawing.images:,}{there}; {len(folder.missing):,} chunks of {folder.chunks.size} to draw",
             f"calls   {cost(sampler)} an image",
             f"time    about {duration(seconds)} on {sampler.device}, eager" + _processes(drawing),
-            f"disk    at most {_size(size)} in {folder.path}/, where {_size(free)} are free",
+            f"disk    at most {_size(size)} in {folder.path}/, where {_size(free)} are free"
+            + (", too few" if size > free else ""),
         )
     )
 
@@ -39,11 +41,20 @@ def _processes(drawing: Drawing) -> str:
     return f", by {drawing.team.size} processes" if drawing.team.size > 1 else ""
 
 
-def _bytes_of_one(drawing: Drawing, sampler: Sampler | OneStep) -> int:
-    """Uncompressed bytes of one image in all formats of the job."""
+def _most_bytes(drawing: Drawing, sampler: Sampler | OneStep, missing: int) -> int:
+    """Of all files that are to come, as if nothing in them could be compressed."""
+    folder = drawing.folder
     image = sampler([0]) if isinstance(sampler, OneStep) else torch.zeros(1, *sampler.shape, device=sampler.device)
-    arrays = {name: wait() for name, wait in drawing.fetcher(image).items()}
-    return sum(arrays[name].nbytes for name in drawing.folder.copies)
+    sizes = {name: wait().nbytes for name, wait in drawing.fetcher(image).items()}
+    sizes["adm"] = 3 * sizes.get("images", 0)  # grey in three channels
+    files = folder.files_of_a_chunk * len(folder.missing) + len(folder.copies) + 1
+    return (
+        missing * sum(sizes[name] for name in folder.copies)
+        + folder.shown * sizes.get("images", 0)
+        + files * _HEADERS
+        + len(folder.chunks) * _LINE
+        + _MANIFEST
+    )
 
 
 def _size(count: float) -> str:

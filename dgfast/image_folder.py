@@ -54,8 +54,8 @@ def read_images(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     images, labels = read_files(folder, sorted(paths, key=lambda name: (len(name), name)))
     promised = promised_images(folder)
     if promised is not None and promised != len(images):
-        raise UserError(
-            f"{folder} holds {len(images)} images, its manifest promises {promised}: "
-            "the command that drew them draws the rest"
-        )
+        remedy = "the command that drew them draws the rest"
+        if len(images) > promised:
+            remedy = "others are among them; move those elsewhere"
+        raise UserError(f"{folder} holds {len(images)} images, its manifest promises {promised}: {remedy}")
     return images, labels

@@ -26,6 +26,7 @@ from dgfast.ranges import Ranges
 
 _LOCK = ".lock"
 _PARTIAL = ("*.partial", "*/*.partial")
+_BEFORE_THE_MANIFEST = (_LOCK, f"{manifests.NAME}.partial")
 _IMAGES = ("images-*.npz", "latents-*.npz", "samples_*.npz", "[0-9]*/[0-9]*.png", "grid.png")
 
 
@@ -90,9 +91,19 @@ class JobFolder:
         return {form.array for form in self._kept}
 
     @property
+    def files_of_a_chunk(self) -> int:
+        """How many files a whole chunk has."""
+        return len(self._files(0))
+
+    @property
+    def shown(self) -> int:
+        """How many images its grid shows."""
+        return min(GRID_IMAGES, len(self.chunks.seeds)) if "grid" in self._products else 0
+
+    @property
     def copies(self) -> list[str]:
-        """The array of each of the job's copies of its images."""
-        return [form.array for form in self._kept] + ["images" for name in self._products if name == "adm"]
+        """The array of each of the job's copies of its images; "adm" of the one in three channels."""
+        return [form.array for form in self._kept] + [name for name in self._products if name == "adm"]
 
     # By the process of rank 0 -------------------------------------------------------------------------------------
     @contextmanager
@@ -153,15 +164,21 @@ class JobFolder:
             raise StorageError(f"--out {self.path}: this file system has no locks; name a folder elsewhere") from error
         return lock
 
-    def look(self) -> None:
+    def look(self, overwrite: bool = False) -> None:
         """Find out what is missing, without a change to the folder.
+
+        Args:
+            overwrite: all of it, whatever is there.
 
         Raises:
             UserError: another job's folder, or somebody else's. StorageError: it can't be read.
         """
         with storage(self.path):
             _refuse_foreign(self.path)
-            self._read()
+            if overwrite:
+                self.missing = Ranges(_gaps([], len(self.chunks)))
+            else:
+                self._read()
 
     def _read(self) -> None:
         self.manifest.read()
@@ -220,10 +237,9 @@ class JobFolder:
 
     def contents(self) -> list[str]:
         """What the finished folder holds, for the user."""
-        shown = min(GRID_IMAGES, len(self.chunks.seeds))
         made = {
             "adm": "samples_*.npz: all images as arr_0, three channels each",
-            "grid": f"grid.png: the first {shown}",
+            "grid": f"grid.png: the first {self.shown}",
         }
         kept = [] if self._passing else [form.keeps for form in self._kept]
         return [*kept, *(made[name] for name in self._products)]
@@ -297,9 +313,9 @@ def storage(folder: Path) -> Iterator[None]:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Raises UserError if the folder holds anything, and no manifest."""
+    """Raises UserError if the folder holds anything but what a job leaves that was killed before its first manifest."""
     if path.exists() and not (path / manifests.NAME).exists():
-        foreign = next((entry.name for entry in path.iterdir() if entry.name != _LOCK), None)
+        foreign = next((entry.name for entry in path.iterdir() if entry.name not in _BEFORE_THE_MANIFEST), None)
         if foreign is not None:
             raise UserError(f"--out {path} already holds {foreign}; name a new folder, nothing was changed")
 

@@ -141,7 +141,11 @@ def one_hot(labels: Sequence[int] | Tensor, classes: int, count: int, device: to
     """
     if not classes:
         raise UserError("this network is unconditional; leave the labels out")
-    indices = torch.as_tensor(labels, device=device)
+    try:
+        indices = torch.as_tensor(labels, device=device)
+    except (ValueError, RuntimeError, OverflowError) as error:
+        largest = max(labels, key=abs)  # of 64 bits and more
+        raise UserError(f"label {largest} is out of range; this network knows classes 0 to {classes - 1}") from error
     if indices.is_floating_point():
         raise UserError("labels are class indices: whole numbers")
     indices = indices.long()

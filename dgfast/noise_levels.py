@@ -165,7 +165,10 @@ def sigma_grid(config: SamplingConfig, sigma_min: float, sigma_max: float) -> Te
         sigmas = levels[((len(levels) - 1) * ramp).round().long()]
     else:
         inverse = 1 / config.rho
-        sigmas = (sigma_max**inverse + ramp * (sigma_min**inverse - sigma_max**inverse)) ** config.rho
+        try:
+            sigmas = (sigma_max**inverse + ramp * (sigma_min**inverse - sigma_max**inverse)) ** config.rho
+        except OverflowError as error:
+            raise UserError(f"--rho {config.rho:g}: sigma^(1/rho) is no number any more; raise --rho") from error
     if not bool((sigmas.diff() < 0).all()):
         raise UserError(
             f"--grid {config.discretization} does not fall in {n} steps from {sigma_max:g} to {sigma_min:g}; "

@@ -15,6 +15,8 @@ _FIRST_LINE, _BETWEEN_LINES = 10.0, 30.0  # seconds
 def say(text: str, error: bool = False) -> None:
     """A line for the user. Nobody reading it, a closed pipe or a full disk, is no reason to stop a job."""
     stream = sys.stderr if error else sys.stdout
+    if stream is None:  # closed before Python began
+        return
     try:
         click.echo(text, file=stream)
         stream.flush()
@@ -31,13 +33,13 @@ class Progress:
     """
 
     def __init__(self, total: int, steps: int, name: str = "sampling", stream: TextIO | None = None) -> None:
-        self._stream = sys.stderr if stream is None else stream
+        self._stream: TextIO | None = sys.stderr if stream is None else stream  # None: closed before Python began
         self._total, self._steps, self._name = total, steps, name
         self._done, self._step, self._batch = 0, 0, 0
         self._began = time.monotonic()
         self._next_line = self._began + _FIRST_LINE
         self._bar = None
-        if self._stream.isatty():
+        if self._stream is not None and self._stream.isatty():
             self._bar = tqdm(total=total, unit="image", desc=name, file=self._stream, dynamic_ncols=True)
 
     def step(self, batch: int) -> None:

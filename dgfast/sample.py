@@ -223,7 +223,7 @@ def _main(options: dict[str, Any], began: float) -> None:
         may_fall_back=options["compiled"] == "try", time_limit=options["time_limit"], began=began,
     )  # fmt: skip
     if options["dry_run"]:
-        drawing.folder.look()
+        drawing.folder.look(options["overwrite"])
         click.echo(estimate(drawing))
     else:
         run(drawing, options["overwrite"])

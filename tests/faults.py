@@ -172,8 +172,8 @@ def _judge(row: Row, job: Job, out: Path, codes: list[int]) -> None:
     """Run the job to its end, now undisturbed, and hold its files against those of the undisturbed run."""
     row.runs += 1
     row.exits.update(codes[:1])
-    row.hanging += codes.count(-1)
     again = job.run(out, processes=1 + row.runs % 2)
+    row.hanging += [*codes, *again].count(-1)
     if again[0] != 0:
         row.lost += IMAGES
     files = contents(out) if out.is_dir() else {}

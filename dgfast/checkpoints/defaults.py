@@ -5,12 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 from dgfast.bundle import Bundle, VaeSpec
+from dgfast.checkpoints import DENOISERS
 from dgfast.checkpoints.account import Assumed
+from dgfast.checkpoints.network import Converted
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.vp import adm_time_schedule
 
 _DIT_WINDOW = (0.1011, 2.0)  # DiT-G++ guides at timesteps above 100: tau is 0.1006 at 100, 0.1016 at 101, 1.0034 at 999
 _LATENT_CHANNELS = 4
+_OF_TIME = ("noise_schedule", "steps", "predict_xstart", "rescale_timesteps")  # what networks of one bundle share
 
 
 def beside_score(
@@ -31,6 +34,26 @@ def beside_score(
         sampling, entries = _published_sampling(kind, keywords)
         bundle, assumed = replace(bundle, sampling=sampling), assumed + entries
     return bundle, assumed
+
+
+def like_its_sibling(bundle: Bundle, role: str, converted: Converted) -> Converted:
+    """The network with the time of the bundle's other denoiser, as far as nobody told another and both have one."""
+    for other, spec in bundle.nets.items():
+        if other in DENOISERS and other != role and spec.kind == converted.kind == "DDPMPrecond":
+            shared = {
+                entry.name: spec.keywords[entry.name]
+                for entry in converted.assumed
+                if entry.name in _OF_TIME and entry.name in spec.keywords
+            }
+            because = f"this bundle's {other} network's"
+            assumed = [
+                replace(entry, value=shared[entry.name], because=because, otherwise=f"--set {entry.name}=...")
+                if entry.name in shared
+                else entry
+                for entry in converted.assumed
+            ]
+            return replace(converted, keywords={**converted.keywords, **shared}, assumed=assumed)
+    return converted
 
 
 def _published_sampling(kind: str, keywords: Mapping[str, Any]) -> tuple[SamplingConfig, list[Assumed]]:

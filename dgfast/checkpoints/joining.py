@@ -39,9 +39,10 @@ def join(
     for option, text in (("name", name), ("license", license_), ("provenance", provenance)):
         if text and not text.replace("\n", " ").isprintable():  # a bundle with such a text would not be read
             raise UserError(f"--{option} has control characters: {one_line(text)!r}")
-    assumed = list(converted.assumed)
     with alone(out):
         bundle = room(out, role, name) or Bundle(folder=out, name=name or fallback_name, nets={})
+        converted = defaults.like_its_sibling(bundle, role, converted)
+        assumed = list(converted.assumed)
         if role == "classifier":
             time_schedule, entries = defaults.classifier_time(bundle, converted.keywords["image_size"], time_schedule)
             assumed += entries

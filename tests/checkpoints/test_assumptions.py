@@ -268,3 +268,17 @@ def test_tensors_that_are_not_finite_are_named_and_refused(
         "x_embedder.proj.bias",
     ):
         assert said in result.output
+
+
+@pytest.mark.parametrize(("first", "second"), [("score", "reference"), ("reference", "score")])
+def test_a_second_denoiser_has_the_time_of_the_first(
+    tmp_path: Path, filled_net: FilledNet, first: str, second: str
+) -> None:
+    torch.save(filled_net("DiT", {**DIT, "num_classes": 3}, "assumed/sibling/").state_dict(), tmp_path / "net.pt")
+    heads = ["--set", "num_heads=2"]
+    convert(tmp_path / "net.pt", first, tmp_path / "b", *heads, "--set", "noise_schedule=cosine", "--set", "steps=500")
+    table = rows(convert(tmp_path / "net.pt", second, tmp_path / "b", *heads, "--set", "rescale_timesteps=true"))
+    assert stripped(table["noise_schedule"][:2]) == ["cosine", f"this bundle's {first} network's"]
+    assert stripped(table["steps"][:1]) == ["500"]
+    keywords = bundles.read(tmp_path / "b").nets[second].keywords
+    assert (keywords["noise_schedule"], keywords["steps"], keywords["rescale_timesteps"]) == ("cosine", 500, True)

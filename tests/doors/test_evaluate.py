@@ -105,7 +105,10 @@ def test_evaluate_needs_as_many_images_as_have_neighbours(
             {"label": 10}, "label 10, and the discriminator of bundle mnist32 judges classes 0 to 9", id="class"
         ),
         pytest.param({"label": -1}, "label -1, and the discriminator", id="no_class"),
-        pytest.param({"promised": 21}, "holds 20 images, its manifest promises 21", id="unfinished"),
+        pytest.param(
+            {"promised": 21}, "manifest promises 21: the command that drew them draws the rest", id="unfinished"
+        ),
+        pytest.param({"promised": 19}, "manifest promises 19: others are among them", id="foreign"),
     ],
 )
 def test_evaluate_refuses_images_that_cannot_be_judged(

@@ -45,6 +45,12 @@ from tests.support.sample import draw
         (["--diversity", "1", "--normalize", "l1"], "'l1' is not one of"),
         (["--rho", "nan"], "not a finite number"),
         (["--rho", "-1"], "rho must be above 0"),
+        (["--rho", "1e-300"], "--rho 1e-300: sigma^(1/rho) is no number any more; raise --rho"),
+        (
+            ["--labels", "99999999999999999999"],
+            "label 99999999999999999999 is out of range; this network knows classes 0 to 2",
+        ),
+        (["--device", "meta"], "--device meta: tensors have no values there"),
         (["--seeds", "3-1"], "ends before it begins"),
         (["--seeds", "x"], "expected integers and ranges"),
         (["--device", "cuda"], "--device cuda: not usable here"),

@@ -205,6 +205,15 @@ def test_a_folder_of_other_things_is_refused_and_untouched(tmp_path: Path, overw
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
+def test_a_job_killed_while_its_first_manifest_was_written_goes_on(tmp_path: Path) -> None:
+    for name in (".lock", "manifest.json.partial"):
+        (tmp_path / name).write_text("{")
+    folder = _folder(tmp_path)
+    with folder.opened({}):
+        _draw(folder)
+    assert len(folder.there()) == 3 and not (tmp_path / "manifest.json.partial").exists()
+
+
 def test_a_second_owner_is_refused_and_told_who_is_there(tmp_path: Path) -> None:
     with _folder(tmp_path).opened({}):
         with pytest.raises(UserError, match=r"process \d+ on .* is drawing into it"), _folder(tmp_path).opened({}):

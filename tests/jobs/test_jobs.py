@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -193,7 +194,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     assert lines["calls"] == (
         "one generator forward an image" if how else "7 score evaluations and 0 guidance gradients an image"
     )
-    assert lines["time"] == "about 83.3 h on cpu, eager" and lines["disk"].startswith("at most 6.4 MB in")
+    assert lines["time"] == "about 83.3 h on cpu, eager" and lines["disk"].startswith("at most 35.2 MB in")
     assert not (tmp_path / "out").exists()
 
 
@@ -203,6 +204,17 @@ def test_a_dry_run_counts_what_is_there(small_bundle: Bundle, undisturbed: Path)
     assert "images  10, 10 of them there already; 0 chunks of 4 to draw" in result.output
     assert contents(undisturbed) == before
     assert "holds another job" in _run(small_bundle, undisturbed, "--dry-run", "--steps", "5").output
+    anew = _run(small_bundle, undisturbed, "--dry-run", "--steps", "5", "--overwrite").output
+    assert "images  10; 3 chunks of 4 to draw" in anew
+
+
+@pytest.mark.parametrize("formats", [["npz", "grid"], ["png", "adm", "grid"], ["adm"]], ids=" ".join)
+def test_a_dry_runs_disk_is_enough(small_bundle: Bundle, tmp_path: Path, formats: list[str]) -> None:
+    how = [part for name in formats for part in ("--format", name)]
+    text = re.search(r"at most ([\d.]+) KB", _run(small_bundle, tmp_path / "out", "--dry-run", *how).output)
+    assert text is not None and _run(small_bundle, tmp_path / "out", *how).exit_code == 0
+    written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert written / 1e3 <= float(text[1])
 
 
 def test_estimates_time_every_call_of_the_plan(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,17 @@ def test_durations_are_said_as_a_person_says_them(seconds: float, text: str) -> 
     assert duration(seconds) == text
 
 
+def test_nobody_is_there_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has no stream where one was closed before it began."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    say("lost")
+    progress = Progress(8, steps=1)
+    progress.note("lost")
+    progress.drawn(8)
+    progress.close()
+
+
 def test_say_outlives_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
