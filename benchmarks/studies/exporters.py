@@ -25,6 +25,7 @@ from dgfast.runtimes.onnx.build import named
 from dgfast.runtimes.onnx.writer import convert
 
 _CPU = torch.device("cpu")
+aten = torch.ops.aten
 
 
 @click.command(help=__doc__)
@@ -52,10 +53,17 @@ def main(name: str, batch: int) -> None:
     table([f"{name}, batch {batch}", "nodes", "written in", "largest error"], rows)
 
 
+def _spread(gradient: Tensor, x: Tensor, kernel: list[int], *rest: object) -> Tensor:
+    """The input gradient of mean pooling over kernels side by side, the only one that networks here have."""
+    rows = gradient.repeat_interleave(kernel[0], 2).repeat_interleave(kernel[1], 3)
+    return rows / (kernel[0] * kernel[1])
+
+
 def _by_pytorch(function: Function, example: dict[str, Tensor]) -> Any:
     arguments = tuple(example.values())
     with sdpa_kernel(SDPBackend.MATH):  # it has no form for the fused kernels' gradients
-        graph = lower(trace(function, arguments), arguments, decompositions=core_aten_decompositions())
+        decompositions = {**core_aten_decompositions(), aten.avg_pool2d_backward.default: _spread}
+        graph = lower(trace(function, arguments), arguments, decompositions=decompositions)
     program = torch.onnx.export(graph, arguments, dynamo=True, verbose=False)
     assert program is not None
     return program.model_proto
