@@ -10,6 +10,7 @@ of the functions that call it.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
@@ -94,7 +95,7 @@ def option(
     return field(default=default, metadata=about)
 
 
-class Guidance:
+class Guidance(ABC):
     """One correction of the denoised image, and its declaration.
 
     Attributes:
@@ -123,10 +124,11 @@ class Guidance:
             if Guidance.config is not None:
                 _grow(Guidance.config, cls.Options)
 
+    @abstractmethod
     def active(self, sigma_low: float, sigma_high: float) -> bool:
         """Whether it corrects anything at all between two noise levels; where not, it need not be called."""
-        raise NotImplementedError
 
+    @abstractmethod
     def correct(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -135,9 +137,8 @@ class Guidance:
         Arguments as for the function that `guided_denoiser` returns. Pure: no host synchronisation and no branch on
         the value of a tensor, so that it can be traced, compiled and exported.
         """
-        raise NotImplementedError
 
-    @classmethod
+    @classmethod  # noqa: B027 - most have nothing to refuse
     def check(cls, config: GuidanceConfig) -> None:
         """Raises UserError for options that contradict one another; each by itself is fine."""
 
@@ -148,7 +149,7 @@ class Guidance:
         Raises:
             UserError: a network that is missing or does not fit.
         """
-        raise NotImplementedError
+        raise TypeError(f"{cls.__name__} declares no options that it could be made of")
 
     @classmethod
     def classes(cls, networks: Networks, config: GuidanceConfig) -> int:

@@ -9,6 +9,7 @@ import torch inside of the functions that call it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -30,7 +31,7 @@ zeros and infinity."""
 
 
 @dataclass(frozen=True)
-class Solver:
+class Solver(ABC):
     """A solver of the probability-flow ODE or of one of its stochastic relatives, under these settings.
 
     Attributes:
@@ -72,6 +73,7 @@ class Solver:
             return 1 / vp_alpha(self.coords.sigma(t))
         return self.coords.sigma(t) * self.coords.s(t)
 
+    @abstractmethod
     def step(
         self, x: Tensor, t: Tensor, t_next: Tensor, predict: Call, correct: Call | None, more: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +83,6 @@ class Solver:
             predict, correct: the function at the first and at the second point; the last step has no second.
             more: `inputs` by name.
         """
-        raise NotImplementedError
 
     def any_step(
         self, x: Tensor, t: Tensor, t_next: Tensor, predict: Call, correct: Call | None, more: Mapping[str, Tensor]

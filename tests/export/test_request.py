@@ -159,6 +159,11 @@ def test_operations_of_others_are_named() -> None:
         onnx_file._require_default_domain(local)
 
 
+_DOUBLED = Joint(
+    "denoiser", lambda x, w: (x * w,), ("x", "dg_weight"), ("denoised",), {"dg_weight": 2.0}, (1.0, 0.0), (1, 2, 2), 0
+)  # fmt: skip
+
+
 class Doubling:
     """An engine of one input for images and one weight, that keeps what it was called with."""
 
@@ -173,17 +178,7 @@ class Doubling:
 @pytest.mark.parametrize(("batch", "dtype", "tolerance"), [(None, "float32", 1e-3), (3, "fp16", 0.2)])
 def test_stored_self_test_is_one_sample_repeated(batch: int | None, dtype: str, tolerance: float) -> None:
     engine: Any = Doubling()
-    subject = Joint(
-        "denoiser",
-        lambda x, w: (x * w,),
-        ("x", "dg_weight"),
-        ("denoised",),
-        {"dg_weight": 2.0},
-        (1.0, 0.0),
-        (1, 2, 2),
-        0,
-    )
-    stored = json.loads(onnx_file._self_test(engine, subject, batch, dtype))
+    stored = json.loads(onnx_file._self_test(engine, _DOUBLED, batch, dtype))
     assert stored["tolerance"] == pytest.approx(tolerance)
     assert engine.seen["x"].shape == (batch or 1, 1, 2, 2) and engine.seen["dg_weight"].shape == (1,)
     read = {
@@ -210,17 +205,7 @@ def test_file_is_held_to_the_sizes_of_its_function(
 ) -> None:
     outputs = {"denoised": ((batch or "batch", 1, 2, 2), "tensor(float)")}
     engine: Any = SimpleNamespace(inputs=inputs, outputs=outputs)
-    subject = Joint(
-        "denoiser",
-        lambda x, w: (x * w,),
-        ("x", "dg_weight"),
-        ("denoised",),
-        {"dg_weight": 2.0},
-        (1.0, 0.0),
-        (1, 2, 2),
-        0,
-    )
-    rows = list(onnx_file._signature_rows(engine, subject, batch))
+    rows = list(onnx_file._signature_rows(engine, _DOUBLED, batch))
     assert [row.problem for row in rows] == problems
     if problems == ["ShapeMismatchError"]:
         assert rows[0].detail == "[3], not [1]"  # found, not wanted

@@ -155,7 +155,11 @@ def test_discriminator_is_read_in_float32_and_believed_up_to_a_limit() -> None:
 
 def test_guidance_of_ones_own_is_in_no_exported_file() -> None:
     class Own(Guidance):
-        pass
+        def active(self, sigma_low: float, sigma_high: float) -> bool:
+            return True
+
+        def correct(self, x: Tensor, sigma: Tensor, class_labels: Any, denoised: Tensor) -> Any:
+            return denoised, sigma, None
 
     own: Any = Own()
     with pytest.raises(UserError, match="Own, a guidance of your own, is in no exported file"):
