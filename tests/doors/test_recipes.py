@@ -1,10 +1,12 @@
 """CONTRIBUTING's recipes: a solver, a runtime and a network are everywhere after the one entry that a recipe names."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 _ENTRIES = """
 import torch
@@ -57,4 +59,6 @@ def test_recipes_need_no_other_line(tmp_path: Path) -> None:
     first = drawn["SongUNet-euler-eager"]
     assert first.std() > 0
     assert all(np.array_equal(images, first) for images in drawn.values())
-    assert list((tmp_path / "exported").glob("*step*.onnx"))
+    (file,) = (tmp_path / "exported").glob("*step*.onnx")
+    said = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    assert json.loads(said["sampling"])["solver"] == "forward"
