@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dgfast.graph import Function
+from dgfast.runtimes import form
 
 _WARM_UP = 3  # as PyTorch's documentation has it: lazily made handles and workspaces must exist before the capture
 
@@ -20,7 +21,7 @@ def capture(function: Function, example: Sequence[Tensor | None]) -> Function:
 
     It must not wait for the device, branch on the value of a tensor or draw random numbers.
     """
-    inputs = [None if x is None else x.clone() for x in example]
+    inputs, captured = [None if x is None else x.clone() for x in example], form(example)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side), torch.no_grad():
@@ -32,6 +33,8 @@ def capture(function: Function, example: Sequence[Tensor | None]) -> Function:
         results = function(*inputs)
 
     def replay(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+        # In the place of a None the tensor of the call before would stay; one row would be spread over the batch.
+        assert form(arguments) == captured, f"captured for {captured}, called with {form(arguments)}"
         for fixed, given in zip(inputs, arguments, strict=True):
             if fixed is not None and given is not None:
                 fixed.copy_(given)

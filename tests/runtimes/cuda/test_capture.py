@@ -1,0 +1,112 @@
+"""A captured function reads and writes at fixed addresses: what is asked of it must be what it was captured for."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.networks import Networks
+from dgfast.runtimes import RUNTIMES, Runtime
+from dgfast.runtimes.cuda.capture import capture
+from dgfast.sampler import Sampler
+from tests.support.runtimes import NetFactory, one_hot
+
+
+class Graph(TorchDispatchMode):
+    """In the place of a CUDA graph: the operations with their tensors, which it computes again where they lie."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves its constructor untyped
+        self.recorded: list[Callable[[], None]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+
+        def again() -> None:
+            for old, new in zip(tree_leaves(made), tree_leaves(func(*args, **(kwargs or {}))), strict=True):
+                if isinstance(old, Tensor):
+                    old.copy_(new)
+
+        self.recorded.append(again)
+        return made
+
+    def replay(self) -> None:
+        for again in self.recorded:
+            again()
+
+
+class Stream:
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs on the CPU."""
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+
+
+def function(x: Tensor, shift: Tensor | None) -> tuple[Tensor, ...]:
+    y = 2 * x if shift is None else 2 * x + shift
+    return y, y.sum(-1)
+
+
+def test_capture_computes_with_what_it_is_given() -> None:
+    example = torch.ones(2, 3), torch.ones(3)
+    run = capture(function, example)
+    inputs = [(torch.full((2, 3), value), torch.arange(3.0)) for value in (5.0, 7.0)]
+    results = [run(*arguments) for arguments in inputs]  # the second must not overwrite the first
+    for arguments, result in zip(inputs, results, strict=True):
+        assert all(torch.equal(mine, wanted) for mine, wanted in zip(result, function(*arguments), strict=True))
+    assert torch.equal(example[0], torch.ones(2, 3)) and torch.equal(example[1], torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(torch.ones(2, 3), None), (torch.ones(1, 3), torch.ones(3)), (torch.ones(2, 3).double(), torch.ones(3))],
+    ids=["None", "one row", "another type"],
+)
+def test_capture_refuses_what_it_was_not_captured_for(arguments: tuple[Tensor, Tensor | None]) -> None:
+    run = capture(function, (torch.ones(2, 3), torch.ones(3)))
+    with pytest.raises(AssertionError, match=r"captured for .* called with "):
+        run(*arguments)
+    without = capture(function, (torch.ones(2, 3), None))
+    with pytest.raises(AssertionError, match=r"captured for .*None.* called with "):
+        without(torch.ones(2, 3), torch.ones(3))
+
+
+def captured() -> Runtime:
+    """Calls and whole steps, each captured by itself."""
+    return Runtime("captured", capture)
+
+
+def test_capture_serves_a_sampler_with_labels_and_without(tiny_net: NetFactory) -> None:
+    networks, sampling = Networks(tiny_net(label_dim=3)), SamplingConfig(num_steps=3)
+    plain = Sampler(networks, sampling)
+    latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    wanted = [plain.integrate(latents, labels) for labels in (None, one_hot(2, 3), None)]
+    assert not torch.equal(wanted[0], wanted[1])
+    for runtime in (captured(), Runtime("captured steps", RUNTIMES["eager"].build, lambda device: capture)):
+        sampler = Sampler(networks, sampling, runtime=runtime)
+        for labels, images in zip((None, one_hot(2, 3), None), wanted, strict=True):
+            torch.testing.assert_close(sampler.integrate(latents, labels), images)
+
+
+def test_capture_keeps_the_gradient_apart(tiny_net: NetFactory, small_discriminator: Callable[[int], Any]) -> None:
+    """A function that returns the discriminator's gradient too is another one."""
+    networks, guidance = Networks(tiny_net(), small_discriminator(0)), GuidanceConfig(dg_weight=1.0)
+    sampler = Sampler(networks, SamplingConfig(num_steps=3), guidance)
+    example = torch.ones(2, 1, 8, 8, dtype=torch.float64), torch.ones(2, dtype=torch.float64), None
+    guidances = sampler.steps[0].predictor
+    lengths = [len(sampler._function(guidances, example, keep)(*example)) for keep in (False, True, False)]
+    assert lengths == [2, 3, 2]
