@@ -15,7 +15,7 @@ from dgfast.job import GeneratorNet, generator
 from dgfast.networks import described, one_hot
 from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
-from dgfast.runtimes import RuntimeLike, chosen, form
+from dgfast.runtimes import Kept, RuntimeLike, chosen
 from dgfast.sampler import OnStep
 
 
@@ -52,7 +52,7 @@ class OneStep:
         self.generator = generator
         self.device = device_of(generator) if device is None else torch.device(device)
         self._runtime = chosen(runtime)
-        self._functions: dict[tuple[object, ...], Function] = {}
+        self._functions = Kept()
 
     @classmethod
     def load(
@@ -123,6 +123,10 @@ class OneStep:
         """Build the function for batches of this size, so that drawing itself compiles none."""
         self([0] * batch)
 
+    def forget(self) -> None:
+        """As `Sampler.forget`."""
+        self._functions.clear()
+
     def estimate(self, batch: int) -> float:
         """Seconds that a batch takes, timed once, warm."""
         return seconds_of(lambda: self([0] * batch), self.device)
@@ -136,7 +140,5 @@ class OneStep:
     def _function(self, latents: Tensor, class_labels: Tensor | None) -> Function:
         """(latents, class_labels) -> (images,), in this sampler's runtime, built once for each form of arguments."""
         example = latents, class_labels
-        key = form(example)
-        if key not in self._functions:
-            self._functions[key] = self._runtime.whole(generator(self.generator), example)
-        return self._functions[key]
+        function = generator(self.generator)
+        return self._functions(function.identity, example, lambda: self._runtime.whole(function, example))

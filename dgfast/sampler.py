@@ -18,7 +18,7 @@ from dgfast.job import Job
 from dgfast.networks import Networks, one_hot
 from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
-from dgfast.runtimes import RuntimeLike, chosen, form
+from dgfast.runtimes import Kept, RuntimeLike, chosen
 from dgfast.solvers import LAST, Call, churn
 
 OnStep = Callable[[Step, Tensor, Tensor, Tensor], Tensor | None]
@@ -68,7 +68,7 @@ class Sampler:
         self.state_dtype, self._solver = state_dtype, job.solver
         self._runtime = chosen(runtime)
         self._capture = self._runtime.capture(self.device)
-        self._functions: dict[tuple[object, ...], Function] = {}
+        self._functions = Kept()
         calls = [g for step in self.steps for g in (step.predictor, step.corrector) if g is not None]
         self.score_evaluations = sum(1 + sum(guidance.evaluations for guidance in call) for call in calls)
         self.guidance_gradients = sum(guidance.gradients for call in calls for guidance in call)
@@ -208,6 +208,10 @@ class Sampler:
             x, _, labels = self._example(batch)
             self.integrate(x.float(), labels, lambda: torch.zeros_like(x))
 
+    def forget(self) -> None:
+        """Give up all functions that were built, and the memory that captured ones hold; the next call builds anew."""
+        self._functions.clear()
+
     def estimate(self, batch: int) -> float:
         """Seconds that the network calls of a batch take: each function of the plan is timed once, warm."""
         return sum(count * seconds_of(call, self.device) for call, count in self._calls(batch))
@@ -275,10 +279,8 @@ class Sampler:
 
         if self._capture is None or carried is not None:  # what is carried lives outside of any one step
             return advance
-        key = ("step", step.predictor, step.corrector, form(example))
-        if key not in self._functions:
-            self._functions[key] = self._capture(advance, example)
-        return self._functions[key]
+        identity = "step", step.predictor, step.corrector
+        return self._functions(identity, example, partial(self._capture, advance, example))
 
     def _call(
         self,
@@ -314,7 +316,4 @@ class Sampler:
             keep: return the discriminator's gradient too, where there is one.
         """
         function = self.job.called(guidances, keep)
-        key = (*function.identity, form(example))
-        if key not in self._functions:
-            self._functions[key] = self._runtime.build(function, example)
-        return self._functions[key]
+        return self._functions(function.identity, example, partial(self._runtime.build, function, example))

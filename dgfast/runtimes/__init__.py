@@ -4,7 +4,7 @@ A runtime changes how a function runs and never what it returns. Each has a fold
 imported when it is first needed: this module imports nothing that is slow or not always installed.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,9 @@ Example = Sequence["torch.Tensor | None"]
 """Arguments of a function; their values do not matter."""
 Build = Callable[[Function, Example], Function]
 """Makes a faster callable of a function, for arguments of the example's shapes and types."""
+
+SIZES = 4
+"""Batch sizes for which a sampler keeps what it has built: a job has two, its full batch and the rest of a chunk."""
 
 PRECISIONS = ("float32", "tf32", "bf16", "fp16")
 """Number formats of `--dtype`, see `devices.DTYPES`."""
@@ -82,6 +85,31 @@ def chosen(runtime: RuntimeLike) -> Runtime:
 def form(example: Example) -> tuple[Any, ...]:
     """What a function is built for: shapes and types of its arguments, and which are None."""
     return tuple(None if x is None else (x.shape, x.dtype) for x in example)
+
+
+class Kept:
+    """Functions that were built, for the `SIZES` batch sizes that were asked for last.
+
+    A captured function holds the memory of its whole batch: those of sizes that nobody asks for any more are given up.
+    """
+
+    def __init__(self) -> None:
+        self._of_size: dict[int, dict[Hashable, Function]] = {}
+
+    def __call__(self, identity: Hashable, example: Example, build: Callable[[], Function]) -> Function:
+        """The function of that identity for arguments of the example's form; `build` makes it where it is not there."""
+        batch = next(len(x) for x in example if x is not None)
+        functions = self._of_size[batch] = self._of_size.pop(batch, {})  # which puts it behind the others
+        if len(self._of_size) > SIZES:
+            del self._of_size[next(iter(self._of_size))]
+        key = identity, form(example)
+        if key not in functions:
+            functions[key] = build()
+        return functions[key]
+
+    def clear(self) -> None:
+        """Give all of them up."""
+        self._of_size.clear()
 
 
 def _device(example: Example) -> "torch.device":

@@ -1,5 +1,6 @@
 """The table of runtimes: each does what it says of itself."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgfast.devices import DTYPES
+from dgfast.graph import Function
 from dgfast.graph.agreement import relative_error
-from dgfast.runtimes import PRECISIONS, RUNTIMES, Runtime, form
+from dgfast.runtimes import PRECISIONS, RUNTIMES, SIZES, Kept, Runtime, form
 
 CPU = torch.device("cpu")
 
@@ -66,3 +68,50 @@ def test_runtimes_form_tells_arguments_apart_for_which_functions_differ() -> Non
     x, labels = image(0), torch.ones(2, 3)
     forms = [form(a) for a in ((x, None), (x, labels), (x[:1], None), (x.double(), None), (x, labels.double()))]
     assert len({*forms}) == len(forms) and form((image(1), None)) == forms[0]
+
+
+def test_runtimes_keep_what_is_built_for_the_batch_sizes_called_last() -> None:
+    kept, built = Kept(), list[tuple[str, int]]()
+
+    def call(name: str, batch: int) -> None:
+        def build() -> Function:
+            built.append((name, batch))
+            return lambda x: (x + batch,)
+
+        x = torch.zeros(batch, 3)
+        assert kept(name, (None, x), build)(x)[0].tolist() == (x + batch).tolist()
+
+    sizes = [10, *range(1, SIZES)]
+    for batch in (*sizes, *sizes):  # a job's full batch and the rests of its chunks, in turns
+        for name in ("predictor", "corrector"):
+            call(name, batch)
+    assert built == [(name, batch) for batch in sizes for name in ("predictor", "corrector")]
+    built.clear()
+    call("predictor", 10)
+    call("predictor", 11)  # one more than is kept, in the place of the one that was called the longest ago
+    call("predictor", 10)
+    call("predictor", 1)
+    assert built == [("predictor", 11), ("predictor", 1)]
+    kept.clear()
+    built.clear()
+    call("predictor", 10)
+    assert built == [("predictor", 10)]
+
+
+def test_runtimes_hold_nothing_of_batch_sizes_that_are_given_up() -> None:
+    class Built:
+        def __call__(self, *arguments: Tensor | None) -> tuple[Tensor, ...]:
+            return ()
+
+    kept, held = Kept(), list[weakref.ref[Built]]()
+
+    def build() -> Function:
+        made = Built()
+        held.append(weakref.ref(made))
+        return made
+
+    for batch in range(1, 20):
+        kept("f", [torch.zeros(batch)], build)
+    assert [made() is not None for made in held] == [False] * (19 - SIZES) + [True] * SIZES
+    kept.clear()
+    assert not any(made() for made in held)

@@ -83,6 +83,9 @@ def test_runtimes_of_whole_steps_change_nothing(
     assert runtime.calls == calls + 2 * len(sampler.steps)
     assert torch.equal(sampler([6]), plain([6]))
     assert runtime.built == 2 * kinds and of_denoiser.built == 2 * len(calls_of_net)  # another size
+    sampler.forget()
+    assert torch.equal(sampler([6]), plain([6]))
+    assert runtime.built == 3 * kinds and of_denoiser.built == 3 * len(calls_of_net)
 
 
 def test_runtimes_of_whole_steps_are_left_out_under_reuse(

@@ -123,6 +123,9 @@ def test_one_step_builds_each_runtime_once_a_shape(tiny: Path) -> None:
     assert built == [(4, 6)] * 2
     sampler(range(3))
     assert built[2:] == [(3, 6)] * 2
+    sampler.forget()
+    sampler(range(3))
+    assert built[4:] == [(3, 6)] * 2
 
 
 def test_one_step_without_classes(tmp_path: Path) -> None:
