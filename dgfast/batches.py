@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgfast.errors import UserError
+from dgfast.errors import UserError, one_line
 from dgfast.one_step import OneStep
 from dgfast.outputs import Chunk, Drawn, Fetcher
 from dgfast.sampler import OnStep, Sampler
@@ -49,10 +49,17 @@ def draw(
         except BaseException as error:
             failed = pending.exception() if pending is not None else None
             if failed is not None and failed is not error:
-                raise failed from error  # what could not be written would otherwise be lost without a word
+                raise _both(failed, error) from error
             raise
         if pending is not None:
             pending.result()
+
+
+def _both(unwritten: BaseException, failed: BaseException) -> BaseException:
+    """What went wrong in writing, told with what then went wrong in sampling where one line is all that is shown."""
+    if not isinstance(unwritten, UserError) or not isinstance(failed, Exception):
+        return unwritten
+    return type(unwritten)(f"{unwritten.message}; and then the next batch failed: {one_line(failed)}")
 
 
 _Part = tuple[dict[str, Callable[[], np.ndarray]], np.ndarray | None]
@@ -88,6 +95,7 @@ def _parts(
             continue
         # Outside of the handler, whose traceback holds the tensors of the batch that did not fit.
         batch = (size + 1) // 2
+        sampler.forget()  # a captured function of the batch that did not fit would hold its memory
         if sampler.device.type == "cuda":
             torch.cuda.empty_cache()
         if on_smaller_batch is not None:

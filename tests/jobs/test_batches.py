@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dgfast.batches import draw
 from dgfast.config import SamplingConfig
-from dgfast.errors import UserError
+from dgfast.errors import StorageError, UserError
 from dgfast.job_folder import Chunks
 from dgfast.networks import Networks
 from dgfast.outputs import Drawn, Fetcher
@@ -42,10 +42,12 @@ class StandIn:
         self.fits, self.fail, self.classes = fits, fail, classes
         self.batches: list[list[int]] = []
         self.held: list[weakref.ref[Memory]] = []
+        self.built: set[int] = set()
 
     def __call__(self, seeds: Sequence[int], labels: Tensor | None, on_step: Callable[..., None] | None) -> Tensor:
         assert not any(memory() for memory in self.held), "a batch that did not fit is still in memory"
         self.batches.append(list(seeds))
+        self.built.add(len(seeds))
         holding = Memory()
         self.held.append(weakref.ref(holding))
         if on_step is not None:
@@ -55,6 +57,9 @@ class StandIn:
         shown = torch.zeros(len(seeds)) if labels is None else labels.float()
         images = torch.stack([torch.as_tensor(list(seeds)).float(), shown], dim=1)
         return ((images - 128) / 127.5).view(-1, 1, 1, 2)
+
+    def forget(self) -> None:
+        self.built.clear()
 
     def draw_labels(self, seeds: Sequence[int]) -> Tensor | None:
         return torch.tensor([seed % self.classes for seed in seeds]) if self.classes else None
@@ -159,6 +164,7 @@ def test_batches_out_of_memory_are_halved_and_nothing_is_lost(fail: Callable[[],
     sampler, sink, smaller = StandIn(3, fail), Sink(), list[int]()
     draw(sampler, chunks(range(10), 8), 8, sink, static=static, on_smaller_batch=smaller.append)  # type: ignore[arg-type]
     assert smaller == [4, 2]
+    assert sampler.built == {2}, "what was built for batches that do not fit is still there"
     assert sink.seeds == list(range(10)) and sink.sizes == [8, 2]  # files do not depend on what fits
 
 
@@ -270,6 +276,41 @@ def test_batches_say_what_could_not_be_written_even_if_the_next_one_fails() -> N
     with pytest.raises(OSError, match="No space left") as error:
         draw(sampler, chunks(range(6), 2), 2, write, on_step=on_step)  # type: ignore[arg-type]
     assert "mat1 and mat2" in str(error.value.__cause__)
+
+
+def test_batches_tell_users_both_what_could_not_be_written_and_why_the_next_one_failed() -> None:
+    """In one line, which is all that the command line shows; its exit code is that of the folder."""
+    sampling_second = threading.Event()
+
+    def on_step(step: Any, *_: Any) -> None:
+        if step == 2:
+            sampling_second.set()
+            raise UserError("the images became NaN")
+
+    def write(drawn: Drawn) -> None:
+        assert sampling_second.wait(WAIT)
+        raise StorageError("out/: No space left on device")
+
+    with pytest.raises(StorageError) as error:
+        draw(StandIn(), chunks(range(6), 2), 2, write, on_step=on_step)  # type: ignore[arg-type]
+    wanted = "out/: No space left on device; and then the next batch failed: the images became NaN"
+    assert error.value.message == wanted
+
+
+def test_batches_stopped_by_the_user_say_what_could_not_be_written_alone() -> None:
+    sampling_second = threading.Event()
+
+    def on_step(step: Any, *_: Any) -> None:
+        if step == 2:
+            sampling_second.set()
+            raise KeyboardInterrupt
+
+    def write(drawn: Drawn) -> None:
+        assert sampling_second.wait(WAIT)
+        raise StorageError("out/: No space left on device")
+
+    with pytest.raises(StorageError, match=r"^out/: No space left on device$"):
+        draw(StandIn(), chunks(range(6), 2), 2, write, on_step=on_step)  # type: ignore[arg-type]
 
 
 def test_batches_of_latents_are_decoded_on_their_way() -> None:
