@@ -4,7 +4,7 @@ ONNX Runtime computes in float32; what comes in as float64 goes out as float64.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from dgfast import extras
 from dgfast.graph import Function
+from dgfast.graph.agreement import relative_error
 from dgfast.runtimes.onnx.file import save
 from dgfast.runtimes.onnx.session import OnnxEngine, providers
 from dgfast.runtimes.onnx.writer import convert
 
+_ROUNDING = 1e-4  # the most that parts and whole may differ, relative: kernels round by the size of a batch
 _LEAST_PART = 8  # samples from which on a thread of its own pays for calling every operation on fewer of them
 
 
@@ -34,7 +36,8 @@ def build(function: Function, example: Sequence[Tensor | None], provider: str | 
     """`function` exported for the shapes of `example` and opened on the device of its tensors.
 
     Values agree with `function` to float32 rounding. On a CPU every thread computes a part of a large batch of its own:
-    threads that share each operation would wait for one another after each, some thousand times a call.
+    threads that share each operation would wait for one another after each, some thousand times a call. A function in
+    which one sample depends on another gets the whole batch.
 
     Args:
         provider: "cpu", "cuda" or "tensorrt"; None: what suits the device of the tensors.
@@ -47,8 +50,10 @@ def build(function: Function, example: Sequence[Tensor | None], provider: str | 
     first = next(iter(inputs.values()))
     threads = torch.get_num_threads()
     parts = _parts(len(first), threads) if (provider or first.device.type) == "cpu" else 1
+    if parts > 1 and not _agree(of_tensors, inputs, parts):
+        parts = 1
     model = convert(of_tensors, {name: x[: len(x) // parts] for name, x in inputs.items()}, outputs)
-    if parts > 1 and _mixes_samples(model):
+    if parts > 1 and _reduces_the_batch(model):
         parts, model = 1, convert(of_tensors, inputs, outputs)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "function.onnx"
@@ -91,8 +96,27 @@ def _parts(batch: int, threads: int) -> int:
     return parts if 2 * parts > threads and batch >= _LEAST_PART * parts else 1
 
 
-def _mixes_samples(model: Any) -> bool:
-    """Whether anything is reduced over the batch."""
+def _agree(function: Function, inputs: Mapping[str, Tensor], parts: int) -> bool:
+    """Whether the parts of a batch give what the whole batch gives, where every sample is another one."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [_unlike(x, generator) for x in inputs.values()]
+    with torch.no_grad():
+        whole = function(*tensors)
+        pieces = [function(*part) for part in zip(*(x.chunk(parts) for x in tensors), strict=True)]
+    joined = (torch.cat(results) for results in zip(*pieces, strict=True))
+    return all(relative_error(mine, wanted) <= _ROUNDING for mine, wanted in zip(joined, whole, strict=True))
+
+
+def _unlike(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers of the tensor's shape and type, positive ones where there is one a sample, as noise levels are."""
+    if not x.is_floating_point():
+        return x
+    random = torch.randn(x.shape, generator=generator).to(x.dtype)
+    return random.exp() if x.dim() < 2 else random
+
+
+def _reduces_the_batch(model: Any) -> bool:
+    """Whether anything is reduced over the batch: what only decides a threshold, random samples need not show."""
     from onnx import numpy_helper
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
