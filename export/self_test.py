@@ -1,5 +1,6 @@
 """What an engine must reproduce: what ONNX Runtime makes of the float32 ONNX file, for inputs of every noise level."""
 
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from dgfast.export.parity import Case, Tensors
 from dgfast.graph.agreement import PREDICTS_NOISE, least_sizes
+from dgfast.guidance.declaration import off_values
 from dgfast.runtimes.onnx.session import OnnxEngine
 
 _LEVELS = (0.5, 3.0, 0.01, 20.0, 80.0, 1.2)  # of sigma: inside of guidance's window, below it and above
@@ -17,10 +19,14 @@ MOST = len(_LEVELS)
 
 
 def case(onnx: OnnxEngine, batch: int, seed: int = 0) -> Case:
-    """Inputs for an ONNX file: noise levels, one-hot classes and weights of 1 by their names, else noisy images."""
+    """Inputs for an ONNX file by their names: noise levels, one-hot classes and weights; else noisy images.
+
+    Each weight is another one, and none of them off: two that were exchanged, or a branch that is broken, would show.
+    """
     generator = torch.Generator().manual_seed(seed)
     sigma = torch.tensor([_LEVELS[k % len(_LEVELS)] for k in range(batch)])
-    inputs = {}
+    inputs: dict[str, Tensor] = {}
+    off, above_off = off_values(), count(1.5, 0.3)
     for name, (sizes, _) in onnx.inputs.items():
         shape = [batch if isinstance(size, str) else size for size in sizes]
         if name in _LEVEL_FACTORS:
@@ -30,7 +36,7 @@ def case(onnx: OnnxEngine, batch: int, seed: int = 0) -> Case:
         elif name in ("log_least", "log_most"):
             inputs[name] = torch.full(shape, -2.0 if name == "log_least" else -1.0)
         elif len(shape) < 2:
-            inputs[name] = torch.ones(shape)
+            inputs[name] = torch.full(shape, off.get(name, 0.0) + next(above_off))
         else:
             spread = (0.5 + sigma).view(-1, *[1] * (len(shape) - 1))
             inputs[name] = torch.randn(shape, generator=generator) * spread

@@ -1,7 +1,7 @@
 """What an exported file is tried with: a case that says less than it seems to would let a wrong file pass."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.export import self_test
+from dgfast.export.joint_graph import joint as made
 from dgfast.export.parity import Case, Report, Row, compare, signature
 from dgfast.export.subject import GeneratorSubject, Joint
+from dgfast.graph.agreement import relative_error
+from dgfast.guidance.declaration import off_values
+from dgfast.networks import Networks
 
 SIGMAS = (80.0, 9.0, 1.5, 0.2, 0.002, 0.0)
 
@@ -232,6 +237,38 @@ def file_of(**inputs: tuple[Any, ...]) -> Any:
     )
 
 
+def test_self_test_leaves_no_weight_off_and_no_two_alike() -> None:
+    off = off_values()
+    assert {"dg_boost", "cfg_scale", "cfg_scale_low", "autoguidance"} <= {name for name in off if off[name] == 1}
+    fed = self_test.case(file_of(x=("n", 1, 4, 4), **{name: (1,) for name in off}), 2).inputs
+    assert all(float(fed[name]) != value for name, value in off.items())
+    assert len({float(fed[name]) for name in off}) == len(off)
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        GuidanceConfig(dg_weight=1.0, boosting=True, autoguidance=2.0),
+        GuidanceConfig(cfg_scale=2.0, cfg_scale_low=3.0, cfg_branch=1.0),
+    ],
+    ids=["boosting, autoguidance", "two scales"],
+)
+def test_self_test_sees_every_branch(
+    guidance: GuidanceConfig, tiny_net: Callable[..., Any], small_discriminator: Callable[[int], Any]
+) -> None:
+    """A branch that does nothing, as if its weight were off, is another function there."""
+    net, reference = tiny_net(label_dim=3, channel_mult=[1]), tiny_net(label_dim=3, channel_mult=[1], prefix="worse/")
+    networks = Networks(net, small_discriminator(3), reference=reference)
+    subject = made(networks, SamplingConfig(num_steps=3), guidance, "denoiser")
+    sizes = {name: ((1,) if name in subject.weights else ("n", *subject.sizes()[name])) for name in subject.inputs}
+    inputs = self_test.case(file_of(**sizes), self_test.MOST).inputs
+    whole = subject(inputs)["denoised"]
+    assert len(subject.weights) > 1
+    for name in subject.weights:
+        without = subject({**inputs, name: torch.full((1,), off_values()[name])})["denoised"]
+        assert relative_error(without, whole) > 1e-3, name
+
+
 def test_self_test_has_every_kind_of_input() -> None:
     file = file_of(
         x=("n", 1, 40, 40), sigma=("n",), sigma_next=("n",), class_labels=("n", 3), log_least=("n",), log_most=("n",),
@@ -246,7 +283,7 @@ def test_self_test_has_every_kind_of_input() -> None:
     assert inputs["class_labels"].argmax(1).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert inputs["class_labels"].sum(1).tolist() == [1.0] * 8
     assert inputs["log_least"].tolist() == [-2.0] * 8 and inputs["log_most"].tolist() == [-1.0] * 8
-    assert inputs["dg_weight"].tolist() == [1.0]
+    assert inputs["dg_weight"].tolist() == [1.5]
     for image, level in zip(inputs["x"], levels, strict=True):
         assert float(image.std()) == pytest.approx(0.5 + level, rel=0.1)
     assert case.least["denoised"].tolist() == pytest.approx((0.01 * inputs["x"].abs().flatten(1).amax(1)).tolist())
