@@ -1,5 +1,6 @@
 """Generated code is compiled once a machine, and kept only if it computes what it should."""
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -102,4 +103,39 @@ def test_library_says_where_it_cannot_write(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DGFAST_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(UserError, match="Not a directory; set DGFAST_CACHE_DIR to a folder that can be written to"):
+        fused()
+
+
+@pytest.mark.parametrize(
+    "said", ["failed to map segment from shared object", "libgomp.so.1: cannot open shared object"]
+)
+def test_library_says_what_does_not_load(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    """A folder in which nothing may be executed, OpenMP's library missing: it is not that nothing can be written."""
+
+    def refuse(path: str) -> None:
+        raise OSError(said)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    with pytest.raises(
+        UserError, match=f"what was compiled does not load: {said}; install .*libgomp1.*DGFAST_CACHE_DIR"
+    ) as error:
+        fused()
+    assert "can be written to" not in error.value.message and "\n" not in error.value.message
+
+
+def test_library_refuses_a_compiled_file_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader's own words."""
+    path = tmp_path / "compiler"
+    path.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho nothing > "$2"\n')
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+    with pytest.raises(UserError, match=r"does not load: .*: file too short"):
+        fused()
+
+
+def test_library_says_which_compiler_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").write_bytes(bytes(99))
+    (tmp_path / "data").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "data"))
+    with pytest.raises(UserError, match="data does not start: Exec format error; set CXX to another"):
         fused()

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dgfast.errors import UserError
+from dgfast.errors import UserError, one_line
 from dgfast.graph.cache_folder import cache_folder
 
 _COMPILERS = ("g++", "clang++", "c++")
@@ -50,7 +50,7 @@ def load(texts: Sequence[str], proves: Callable[[str, Any], bool]) -> dict[str, 
         the functions by their code. One that is not proved is missing.
 
     Raises:
-        UserError: there is no compiler, it fails, or the folder cannot be written to.
+        UserError: there is no compiler, it fails, the folder cannot be written to, or what is in it does not load.
     """
     folder, command = cache_folder("kernels"), compiler()
     paths = {text: folder / f"{_key(text, command)}.so" for text in texts}
@@ -62,7 +62,7 @@ def load(texts: Sequence[str], proves: Callable[[str, Any], bool]) -> dict[str, 
             with TemporaryDirectory(dir=folder) as at, ThreadPoolExecutor(os.cpu_count()) as pool:
                 built = list(pool.map(partial(_compile, command, Path(at)), range(len(missing)), missing))
                 for text, path in zip(missing, built, strict=True):
-                    function = _open(path)
+                    function = _loaded(path)
                     if proves(text, function):
                         functions[text] = function
                         path.replace(paths[text])
@@ -76,11 +76,31 @@ def load(texts: Sequence[str], proves: Callable[[str, Any], bool]) -> dict[str, 
 def _compile(command: str, folder: Path, number: int, text: str) -> Path:
     source, built = folder / f"{number}.cpp", folder / f"{number}.so"
     source.write_text(text)
-    done = subprocess.run([command, *_FLAGS, str(source), "-o", str(built)], capture_output=True, text=True)
+    done = _run(command, *_FLAGS, str(source), "-o", str(built))
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
         raise UserError(f"{command} failed: {reason}; run without --compile, or with --compile=try")
     return built
+
+
+def _run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run([command, *arguments], capture_output=True, text=True)
+    except OSError as error:
+        raise UserError(
+            f"{command} does not start: {error.strerror}; set CXX to another, or run without --compile"
+        ) from error
+
+
+def _loaded(path: Path) -> Any:
+    """The function in a file that was compiled just now."""
+    try:
+        return _open(path)
+    except OSError as error:  # of the linker, which says more than a number and its text
+        raise UserError(
+            f"what was compiled does not load: {one_line(error)}; install the library if one is missing (libgomp1); if "
+            "nothing may be executed in that folder, set DGFAST_CACHE_DIR to another; or run without --compile"
+        ) from error
 
 
 def _kept(path: Path) -> Any:
@@ -105,7 +125,7 @@ def _key(text: str, command: str) -> str:
 
 @cache
 def _version(command: str) -> str:
-    return subprocess.run([command, "--version"], capture_output=True, text=True).stdout
+    return _run(command, "--version").stdout
 
 
 @cache
