@@ -5,9 +5,11 @@ once on fake tensors and records what autograd would do.
 """
 
 import gc
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from dgfast.graph import Function
 from dgfast.graph.nodes import drop_identities
 
 aten = torch.ops.aten
+_CALLED = {"torch", *sys.stdlib_module_names}
 
 
 def trace(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
@@ -31,14 +34,19 @@ def trace(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
     the same at every batch size.
 
     Raises:
-        UserError: the function branches on the value of a tensor, or calls what cannot be traced; names where.
+        UserError: the function branches on the value of a tensor, or calls what cannot be traced; names where. Errors
+            of dgfast itself, which are no matter of tracing, come as they are.
     """
     try:
         with torch.no_grad(), without_collecting():
             graph = make_fx(partial(_without_reading, function), tracing_mode="fake", _allow_non_fake_inputs=True)(
                 *example
             )
+    except UserError:
+        raise
     except Exception as error:
+        if _of_dgfast(error):
+            raise
         raise UserError(f"this network does not trace: {_where(error)}; run it without --compile") from error
     drop_identities(graph)
     return graph
@@ -71,6 +79,13 @@ class _NoReading(TorchDispatchMode):
         if reads and any(isinstance(argument, FakeTensor) for argument in args):  # weights may be read: they are known
             raise RuntimeError(f"{func} depends on the values of a tensor")
         return func(*args, **(kwargs or {}))
+
+
+def _of_dgfast(error: BaseException) -> bool:
+    """Whether it was raised by dgfast's own code, or by what torch and Python do for that."""
+    homes = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
+    homes = [home for home in homes if home != __name__ and home.partition(".")[0] not in _CALLED]
+    return bool(homes) and homes[-1].partition(".")[0] == "dgfast"
 
 
 def _where(error: BaseException) -> str:

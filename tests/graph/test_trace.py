@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgfast.errors import UserError
+from dgfast.errors import StorageError, UserError
 from dgfast.graph.trace import trace
+from dgfast.nets.blocks import GroupNorm
 
 
 class BranchesOnValue(nn.Module):
@@ -53,6 +54,26 @@ def test_runtimes_network_that_does_not_trace_is_named_with_the_reason(module: t
     assert f"(in Outer.{module.__name__})" in message
     reason = message.removeprefix("this network does not trace: ").split(" (in ")[0]
     assert len(reason) > 10
+
+
+class Fails(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ones(5, 2) @ x
+
+
+def test_runtimes_errors_of_dgfast_do_not_read_as_the_networks() -> None:
+    """What a user is told stays as it is, a bug in dgfast stays a bug; what fails in the network is the network's."""
+
+    def refused(x: Tensor) -> tuple[Tensor, ...]:
+        raise StorageError("the disk is full")
+
+    with pytest.raises(StorageError, match=r"^the disk is full$"):
+        trace(refused, [torch.ones(3)])
+    own, failing = Outer(GroupNorm(4)), Outer(Fails())
+    with pytest.raises(RuntimeError, match="shape"):
+        trace(lambda x: (own(x),), [torch.ones(1, 3, 2, 2)])
+    with pytest.raises(UserError, match=r"does not trace: .*size.* \(in Outer\.Fails\); run it without --compile"):
+        trace(lambda x: (failing(x),), [torch.ones(3)])
 
 
 class ReadsItsOwnWeight(nn.Module):
