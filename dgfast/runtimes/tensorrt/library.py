@@ -6,6 +6,7 @@ Nothing else imports either. What needs one takes the module as an argument.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -62,14 +63,26 @@ def find(flavor: str | None = None) -> tuple[str, Any]:
 
 
 def listener(trt: Any) -> Any:
-    """A logger of that library that prints nothing.
+    """The process's logger of that library, which prints nothing; it has heard nothing yet.
 
     It keeps warnings and errors in `complaints`, and in `layers` what the builder says of the engine's layers.
-    """
 
+    There is one, as the library wants it. It warns of a second one while it holds the lock that every runtime takes at
+    its end: Python's garbage collector, which any line of a logger may start, would wait for ever to end a runtime.
+    """
+    heard = _listener(trt)
+    heard.forget()
+    return heard
+
+
+@cache
+def _listener(trt: Any) -> Any:
     class Listener(trt.ILogger):  # type: ignore[misc]  # the library is known at run time only
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.forget()
+
+        def forget(self) -> None:
             self.complaints: list[tuple[Any, str]] = []
             self.layers = ""
 

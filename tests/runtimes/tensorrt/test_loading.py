@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -35,6 +36,42 @@ def test_trt_library_refuses_a_damaged_engine_in_a_line(kind: str, engine: Engin
     assert message.startswith(f"model.engine: {TRT.__name__} {TRT.__version__} can't load this engine: ")
     assert len(message.splitlines()) == 1 and "/_src/" not in message and "no reason given" not in message
     assert obstacles(TRT, broken, listener(TRT))
+
+
+_LEFT_TO_THE_COLLECTOR = """
+import gc
+from dgfast.runtimes.tensorrt.library import find, listener
+
+_, trt = find("tensorrt-rtx")
+gc.disable()
+circle = [trt.Runtime(listener(trt))]
+circle.append(circle)
+del circle
+heard = listener(trt)
+log = type(heard).log
+
+def collects(*arguments):
+    gc.collect()  # as Python may, wherever an object is made
+    log(*arguments)
+
+type(heard).log = collects
+assert trt.Runtime(heard).deserialize_cuda_engine(b"no engine" * 99) is None and heard.errors()
+"""
+
+
+def test_trt_library_does_not_wait_for_a_runtime_that_the_collector_ends() -> None:
+    """In a process of its own, which would never end."""
+    done = subprocess.run([sys.executable, "-c", _LEFT_TO_THE_COLLECTOR], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_trt_listener_has_heard_nothing_of_the_call_before() -> None:
+    heard = listener(TRT)
+    heard.log(TRT.ILogger.Severity.ERROR, "out of cheese")
+    heard.log(TRT.ILogger.Severity.INFO, "Layers:\nName: a, LayerType: b")
+    assert heard.errors() == ["out of cheese"] and heard.layers
+    again = listener(TRT)
+    assert again is heard and not again.complaints and not again.layers
 
 
 def test_trt_engine_that_was_changed_is_not_given_to_the_library(engine: EngineFile, tmp_path: Path) -> None:
