@@ -131,6 +131,8 @@ def test_batches_are_full_but_for_the_last() -> None:
         draw(sampler, chunks(range(7), 3), 3, sink, static=static)  # type: ignore[arg-type]
         assert sampler.batches == sampled
         assert sink.sizes == [3, 3, 1]
+    draw(sampler := StandIn(), chunks(range(4), 3), 3, Sink())  # type: ignore[arg-type]
+    assert sampler.batches == [[0, 1, 2], [3]], "filled up although nobody asked for it"
 
 
 def test_batches_pass_every_step_on() -> None:
@@ -179,6 +181,17 @@ def test_batches_out_of_memory_later_on_keep_what_was_made() -> None:
     draw(sampler, job, 4, sink, on_step=on_step, on_smaller_batch=smaller.append)  # type: ignore[arg-type]
     assert smaller == [2] and [len(made) for made in sampler.batches] == [4, 4, 4, 2, 2]
     assert sink.seeds == list(range(12)) and sink.sizes == [4, 4, 4]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_out_of_memory_become_as_large_as_can_be(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Half of five is three; and what PyTorch holds on a GPU of the larger batch's sizes is given back."""
+    emptied: list[int] = []
+    sampler, smaller = StandIn(2, out_of_device_memory), list[int]()
+    sampler.device = torch.device(device)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(sampler.batches[-1])))
+    draw(sampler, chunks(range(5), 5), 5, Sink(), on_smaller_batch=smaller.append)  # type: ignore[arg-type]
+    assert smaller == [3, 2] and emptied == ([5, 3] if device == "cuda" else [])
 
 
 @pytest.mark.parametrize("fail", [out_of_device_memory, out_of_host_memory])
@@ -259,6 +272,16 @@ def test_batches_that_cannot_be_written_raise(bad: int) -> None:
         draw(sampler, chunks(range(6), 2), 2, write)  # type: ignore[arg-type]
     assert written == list(range(bad))
     assert len(sampler.batches) <= bad + 2  # and sampling stops
+
+
+def test_batches_tell_users_once_what_could_not_be_written() -> None:
+    def write(drawn: Drawn) -> None:
+        raise StorageError("out/: No space left on device")
+
+    for count in (2, 4):  # noticed at the end, and while there is more to sample
+        with pytest.raises(StorageError, match=r"^out/: No space left on device$") as error:
+            draw(StandIn(), chunks(range(count), 2), 2, write)  # type: ignore[arg-type]
+        assert error.value.__cause__ is None
 
 
 def test_batches_say_what_could_not_be_written_even_if_the_next_one_fails() -> None:
