@@ -1,7 +1,10 @@
 """Images on disk: every format keeps every image, and what is written can be read back."""
 
 import io
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from dgfast.outputs import (
     Chunk,
     Drawn,
     Fetcher,
+    fetch,
     save_grid,
     to_uint8,
     write_adm,
@@ -54,6 +58,50 @@ def test_outputs_fetch_what_the_formats_keep() -> None:
         assert arrays.keys() == kept and np.array_equal(arrays["latents"], latents.numpy())
     (drawn,) = (wait() for wait in Fetcher(decode)(latents).values())
     assert np.array_equal(drawn, to_uint8(decode(latents)))
+
+
+class OnDevice(torch.Tensor):
+    """Values on a GPU, as far as `fetch` can see."""
+
+    is_cuda = True
+
+
+class Pinned(torch.Tensor):
+    """Host memory that a copy reaches only when it was waited for."""
+
+    def copy_(self, values: torch.Tensor, non_blocking: bool = False) -> "Pinned":
+        assert non_blocking, "the host waits for the device"
+        Event.queue.append(lambda: super(Pinned, self).copy_(values.as_subclass(torch.Tensor)))
+        return self
+
+
+class Event:
+    """What was queued before it was recorded is done when it was waited for."""
+
+    queue: ClassVar[list[Callable[[], object]]] = []
+
+    def record(self) -> None:
+        self.before = len(self.queue)
+
+    def synchronize(self) -> None:
+        for copy in self.queue[: self.before]:
+            copy()
+
+
+def test_outputs_come_off_the_device_while_the_next_batch_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def pinned(shape: torch.Size, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory, "only from there a copy need not be waited for"
+        return empty(shape, dtype=dtype).as_subclass(Pinned)
+
+    monkeypatch.setattr(torch, "empty", pinned)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    values = torch.arange(6, dtype=torch.uint8).view(2, 3)
+    first, second = (fetch(values.add(k).as_subclass(OnDevice)) for k in (0, 10))
+    for wait, shift in ((first, 0), (second, 10)):
+        array = wait()
+        assert array.dtype == np.uint8 and array.tolist() == (values + shift).tolist()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -104,8 +152,19 @@ def test_outputs_adm_is_one_array_of_three_channels(tmp_path: Path, channels: in
     assert read_images(tmp_path)[1].tolist() == labels.tolist()
 
 
+def test_outputs_adm_may_be_larger_than_a_plain_zip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50,000 images of 256 x 256 are 9.8 GB; here the limit is 1 kB."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
+    file, images = io.BytesIO(), _images(9, 3)
+    write_adm(file, iter([(images, np.full(9, -1))]), 9)
+    file.seek(0)
+    with np.load(file) as whole:
+        assert np.array_equal(whole["arr_0"], images)
+
+
 def test_outputs_unlabelled_images_say_minus_one(tmp_path: Path) -> None:
     write_images(tmp_path / "new", _images(2), [5, 6], None)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["images-00000.npz"]
     assert read_images(tmp_path / "new")[1].tolist() == [-1, -1]
 
 
