@@ -98,6 +98,19 @@ def test_bundle_with_a_number_that_json_lacks_leaves_the_old_one(bundle: Bundle)
     assert bundles.read(bundle.folder) == bundle
 
 
+def test_bundle_that_is_shipped_is_written_as_it_is(tmp_path: Path) -> None:
+    """To the byte: a line for each entry, so that a change of one shows as one."""
+    shipped = bundles.read("mnist32")
+    bundles.write(replace(shipped, folder=tmp_path / "copy"))
+    assert (tmp_path / "copy/bundle.json").read_bytes() == (shipped.folder / "bundle.json").read_bytes()
+
+
+def test_bundle_is_read_where_there_is_one_and_begun_where_there_is_none(bundle: Bundle, tmp_path: Path) -> None:
+    assert bundles.read_or_new(bundle.folder) == bundle
+    new = tmp_path / "deep" / ".." / "new"
+    assert bundles.read_or_new(new) == Bundle(new, "new", {}) and not new.exists()
+
+
 def test_bundle_loads_the_network_that_was_saved(bundle: Bundle) -> None:
     torch.manual_seed(5)
     net = nets.build("EDMPrecond", **KEYWORDS).eval()
@@ -126,6 +139,17 @@ def test_bundle_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path
         bundles.read(tmp_path)  # a folder without bundle.json
 
 
+def test_bundle_that_comes_along_is_found_by_its_name(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundles, "_ASSETS", tmp_path)
+    (tmp_path / "another").mkdir()
+    (tmp_path / "no folder").touch()
+    assert bundles.read("small") == bundle
+    with pytest.raises(UserError, match=r"bundles that come with dgfast: another, small$"):
+        bundles.read("no folder")
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -149,6 +173,7 @@ def test_bundle_description_that_is_none_is_refused(bundle: Bundle, text: str) -
         (lambda raw: raw["nets"]["score"].update(weights="x"), "weights"),
         (lambda raw: raw["nets"].update(upscaler=raw["nets"]["score"]), "unknown role 'upscaler'"),
         (lambda raw: raw["nets"]["classifier"].update(time_schedule="sqrt"), "sqrt"),
+        (lambda raw: raw["nets"]["score"].update(kind="FeatureNet"), "score cannot be of the kind 'FeatureNet'"),
         (lambda raw: raw["sampling"].update(steps=5), "steps"),
         (lambda raw: raw["sampling"].update(solver="rk4"), "rk4"),
         (lambda raw: raw["guidance"].update(dg_window=[0.9, 0.1]), "dg_window"),
