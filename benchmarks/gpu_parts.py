@@ -143,7 +143,7 @@ def package(at: Setting) -> Rows:
     if "package" not in RUNTIMES:
         yield {"package": "skipped: this dgfast has no runtime of that name"}
         return
-    ready: list[tuple[dict[str, str | float], Call]] = []
+    ready: list[tuple[Row, Call]] = []
     with precision("bf16"):
         for batch in (512, 1):
             function, arguments = _guided_call(at, at.batch(batch), "bf16")
@@ -154,12 +154,7 @@ def package(at: Setting) -> Rows:
                 first = time.perf_counter() - began
                 _waited(RUNTIMES[name].build(function, arguments), arguments, at)()
                 again = time.perf_counter() - began - first
-                built = {
-                    "guided call": name,
-                    "batch": at.batch(batch),
-                    "built in, s": first,
-                    "built again in, s": again,
-                }
+                built: Row = {"guided call": name, "batch": at.batch(batch), "built in, s": first, "again, s": again}
                 ready.append((built, call))
         yield None
         for known, call in ready:

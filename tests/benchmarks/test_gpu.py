@@ -25,6 +25,7 @@ from benchmarks.processes import Running, alone
 from benchmarks.runtimes import RUNTIMES
 from benchmarks.tables import Row, tables
 from dgfast.errors import UserError
+from dgfast.runtimes import RUNTIMES as INSTALLED
 from dgfast.runtimes import Runtime
 from dgfast.runtimes.cuda.streams import split
 from tests.support.paths import ROOT
@@ -103,7 +104,7 @@ def test_gpu_says_what_is_not_installed(
     def require(device: torch.device) -> None:
         raise UserError("it is not installed")
 
-    monkeypatch.setitem(engines.RUNTIMES, runtime, replace(RUNTIMES[runtime], require=require))
+    monkeypatch.setitem(INSTALLED, runtime, replace(RUNTIMES[runtime], require=require))
     assert rows_of(PARTS[part].run, small) == [{part: "skipped: it is not installed"}]
 
 
@@ -115,7 +116,7 @@ def test_gpu_tensorrt_engines_are_compared(small: Setting, monkeypatch: pytest.M
             raise ValueError("does not build")
         return engines._eager(at)
 
-    monkeypatch.setitem(engines.RUNTIMES, "tensorrt", Runtime("tensorrt", lambda function, example: function))
+    monkeypatch.setitem(INSTALLED, "tensorrt", Runtime("tensorrt", lambda function, example: function))
     monkeypatch.setattr(engines, "_engine", engine)
     single, half = rows_of(PARTS["TensorRT"].run, small)
     assert (single["ended"], single["error"]) == ("ok", 0.0) and half["ended"] == "ValueError: does not build"
@@ -161,8 +162,13 @@ def test_gpu_environment_measures_every_number_format(small: Setting, monkeypatc
 def test_gpu_streams_are_captured_both_ways(small: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     function, arguments = gpu_parts._guided_call(small, 2, "bf16")
     captured: list[Any] = []
+
+    def capture(way: Any, example: Any) -> Any:
+        captured.append(way)
+        return way
+
     monkeypatch.setattr(gpu_parts, "_guided_call", lambda at, batch, name: (function, arguments))
-    monkeypatch.setattr(gpu_parts, "capture", lambda f, example: captured.append(f) or f)
+    monkeypatch.setattr(gpu_parts, "capture", capture)
     monkeypatch.setattr(gpu_parts, "by_inductor", lambda graph: graph)
     monkeypatch.setattr(gpu_parts, "concurrent", lambda graph, compile: compile(split(graph)))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
