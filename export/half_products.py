@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _FLOAT32, _BFLOAT16 = 1, 16  # onnx.TensorProto's numbers
 TYPES = {"fp16": 10, "bf16": _BFLOAT16}
+_SPLIT = "half_products_split"
 
 
 def half_products(model: Any, dtype: str, keep_float32: Sequence[str] = ()) -> int:
@@ -75,22 +76,38 @@ def _inner_products(graph: Any) -> set[str]:
 
 
 def round_on_a_cpu(model: Any) -> None:
-    """Make ONNX Runtime's CPU provider round to float16 wherever the file says so, as a GPU does.
+    """Make ONNX Runtime's CPU provider round as its CUDA provider does, to float16 wherever the file says so.
 
     It computes in float32 there and drops pairs of casts, so that weights alone are rounded; a Max of one argument,
-    which it computes in float16, keeps a pair apart.
+    which it computes in float16, keeps a pair apart. The products left in float32 read TensorFloat-32 on a GPU.
     """
     from onnx import helper
 
-    nodes, to = [], helper.make_attribute("to", TYPES["fp16"])
+    nodes, to, rounded = [], helper.make_attribute("to", TYPES["fp16"]), set[str]()
     for node in model.graph.node:
+        half = node.op_type in PRODUCTS and node.input[0].endswith("_fp16")
+        if node.op_type in PRODUCTS and not half:
+            for i, name in enumerate(node.input[:2]):
+                node.input[i] = f"{name}_tf32"
+                nodes += _to_tensor_float_32(name) if name not in rounded else []
+                rounded.add(name)
         nodes.append(node)
-        if to in node.attribute or (node.op_type in PRODUCTS and node.input[0].endswith("_fp16")):
+        if to in node.attribute or half:
             name = node.output[0]
             node.output[0] = f"{name}_exact"
             nodes.append(helper.make_node("Max", [node.output[0]], [name], name=f"{name}_rounded"))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    model.graph.initializer.append(helper.make_tensor(_SPLIT, _FLOAT32, [], [2.0**13 + 1]))
+
+
+def _to_tensor_float_32(name: str) -> list[Any]:
+    """Rounded to 11 of 24 bits: p = (2^13 + 1) x, p - (p - x) (Dekker, 1971)."""
+    from onnx import helper
+
+    scaled, rest = f"{name}_scaled", f"{name}_rest"
+    steps = [("Mul", name, _SPLIT, scaled), ("Sub", scaled, name, rest), ("Sub", scaled, rest, f"{name}_tf32")]
+    return [helper.make_node(op, [a, b], [result], name=result) for op, a, b, result in steps]
 
 
 def _rounded(weight: Any, name: str, to: int) -> Any:

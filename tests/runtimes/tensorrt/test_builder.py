@@ -80,6 +80,20 @@ def test_trt_half_products_round_on_a_cpu_as_on_a_gpu(tmp_path: Path) -> None:
     assert not engine({"x": torch.full((1, 3), 10.0)})["y"].isfinite().any()
 
 
+def test_trt_products_left_in_float32_read_tensor_float_32(tmp_path: Path) -> None:
+    """Eleven bits of every factor, ties to even, in every range of float32."""
+    eye, path = torch.eye(4), tmp_path / "rounded.onnx"
+    model = convert(lambda x: (x @ eye,), {"x": torch.ones(1, 4)}, ["y"])
+    round_on_a_cpu(model)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    x = torch.tensor([[1 + 2**-11, 1 + 3 * 2**-11, 1e-30, -(2.0**100) * (1 + 2**-10 + 2**-20)]])
+    expected = torch.tensor([[1.0, 1 + 2**-9, 1e-30, -(2.0**100) * (1 + 2**-10)]])
+    found = OnnxEngine(path)({"x": x})["y"]
+    assert found[0, [0, 1, 3]].equal(expected[0, [0, 1, 3]])
+    assert abs(float(found[0, 2]) / 1e-30 - 1) <= 2**-11 and float(found[0, 2]) != float(x[0, 2])
+
+
 def test_trt_half_products_are_off_by_rounding_alone(file: Path, tmp_path: Path) -> None:
     model, path = onnx.load(file), tmp_path / "half.onnx"
     half_products(model, "fp16")
