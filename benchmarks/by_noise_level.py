@@ -11,6 +11,7 @@ from benchmarks.runtimes import RUNTIMES
 from benchmarks.subjects import guided_function, guided_levels, noise_at
 from benchmarks.workloads import WORKLOADS, Workload
 from dgfast import Networks, Sampler
+from dgfast.ops import kernels
 from dgfast.runtimes import Runtime
 
 Results = dict[float, list[Tensor]]
@@ -20,7 +21,7 @@ Results = dict[float, list[Tensor]]
 def parity(at: Setting) -> Rows:
     """Every number format, eager and compiled, on the shipped bundle."""
     workload, seeds = WORKLOADS["tiny" if at.small else "mnist32"](), range(at.batch(8))
-    with precision("float32"):
+    with precision("float32"), kernels("reference"):
         exact = workload.load(at.device, torch.float32)
         calls = _calls(workload, exact, RUNTIMES["eager"], seeds, at.device)
         states = _states(workload, exact, RUNTIMES["eager"], seeds, at.device)

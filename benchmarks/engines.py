@@ -22,6 +22,7 @@ from benchmarks.tables import Row
 from benchmarks.workloads import WORKLOADS
 from dgfast.export.half_products import half_products
 from dgfast.export.written_out import written_out
+from dgfast.ops import kernels
 from dgfast.runtimes import RUNTIMES
 from dgfast.runtimes.onnx.cuda import CudaOptions
 from dgfast.runtimes.onnx.file import save
@@ -161,7 +162,7 @@ def _eager(at: Setting) -> Runs:
     function = guided_function(workload, workload.load(at.device, torch.float32), True, at.device)
 
     def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with torch.no_grad(), precision("float32"):
+        with torch.no_grad(), precision("float32"), kernels("reference"):
             results = function(inputs["x"], inputs["sigma"], inputs.get("class_labels"))
         return dict(zip(("denoised", "log_ratio"), results, strict=True))
 

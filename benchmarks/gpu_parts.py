@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import by_noise_level, engines, golden, operations
@@ -169,7 +169,7 @@ def streams(at: Setting, batches: tuple[int, ...]) -> Rows:
             function, arguments = _guided_call(at, at.batch(batch), "bf16")
             graph = lowered(function, arguments)
             if at.device.type == "cuda":
-                ways = capture(by_inductor(graph), arguments), capture(concurrent(graph, by_inductor), arguments)
+                ways = capture(by_inductor(graph), arguments), capture(concurrent(graph, _compiled), arguments)
             else:  # without streams: the same parts, one after another
                 ways = graph, split(graph) or graph
             one, several = (_waited(way, arguments, at) for way in ways)
@@ -195,6 +195,10 @@ def kernels(at: Setting) -> Rows:
         on_gpu = at.device.type == "cuda"
         spent = operations.device_seconds(call) if on_gpu else at.milliseconds(call, 30) / 1e3
         yield {"kernel": case.name, "us": 1e6 * spent, "GB/s": moved / spent / 1e9, "error": error, "allowed": allowed}
+
+
+def _compiled(part: nn.Module, *_: object) -> Function:
+    return by_inductor(part)
 
 
 def _guided_call(at: Setting, batch: int, name: str) -> tuple[Function, tuple[Tensor, Tensor, Tensor | None]]:

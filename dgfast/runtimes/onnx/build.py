@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dgfast import extras
 from dgfast.graph import Function
-from dgfast.runtimes.onnx.cuda import CudaOptions
 from dgfast.runtimes.onnx.file import save
 from dgfast.runtimes.onnx.session import OnnxEngine, providers
 from dgfast.runtimes.onnx.writer import convert
@@ -28,7 +27,7 @@ def require(device: torch.device) -> None:
         UserError: onnx or ONNX Runtime is missing, or has no provider for that device.
     """
     extras.require("onnx", "onnxruntime")
-    providers(device.type, device, CudaOptions())
+    providers(device.type, device)
 
 
 def build(function: Function, example: Sequence[Tensor | None], provider: str | None = None) -> Function:

@@ -231,7 +231,7 @@ def _check_declared(path: Path, name: str, shape: Sequence[int | str | None], ki
         raise UserError(f"{path}: {name!r:.80} has the shape {list(shape)}, which no file of dgfast has")
 
 
-def providers(name: str, device: torch.device, cuda: CudaOptions) -> list[Any]:
+def providers(name: str, device: torch.device, cuda: CudaOptions | None = None) -> list[Any]:
     """Those of ONNX Runtime to ask for, by preference, with their options.
 
     Raises:
@@ -246,7 +246,7 @@ def providers(name: str, device: torch.device, cuda: CudaOptions) -> list[Any]:
     if name == "cpu":
         return [(provider, {})]
     place = {"device_id": device.index or 0}
-    on_cuda = PROVIDERS["cuda"], place | cuda.provider_options()
+    on_cuda = PROVIDERS["cuda"], place | (cuda or CudaOptions()).provider_options()
     return [on_cuda] if name == "cuda" else [(provider, place), on_cuda]  # CUDA takes what TensorRT leaves
 
 
