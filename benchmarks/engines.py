@@ -20,7 +20,7 @@ from benchmarks.part import Rows, Setting
 from benchmarks.subjects import guided_function, guided_levels, noise_at
 from benchmarks.tables import Row
 from benchmarks.workloads import WORKLOADS
-from dgfast.export.half_products import half_products
+from dgfast.export.half_products import half_products, wide_products
 from dgfast.export.written_out import written_out
 from dgfast.ops import kernels
 from dgfast.runtimes import RUNTIMES
@@ -124,6 +124,7 @@ def _files(at: Setting, batch: int, fused: bool, folder: Path) -> Iterator[tuple
     for dtype in ("float32", "fp16"):
         if dtype != "float32":
             half_products(model, dtype)
+            wide_products(model)
         path = folder / f"{batch}-{'fused-' * fused}{dtype}.onnx"
         save(model, path)
         yield dtype, path

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dgfast.export.half_products import half_products, round_on_a_cpu
+from dgfast.export.half_products import half_products, round_on_a_cpu, wide_products
 from dgfast.export.parity import ParityError, Report, Row, Runs, compare, signature
 from dgfast.export.subject import Subject
 from dgfast.export.written_out import written_out
@@ -77,6 +77,8 @@ def _written(
     )  # fmt: skip
     if dtype != "float32":
         half_products(model, dtype)
+        if target != "tensorrt":  # which has no double precision
+            wide_products(model)
     counted = operations(model)
     own = {"opset": str(opset), "dtype": dtype, "for": target, "nodes": str(counted.total())}
     _stamp(model, metadata | own)
