@@ -1,13 +1,14 @@
 """python -m benchmarks.golden: each network of the golden files at its real size, compiled and through ONNX.
 
-The files hold configurations and inputs, their recipe the weights. An error is the largest of any output against eager,
-relative to the largest number of the same sample; more than 2e-5 of compiled code or 1e-4 of ONNX is a failure.
+The files hold configurations and inputs, their recipe the weights. An error is the largest of any output against eager
+on the CPU, relative to the largest number of the same sample; more than 2e-5 of compiled code or 1e-4 of ONNX is a
+failure.
 """
 
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from dgfast import noise_levels as nl
 from dgfast.graph.agreement import relative_error
 from dgfast.guidance import DiscriminatorGuidance
 from dgfast.nets.discriminator import Discriminator, NoisyClassifier
-from dgfast.runtimes import RUNTIMES
+from dgfast.runtimes import RUNTIMES, Runtime
 
+FOLDER = Path(__file__).parents[1] / "tests/golden"
 JUDGED = {name: RUNTIMES[name] for name in ("compiled", "onnx")}
 
 Arguments = tuple[Tensor | None, ...]
@@ -92,30 +94,37 @@ class Golden:
         return correction, [((s * x).float(), sigma.expand(len(x)), labels) for s, sigma in pairs], [trunk, head]
 
 
-def errors(folder: Path) -> Iterator[tuple[str, float, dict[str, float]]]:
-    """Name, millions of weights, and error by runtime of every file with a network."""
-    for path in sorted(folder.glob("*.npz")):
+def errors(
+    paths: Iterable[Path], runtimes: Mapping[str, Runtime], device: torch.device
+) -> Iterator[tuple[str, float, dict[str, float]]]:
+    """Name, millions of weights, and error by runtime on that device of every file with a network."""
+    for path in paths:
         found = Golden(path).calls()
         if found is None:
             continue
         function, given, networks = found
         with torch.no_grad():
             wanted = [function(*arguments) for arguments in given]
-        worst = {name: _worst(runtime.build(function, given[0]), given, wanted) for name, runtime in JUDGED.items()}
-        yield path.stem, sum(w.numel() for net in networks for w in net.parameters()) / 1e6, worst
+        millions = sum(w.numel() for net in networks for w in net.parameters()) / 1e6
+        for net in networks:
+            net.to(device)
+        there = [tuple(None if x is None else x.to(device) for x in arguments) for arguments in given]
+        worst = {name: _worst(runtime.build(function, there[0]), there, wanted) for name, runtime in runtimes.items()}
+        yield path.stem, millions, worst
 
 
+@torch.no_grad()
 def _worst(built: Callable[..., tuple[Tensor, ...]], given: list[Arguments], wanted: list[tuple[Tensor, ...]]) -> float:
-    pairs = ((a, b) for x, y in zip(given, wanted, strict=True) for a, b in zip(built(*x), y, strict=True))
+    pairs = ((a.cpu(), b) for x, y in zip(given, wanted, strict=True) for a, b in zip(built(*x), y, strict=True))
     return max(relative_error(a, b) for a, b in pairs)
 
 
 @click.command(help=__doc__)
-@click.option("--golden", type=click.Path(path_type=Path), default="tests/golden", show_default=True)
+@click.option("--golden", type=click.Path(path_type=Path), default=FOLDER, help="Default: those of this repository.")
 def main(golden: Path) -> None:
     click.echo(f"| golden file | million weights | {' | '.join(JUDGED)} |\n|---|---|{'---|' * len(JUDGED)}")
     failed = False
-    for name, millions, found in errors(golden):
+    for name, millions, found in errors(sorted(golden.glob("*.npz")), JUDGED, torch.device("cpu")):
         click.echo(f"| {name} | {millions:.1f} | {' | '.join(f'{error:.1e}' for error in found.values())} |")
         failed |= not all(found[name] <= runtime.tolerance for name, runtime in JUDGED.items())
     sys.exit(failed)

@@ -1,121 +1,145 @@
-"""python benchmarks/gpu.py --out DIR: everything that dgfast has to say about a CUDA machine, within ten minutes.
+"""python benchmarks/gpu.py --out DIR: everything that dgfast has to say about a CUDA machine that is there for minutes.
 
-Needs no network. Every part runs in a process of its own, so that one that fails, hangs or crashes leaves the others
-alone. After every part it writes DIR/table.md and DIR/results.json: a pytest-benchmark file, which
-python -m benchmarks.report reads, with how every part ended and what it found under "parts".
+Needs no network. Every part is a process of its own, so that one that fails, hangs or crashes leaves the others alone.
+All compile at the same time, into one cache; then one after another is timed, the most interesting first. What a part
+finds is in DIR at once; DIR/table.md and DIR/results.json have all of it, also after SIGTERM.
 """
 
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType
+from typing import Any
 
 import click
 
-_REPOSITORY = Path(__file__).resolve().parents[1]
-_PYTEST = ("-m", "pytest", "-q", "-rfEs", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider")
-_TAIL = 3000  # characters of a failed part's output that are kept
-_KERNEL_TESTS = tuple(f"tests/kernels/test_{name}.py" for name in ("references", "switch", "group_norm", "updates"))
-GRACE = 15.0  # seconds that an interrupted part has to write what it knows
-LEAST = 10.0  # a part does not begin with less time than this
+if __name__ == "__main__" and not __package__:  # run by its path: no file here stands in for a package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-OUT_OF_TIME = "not run: out of time"
+from benchmarks.gpu_parts import PARTS
+from benchmarks.part import Part
+from benchmarks.processes import GRACE, POLL, Running, replace_file
+from benchmarks.tables import tables
 
-
-@dataclass(frozen=True)
-class Part:
-    """One process: arguments of python, in which {json} is the file for its result and {out} the folder.
-
-    Attributes:
-        kind: "tests" and "benchmarks" are pytest runs, the latter with a pytest-benchmark file as their result; a
-            "part" prints its table.
-    """
-
-    name: str
-    kind: Literal["part", "tests", "benchmarks"]
-    arguments: tuple[str, ...]
+START = 15.0
+"""Seconds until the processes have imported torch and opened the device."""
+COMPILING = 75.0
+"""Seconds that compiling takes however many cores there are: tracing and inductor's own work are not divided."""
+LEFT_OUT = "left out: does not fit"
+_CACHES = {"DGFAST_CACHE_DIR": "graphs", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
 
-def parts(device: str, small: bool) -> list[Part]:
-    """The parts, in the order of interest: if the time does not suffice, the last are missing."""
-    workload, others = ("tiny", ()) if small else ("edm-cifar10", ("mnist32",))
-    most, middle, few = ("2", "2", "2") if small else ("512", "64", "8")
-    # Without a GPU there is nothing to learn from compiling, and a dry run must be short.
-    runtime = ("--runtime", "eager") if small else ()
-    tiny = ("--workload", "tiny", *runtime) if small else ()
-    rounds = ("--seconds", "0") if small else ()
-
-    def own(name: str, part: str, *options: str) -> Part:
-        return Part(name, "part", ("-m", "benchmarks.parts", part, "--device", device, "--out", "{json}", *options))
-
-    def bench(name: str, files: str, *options: str) -> Part:
-        paths = [f"benchmarks/bench_{file}.py" for file in files.split()]
-        usual = ("--benchmark-only", "--benchmark-json", "{json}", "--device", device, "--until", "{until}", *rounds)
-        return Part(name, "benchmarks", (*_PYTEST, *paths, *usual, *options))
-
-    def run(name: str, precisions: str, batches: str, *options: str, but: str = "unguided") -> Part:
-        """Guided steps and samplers, beside which unguided ones run anyway, but for those measured already."""
-        chosen = (*_repeated("--precision", precisions), *_repeated("--batch", batches), *options)
-        left_out = ("-k", f"not unguided and not {but}")
-        return bench(name, "guided_step sampler", *left_out, "--workload", workload, *chosen)
-
-    def parity(name: str) -> Part:
-        options = ("--workload", name, "--batch", few, *_repeated("--precision", "float32 bf16"), *runtime)
-        return own(f"parity, {name}", "parity", *options)
-
-    sizes = (*_repeated("--batch", "2" if small else "1 64 512"), *_repeated("--precision", "float32 fp16"))
-    engines = ("-m", "benchmarks.engines", "--device", device, "--out", "{json}", "--workload", workload, *sizes)
-    beside = (*_repeated("--batch", "1 8 32 64"), "--precision", "bf16")
-    profiled = ("--workload", workload, "--batch", most, "--precision", "bf16", "--trace", "{out}/trace.json.gz")
-    return [
-        own("environment", "environment", *rounds),
-        Part("kernel tests", "tests", (*_PYTEST, *_KERNEL_TESTS, *(("-k", "guide") if small else ()))),
-        run("throughput", "bf16 default", most, *runtime),
-        *([] if small else [run("latency", "float32 bf16", "1", *runtime)]),  # as above, with other numbers
-        *(parity(name) for name in (*others, workload)),
-        Part("engines", "part", engines),
-        *([] if small else [own("streams", "streams", "--workload", workload, *beside)]),
-        bench("kernels", "kernels", *tiny),
-        own("profile", "profile", *profiled, *runtime),
-        run("the rest", "tf32" if small else "float32 tf32 bf16", f"{most} {middle}", *runtime, but=f"{most}-bf16"),
-    ]
+def estimate(parts: Sequence[Part], cores: int) -> float:
+    """Seconds that these parts take on a bare machine: compiled together, then measured one by one."""
+    work = sum(part.compiling for part in parts)
+    return START + (max(COMPILING, work / cores) if work else 0) + sum(part.measuring for part in parts)
 
 
-def _repeated(option: str, values: str) -> tuple[str, ...]:
-    return tuple(word for value in dict.fromkeys(values.split()) for word in (option, value))
+def fitting(parts: Sequence[Part], seconds: float, cores: int) -> list[Part]:
+    """As many of the first parts as fit into that time."""
+    count = len(parts)
+    while count and estimate(parts[:count], cores) > seconds - GRACE:
+        count -= 1
+    return list(parts[:count])
 
 
 @click.command(help=__doc__)
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the results.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=10, show_default=True)
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--small", is_flag=True, help="Try the script itself: tiny sizes that say nothing about speed.")
-def main(out: Path, minutes: float, device: str, small: bool) -> None:
-    deadline = time.time() + 60 * minutes - GRACE
+@click.option("--part", "names", type=click.Choice(list(PARTS)), multiple=True, help="Default: all that fit.")
+@click.option("--cores", type=click.IntRange(min=1), default=os.cpu_count(), help="Default: all of this machine.")
+@click.option("--list", "listing", is_flag=True, help="Say which parts there are and what fits; measure nothing.")
+def main(
+    out: Path | None, minutes: float, device: str, small: bool, names: tuple[str, ...], cores: int, listing: bool
+) -> None:  # fmt: skip
+    began = time.time()
+    asked = [PARTS[name] for name in names or PARTS]
+    chosen = asked if small or names else fitting(asked, 60 * minutes, cores)
+    if listing:
+        click.echo(_listed(asked, chosen, cores))
+        return
+    if out is None:
+        raise click.UsageError("give --out, a folder for the results")
     if device.startswith("cuda") and not _cuda_works():
         click.echo("Error: no CUDA device here; to try the script itself, use --device cpu --small", err=True)
         sys.exit(2)
+    out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"benchmarks": [], "parts": {}}
-    benchmark_tables = ""
-    for part in parts(device, small):
-        click.echo(f"{part.name} ... ", nl=False)
-        record, measured = _run(part, out, deadline)
-        results["parts"][part.name] = record
-        results = measured | results | {"benchmarks": results["benchmarks"] + measured.get("benchmarks", [])}
-        _write(out / "results.json", json.dumps(results, indent=1))
-        if measured:
-            benchmark_tables = _benchmark_tables(out / "results.json")
-        _write(out / "table.md", _tables(results["parts"]) + benchmark_tables)
-        click.echo(f"{record['status']} ({record['seconds']:.0f} s)")
-    sys.exit(any(record["status"].startswith("failed") for record in results["parts"].values()))
+    before = signal.signal(signal.SIGTERM, _terminate)
+    command = [sys.executable, "-m", "benchmarks.gpu_parts", "--device", device, "--out", str(out)]
+    run = Run(chosen, command + ["--small"] * small, out, began + 60 * minutes - GRACE)
+    try:
+        run.prepare(cores)
+        run.measure()
+    finally:
+        for process in run.started:
+            process.stop("stopped: interrupted")
+        run.write({part.name: {"status": LEFT_OUT} for part in asked if part not in chosen})
+        signal.signal(signal.SIGTERM, before)
+    sys.exit(any(process.status.startswith("failed") for process in run.started))
+
+
+class Run:
+    """The processes of some parts.
+
+    Attributes:
+        started: in the parts' order.
+    """
+
+    def __init__(self, parts: Sequence[Part], command: list[str], out: Path, deadline: float) -> None:
+        self.started: list[Running] = []
+        self._parts, self._command, self._out, self._deadline = parts, command, out, deadline
+
+    def prepare(self, cores: int) -> None:
+        """Compile all, a process a core; what is not ready when the measuring must begin is stopped."""
+        environment, last = _environment(cores, len(self._parts)), sum(part.measuring for part in self._parts)
+        waiting = list(self._parts)
+        while time.time() < self._deadline - last:
+            preparing = sum(process.is_preparing() for process in self.started)
+            if not waiting and not preparing:
+                return
+            if waiting and preparing < cores:
+                name = waiting.pop(0).name
+                self.started.append(Running(name, [*self._command, "--part", name], self._out, environment))
+            else:
+                time.sleep(POLL)
+        for process in self.started:
+            if process.is_preparing():
+                process.stop("stopped: not ready in time")
+
+    def measure(self) -> None:
+        """Give each its turn; what is known by then is written after every one."""
+        for process in self.started:
+            process.take_turn(self._deadline)
+            click.echo(f"{process.name}: {process.status}, {len(process.rows())} rows")
+            self.write()
+
+    def write(self, others: dict[str, dict[str, Any]] | None = None) -> None:
+        """The records so far, and those of parts that were not started."""
+        records: dict[str, dict[str, Any]] = {process.name: process.record() for process in self.started}
+        records |= {part.name: {"status": "not begun: out of time"} for part in self._parts[len(self.started) :]}
+        records |= others or {}
+        replace_file(self._out / "results.json", json.dumps({"parts": records}, indent=1))
+        replace_file(self._out / "table.md", _page(records))
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _environment(cores: int, processes: int) -> dict[str, str]:
+    """One cache for all, and so many compilers each that there are two for a core: none works all the time."""
+    cache = Path(tempfile.gettempdir(), "dgfast-gpu-cache")
+    workers = max(2, 2 * cores // max(processes, 1))
+    own = {name: str(cache / folder) for name, folder in _CACHES.items()}
+    return own | {"TORCHINDUCTOR_COMPILE_THREADS": str(workers)} | os.environ
 
 
 def _cuda_works() -> bool:
@@ -124,75 +148,30 @@ def _cuda_works() -> bool:
     return torch.cuda.is_available()
 
 
-def _run(part: Part, out: Path, deadline: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How the part ended and what it found, and its pytest-benchmark file if it made one."""
-    began = time.time()
-    if deadline - began < LEAST:
-        return {"status": OUT_OF_TIME, "seconds": 0.0}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        path, log, errors = (Path(folder, name) for name in ("result.json", "log", "errors"))
-        arguments = [word.format(json=path, out=out.resolve(), until=deadline) for word in part.arguments]
-        # The tests ask for deterministic algorithms, for which cuBLAS wants this; no speed is measured with it.
-        extra = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if part.kind == "tests" else {}
-        with log.open("w") as stdout, errors.open("w") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, *arguments], cwd=_REPOSITORY, env=os.environ | extra, stdout=stdout, stderr=stderr,
-                start_new_session=True,
-            )  # fmt: skip
-            status = _finish(process, deadline)
-        printed, complaints = (file.read_text(errors="replace") for file in (log, errors))
-        found = json.loads(path.read_text()) if path.is_file() and path.stat().st_size else {}
-    record = {"status": status, "seconds": time.time() - began, "command": " ".join(["python", *arguments])}
-    if status != "ok":
-        record["output"] = (printed + complaints)[-_TAIL:]
-    if part.kind == "part":
-        return record | {"found": found, "table": printed if found else ""}, {}
-    return record | {"summary": _summary(printed)}, found
-
-
-def _finish(process: subprocess.Popen[bytes], deadline: float) -> str:
-    """Wait for the process; at the deadline interrupt it, so that it can still write its results, then end it."""
-    try:
-        code = process.wait(max(deadline - time.time(), 0))
-        return "ok" if code == 0 else f"failed: exit code {code}"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-        return "stopped: out of time"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _summary(printed: str) -> list[str]:
-    """What pytest says of every test that did not pass, and its last line."""
-    lines = [line for line in printed.splitlines() if line.strip()]
-    return [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))] + lines[-1:]
-
-
-def _tables(records: dict[str, dict[str, Any]]) -> str:
-    rows = ["| part | how it ended | seconds |", "| --- | --- | --- |"]
-    rows += [f"| {name} | {record['status']} | {record['seconds']:.0f} |" for name, record in records.items()]
-    texts = ["\n".join(rows)]
+def _page(records: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [
+        {
+            "part": name, "how it ended": record["status"], "ready after, s": record.get("ready_seconds", ""),
+            "alone, s": record.get("turn_seconds", ""), "on a GPU": "never before" if PARTS[name].new else "",
+        }
+        for name, record in records.items()
+    ]  # fmt: skip
+    texts = [tables(rows)]
     for name, record in records.items():
-        lines = [f"    {line}" for line in record.get("summary", [])] or record.get("table", "").splitlines()
-        if lines:
-            texts.append("\n".join([f"## {name}", "", *lines]))
-    return "\n\n".join(texts) + "\n\n"
+        title = f"## {name}{' (never ran on a GPU before)' if PARTS[name].new else ''}"
+        texts += [f"{title}\n\n{tables(record['rows'])}"] if record.get("rows") else []
+    return "\n\n".join(texts) + "\n"
 
 
-def _benchmark_tables(results: Path) -> str:
-    command = [sys.executable, "-m", "benchmarks.report", str(results.resolve())]
-    done = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=False)
-    return done.stdout or done.stderr
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+def _listed(asked: Iterable[Part], chosen: Sequence[Part], cores: int) -> str:
+    rows = [
+        {
+            "part": part.name, "compiling, core-seconds": f"{part.compiling:g}", "alone, s": f"{part.measuring:g}",
+            "": "" if part in chosen else LEFT_OUT,
+        }
+        for part in asked
+    ]  # fmt: skip
+    return f"{tables(rows)}\n\nabout {estimate(chosen, cores):.0f} s on {cores} cores"
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from benchmarks.measure import PRECISIONS, Call
+from benchmarks.measure import LOW_PRECISION_SLACK, PRECISIONS, Call, check, relative_error
 from dgfast import ops
 
 Arguments = dict[str, Any]
 Function = Callable[..., Any]
 
-_GROUPS, _EPS = 32, 1e-5
+_GROUPS, _EPS, _TOLERANCE = 32, 1e-5, 2e-5
 _NORM_SHAPE = {"cpu": (2, 256, 32, 32), "cuda": (512, 256, 32, 32)}  # the layers of edm-cifar10 that move most
 _IMAGE_SHAPE = {"cpu": (64, 3, 32, 32), "cuda": (512, 3, 32, 32)}
 _SMALL_NORM_SHAPE, _SMALL_IMAGE_SHAPE = (2, 32, 8, 8), (2, 3, 8, 8)
@@ -55,6 +55,27 @@ def cases(device: torch.device, small: bool = False) -> Iterator[KernelCase]:
         for implementation in IMPLEMENTATIONS:
             if implementation != "triton" or device.type == "cuda":
                 yield KernelCase(f"{name}-{implementation}{suffix}", operation, implementation)
+
+
+def gate(case: KernelCase, results: Sequence[Tensor]) -> tuple[float, float]:
+    """Error against the reference in float64, and the largest allowed: twice plain torch's own if that is more.
+
+    Raises:
+        WrongResultError: the error is larger.
+    """
+    reference, arguments = case.operation.reference, case.operation.arguments()
+    truth = tensors(reference(**in_float64(arguments)))
+    plain = relative_error(tensors(reference(**arguments)), truth)
+    error, allowed = relative_error(results, truth), max(_TOLERANCE, LOW_PRECISION_SLACK * plain)
+    check(f"kernel {case.name}", "the reference in float64", error, allowed)
+    return error, allowed
+
+
+def device_seconds(call: Call) -> float:
+    """Time on a GPU alone: a kernel of microseconds is shorter than the wait for it."""
+    from triton.testing import do_bench
+
+    return do_bench(call, return_mode="median") / 1e3
 
 
 def in_float64(arguments: Arguments) -> Arguments:

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
-from dgfast.export.half_products import half_products, round_on_a_cpu
+from dgfast.export.half_products import half_products, round_on_a_cpu, wide_products
 from dgfast.export.parity import ParityError, Report, Row, Runs, compare, signature
 from dgfast.export.subject import Subject
+from dgfast.export.written_out import written_out
+from dgfast.runtimes.onnx.cuda import FUSED
 from dgfast.runtimes.onnx.file import remove, save
+from dgfast.runtimes.onnx.fused import OPERATORS
 from dgfast.runtimes.onnx.session import OnnxEngine, stored_tensor
 from dgfast.runtimes.onnx.writer import convert, operations
 
@@ -34,22 +37,23 @@ def export(
     dtype: str,
     opset: int,
     metadata: dict[str, str],
-    rank_4: bool = False,
+    target: str = "onnxruntime",
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Write `subject` to `path`, reopen it, compare the two, and leave the file there only if it is right.
 
     Args:
         batch: None leaves it open. dtype: of the matrix products, "float32" or "fp16".
+        target: who reads the file, "onnxruntime", "onnxruntime-cuda" or "tensorrt".
 
     Raises:
         ParityError: what is wrong with the file, which is then gone; its report stays.
         UserError: the function cannot be exported.
     """
     try:
-        counted = _written(subject, path, batch, dtype, opset, rank_4, metadata)
+        counted = _written(subject, path, batch, dtype, opset, target, metadata)
         say(f"{counted.total()} nodes: {', '.join(f'{op} {n}' for op, n in counted.most_common())}")
-        report = _proved(path, subject, batch, dtype)
+        report = _proved(path, subject, batch, dtype, target)
         said = ("bundle", "what", "weights_sha256", "commit")
         report.about.update({key: metadata[key] for key in said if key in metadata})
         report.about.update({"dtype": dtype, "nodes": dict(counted.most_common())})
@@ -63,38 +67,63 @@ def export(
 
 
 def _written(
-    subject: Subject, path: Path, batch: int | None, dtype: str, opset: int, rank_4: bool, metadata: dict[str, str]
+    subject: Subject, path: Path, batch: int | None, dtype: str, opset: int, target: str, metadata: dict[str, str]
 ) -> Counter[str]:
     """Write the file; how many nodes of each kind it has. The model itself, which may be large, is left behind here."""
     example = dict(subject.example(batch or 2, seed=1))
-    model = convert(subject.function, example, subject.outputs, dynamic=batch is None, opset=opset, rank_4=rank_4)
+    model = convert(
+        subject.function, example, subject.outputs, dynamic=batch is None, opset=opset, rank_4=target == "tensorrt",
+        fused=target == FUSED,
+    )  # fmt: skip
     if dtype != "float32":
         half_products(model, dtype)
+        if target != "tensorrt":  # which has no double precision
+            wide_products(model)
     counted = operations(model)
-    _stamp(model, metadata | {"opset": str(opset), "dtype": dtype, "nodes": str(counted.total())})
+    own = {"opset": str(opset), "dtype": dtype, "for": target, "nodes": str(counted.total())}
+    _stamp(model, metadata | own)
     save(model, path)
     return counted
 
 
-def _proved(path: Path, subject: Subject, batch: int | None, dtype: str) -> Report:
+def _proved(path: Path, subject: Subject, batch: int | None, dtype: str, target: str) -> Report:
     """The report; if it is a good one, the file has a self-test and its parity figures in it."""
     import onnx
 
     onnx.checker.check_model(str(path), full_check=True)
     model = onnx.load(path, load_external_data=False)
-    _require_default_domain(model)
-    engine = OnnxEngine(path)
-    rows = list(_signature_rows(engine, subject, batch)) or _value_rows(engine, subject, batch, dtype)
-    if dtype != "float32" and not any(row.problem for row in rows):
-        rows += _rounded_rows(path, subject, batch, dtype)
-    report = Report(rows)
+    _require_domains(model, set(OPERATORS.values()) if target == FUSED else set())
+    with tempfile.TemporaryDirectory() as folder:
+        readable = path if target != FUSED else _on_a_cpu(path, Path(folder), written_out)
+        engine = OnnxEngine(readable)
+        rows = list(_signature_rows(engine, subject, batch)) or _value_rows(engine, subject, batch, dtype)
+        if dtype != "float32" and not any(row.problem for row in rows):
+            rounded = OnnxEngine(_on_a_cpu(readable, Path(folder, "rounded"), round_on_a_cpu))
+            found = _value_rows(rounded, subject, batch, dtype)
+            rows += [replace(row, case=f"{row.case}, rounded as on a GPU") for row in found]
+    device = "cpu" if target != FUSED else "cuda" if torch.cuda.is_available() else None
+    report = Report(rows, {} if target != FUSED else {"compared": "a copy in ONNX's operators", "run on": device})
     if report.passed:
         _stamp(model, {"parity": json.dumps(report.worst), "self_test": _self_test(engine, subject, batch, dtype)})
         partial = path.with_name(f"{path.name}.partial")
         onnx.save(model, partial, format="protobuf")  # weights in a file of their own stay where they are
         partial.replace(path)
-        OnnxEngine(path).self_test()
+        if device is not None:
+            OnnxEngine(path, device).self_test()
     return report
+
+
+def _on_a_cpu(path: Path, folder: Path, rewrite: Callable[[Any], Any]) -> Path:
+    """A copy of a file in that folder, rewritten so that ONNX Runtime's CPU provider does what another would."""
+    import onnx
+
+    folder.mkdir(exist_ok=True)
+    copy, model = folder / path.name, onnx.load(path)
+    rewrite(model)
+    for entry in model.metadata_props:
+        entry.value = "onnxruntime" if entry.key == "for" else entry.value
+    save(model, copy)
+    return copy
 
 
 def _value_rows(engine: Runs, subject: Subject, batch: int | None, dtype: str) -> list[Row]:
@@ -102,18 +131,6 @@ def _value_rows(engine: Runs, subject: Subject, batch: int | None, dtype: str) -
     cases = [case for size in sizes for case in subject.cases(size)]
     rows = compare(subject, engine, cases, TOLERANCES[dtype], dict.fromkeys(subject.outputs, torch.float32)).rows
     return rows + subject.whole_run(subject, engine, batch or 1, TRAJECTORY_TOLERANCES[dtype])
-
-
-def _rounded_rows(path: Path, subject: Subject, batch: int | None, dtype: str) -> list[Row]:
-    """The same of a copy that rounds where a GPU does, which ONNX Runtime's CPU provider does not."""
-    import onnx
-
-    with tempfile.TemporaryDirectory() as folder:
-        copy, model = Path(folder, path.name), onnx.load(path)
-        round_on_a_cpu(model)
-        save(model, copy)
-        rows = _value_rows(OnnxEngine(copy), subject, batch, dtype)
-    return [replace(row, case=f"{row.case}, rounded as on a GPU") for row in rows]
 
 
 def _signature_rows(engine: OnnxEngine, subject: Subject, batch: int | None) -> Iterator[Row]:
@@ -138,7 +155,11 @@ def _stamp(model: Any, metadata: dict[str, str]) -> None:
         (entries.get(key) or model.metadata_props.add(key=key)).value = value
 
 
-def _require_default_domain(model: Any) -> None:
-    foreign = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
-    if foreign or model.functions:
-        raise ParityError(f"the file has operations outside of ONNX's own: {', '.join(foreign) or 'local functions'}")
+def _require_domains(model: Any, foreign: set[str]) -> None:
+    """
+    Raises:
+        ParityError: there is an operator that is neither ONNX's own nor of those domains, or a local function.
+    """
+    others = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"} - foreign)
+    if others or model.functions:
+        raise ParityError(f"the file has operations outside of ONNX's own: {', '.join(others) or 'local functions'}")

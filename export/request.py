@@ -68,8 +68,8 @@ class Request:
         """The function as a proved ONNX file in that folder; says on standard output what is in it and how right it is.
 
         Args:
-            batch: None leaves it open. dtype: "float32" or "fp16". target: "onnxruntime" or "tensorrt", which decides
-                how normalisations are written.
+            batch: None leaves it open. dtype: "float32" or "fp16". target: "onnxruntime", "onnxruntime-cuda" or
+                "tensorrt", which decides how normalisations are written.
 
         Raises:
             ParityError, UserError: see `onnx_file.export`.
@@ -77,8 +77,8 @@ class Request:
         subject, size = self.subject(), "dynamic" if batch is None else f"b{batch}"
         path = out / f"{self.bundle.name}-{subject.what}-{size}-{dtype}.onnx"
         report = export(
-            subject, path, batch=batch, dtype=dtype, opset=opset, rank_4=target == "tensorrt",
-            metadata=self.describe(subject) | {"for": target}, say=click.echo,
+            subject, path, batch=batch, dtype=dtype, opset=opset, target=target,
+            metadata=self.describe(subject), say=click.echo,
         )  # fmt: skip
         click.echo(report.table(), nl=False)
         return path

@@ -49,8 +49,10 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in c
 @option("--dtype", group=Group.OUTPUT, type=click.Choice(["float32", "fp16"]), default="float32", show_default=True)
 @option("--opset", group=Group.OUTPUT, type=int, default=18, show_default=True)
 @option(
-    "--for", "target", group=Group.OUTPUT, type=click.Choice(["onnxruntime", "tensorrt"]), default="onnxruntime",
-    show_default=True, help="How normalisations are written: as ONNX Runtime is fastest, or so that TensorRT builds.",
+    "--for", "target", group=Group.OUTPUT, type=click.Choice(["onnxruntime", "onnxruntime-cuda", "tensorrt"]),
+    default="onnxruntime", show_default=True,
+    help="How normalisations are written: in ONNX's operators, in those of ONNX Runtime's CUDA provider, or so that "
+    "TensorRT builds.",
 )  # fmt: skip
 @WHAT
 @option(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import check, relative_error, seconds
-from benchmarks.parts import table
 from benchmarks.subjects import guided_function, guided_levels, noise_at
+from benchmarks.tables import table
 from benchmarks.workloads import WORKLOADS
 from dgfast.devices import keep_freed_memory
 from dgfast.graph.cache import lowered

@@ -14,8 +14,8 @@ from torch._decomp import core_aten_decompositions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import relative_error
-from benchmarks.parts import table
 from benchmarks.subjects import guided_function, guided_levels, noise_at
+from benchmarks.tables import table
 from benchmarks.workloads import WORKLOADS
 from dgfast.extras import require
 from dgfast.graph import Function

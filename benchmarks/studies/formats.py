@@ -22,7 +22,7 @@ from dgfast import bundle as bundles
 from dgfast.bundle import Bundle
 from dgfast.devices import keep_freed_memory, pick_device
 from dgfast.engines import runtime_of
-from dgfast.export.half_products import half_products, round_on_a_cpu
+from dgfast.export.half_products import half_products, round_on_a_cpu, wide_products
 from dgfast.export.joint_graph import joint
 from dgfast.outputs import to_uint8, write_images
 from dgfast.runtimes.onnx.file import save
@@ -85,6 +85,7 @@ def _file(bundle: Bundle, at: torch.device, scratch: Path) -> Sampler:
     subject = joint(networks, bundle.sampling, bundle.guidance)
     model = convert(subject.function, dict(subject.example(2, seed=1)), subject.outputs, dynamic=True)
     half_products(model, "fp16")
+    wide_products(model)
     if at.type == "cpu":
         round_on_a_cpu(model)
     save(model, path)

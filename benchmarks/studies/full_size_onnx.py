@@ -42,7 +42,9 @@ class Briefly(Joint):
 @click.command(help=__doc__)
 @click.option("--workload", "name", type=click.Choice(list(WORKLOADS)), required=True)
 @click.option("--dtype", type=click.Choice(["float32", "fp16"]), default="float32", show_default=True)
-@click.option("--for", "target", type=click.Choice(["onnxruntime", "tensorrt"]), default="onnxruntime")
+@click.option(
+    "--for", "target", type=click.Choice(["onnxruntime", "onnxruntime-cuda", "tensorrt"]), default="onnxruntime"
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the file there.")
 def main(name: str, dtype: str, target: str, out: Path | None) -> None:
     workload, began = WORKLOADS[name](), time.perf_counter()
@@ -59,8 +61,8 @@ def main(name: str, dtype: str, target: str, out: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
         report = export(
-            subject, path, batch=1, dtype=dtype, opset=OPSET, rank_4=target == "tensorrt",
-            metadata={"workload": name, "what": subject.what, "for": target},
+            subject, path, batch=1, dtype=dtype, opset=OPSET, target=target,
+            metadata={"workload": name, "what": subject.what},
             say=lambda line: click.echo(f"{line}\nwritten in {time.perf_counter() - began:.0f} s"),
         )  # fmt: skip
         seconds = time.perf_counter() - began

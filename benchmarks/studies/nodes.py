@@ -16,8 +16,8 @@ import click
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from benchmarks.parts import table
 from benchmarks.subjects import guided_function, guided_levels, noise_at
+from benchmarks.tables import table
 from benchmarks.workloads import WORKLOADS, Workload
 from dgfast import GuidanceConfig
 from dgfast.devices import keep_freed_memory

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import gpu, report
+from benchmarks import report
 from benchmarks.lab import Case, Lab
 from benchmarks.measure import relative_error
 from benchmarks.subjects import GUIDED_STEP, guided_function, guided_levels, noise_at
@@ -156,55 +156,3 @@ def test_report_of_a_missing_file_or_of_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty.json").write_text('{"benchmarks": []}')
     empty = CliRunner().invoke(report.main, [str(tmp_path / "empty.json")])
     assert empty.exit_code == 2 and "no benchmark was timed in" in empty.output
-
-
-# One script for a GPU -------------------------------------------------------------------------------------------------
-def test_gpu_dry_run_goes_through_all_parts(tmp_path: Path) -> None:
-    done = CliRunner().invoke(gpu.main, ["--out", str(tmp_path), "--device", "cpu", "--small"])
-    results = json.loads((tmp_path / "results.json").read_text())
-    ended = {name: record["status"] for name, record in results["parts"].items()}
-    assert done.exit_code == 0 and set(ended.values()) == {"ok"}, (ended, results["parts"])
-    assert list(ended) == [part.name for part in gpu.parts("cpu", small=True)]
-    assert {row["group"] for row in results["benchmarks"]} == {"guided-step", "kernel", "sampler"}
-    drift = results["parts"]["parity, tiny"]["found"]["errors"]
-    assert max(drift["eager float32"]["state"]) == 0 < max(drift["eager bf16"]["state"]) < 0.1
-    assert results["parts"]["profile"]["found"]["top"] and (tmp_path / "trace.json.gz").stat().st_size
-    rows = {(row[0], row[1]): row for row in results["parts"]["engines"]["found"]["rows"]}
-    for way, least in ((("eager", "float32"), 2e-5), (("onnx", "float32"), 2e-5), (("onnx", "fp16"), 1e-2)):
-        assert rows[way][3] == "ok" and float(rows[way][8]) < least, rows
-    assert {row[3] for way, row in rows.items() if way[0] == "tensorrt"} == {"missing: TensorRT runs on CUDA only"}
-    table = (tmp_path / "table.md").read_text()
-    assert "| environment | ok |" in table and "sampler tiny-eager" in table
-
-
-def test_gpu_goes_on_after_a_part_that_fails_and_one_that_hangs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stand_in(name: str, code: str) -> gpu.Part:
-        return gpu.Part(name, "part", ("-c", code))
-
-    writes = "import sys; open('{json}', 'w').write('[1]'); print('| fine |')"
-    chosen = [
-        stand_in("crashes", "import os, sys; print('why', file=sys.stderr, flush=True); os.abort()"),
-        stand_in("works", writes),
-        stand_in("hangs", "import time; time.sleep(600)"),
-        stand_in("too late", writes),
-    ]
-    monkeypatch.setattr(gpu, "parts", lambda device, small: chosen)
-    monkeypatch.setattr(gpu, "LEAST", 0.1)
-    monkeypatch.setattr(gpu, "GRACE", 1.0)
-    done = CliRunner().invoke(gpu.main, ["--out", str(tmp_path), "--device", "cpu", "--minutes", "0.1"])
-    parts = json.loads((tmp_path / "results.json").read_text())["parts"]
-    assert done.exit_code == 1
-    assert parts["crashes"]["status"] == "failed: exit code -6" and "why" in parts["crashes"]["output"]
-    assert parts["works"]["status"] == "ok" and parts["works"]["found"] == [1]
-    assert parts["hangs"]["status"] == "stopped: out of time"
-    assert parts["too late"]["status"] == gpu.OUT_OF_TIME
-    assert "| fine |" in (tmp_path / "table.md").read_text()
-
-
-def test_gpu_without_one_says_so_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    done = CliRunner().invoke(gpu.main, ["--out", str(tmp_path / "out")])
-    assert done.exit_code == 2 and done.output.count("\n") == 1 and "no CUDA device here" in done.output
-    assert not (tmp_path / "out").exists()

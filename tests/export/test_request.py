@@ -121,7 +121,7 @@ def test_request_writes_a_file_named_after_what_is_in_it(
     asked = Request(bundle, None, bundle.sampling, bundle.guidance)
     assert asked.write(tmp_path, batch=batch, dtype=dtype, target=target) == seen["path"] == tmp_path / name
     assert (seen["batch"], seen["dtype"], seen["opset"]) == (batch, dtype, onnx_file.OPSET)
-    assert seen["rank_4"] == (target == "tensorrt") and seen["metadata"]["for"] == target
+    assert seen["target"] == target
     assert "1.0e-06" in capsys.readouterr().out
 
 
@@ -149,14 +149,15 @@ def test_stamp_writes_each_key_once() -> None:
 
 
 def test_operations_of_others_are_named() -> None:
-    onnx_file._require_default_domain(model())
-    onnx_file._require_default_domain(model("ai.onnx"))
+    onnx_file._require_domains(model(), set())
+    onnx_file._require_domains(model("ai.onnx"), set())
+    onnx_file._require_domains(model("com.other"), {"com.other"})
     with pytest.raises(ParityError, match=r"outside of ONNX's own: com\.other"):
-        onnx_file._require_default_domain(model("com.other"))
+        onnx_file._require_domains(model("com.other"), {"com.microsoft"})
     local = model()
     local.functions.append(onnx.FunctionProto())
     with pytest.raises(ParityError, match="local functions"):
-        onnx_file._require_default_domain(local)
+        onnx_file._require_domains(local, set())
 
 
 _DOUBLED = Joint(

@@ -55,25 +55,28 @@ class Record:
 
 
 class OnnxGraph:
-    """Records operations of ONNX's default domain, opset 18 or newer.
+    """Records operations of ONNX's default domain, opset 18 or newer, and those of `fused` if asked to.
 
     Attributes:
         records: the operations in order; constants: arrays by name.
         normalised: what a table entry wants to find again, by the name of a value.
         products: factors and result of every batched matrix product, by the name of the result.
+        sums: both terms of every sum, by its name.
     """
 
-    def __init__(self, rank_4: bool = False) -> None:
+    def __init__(self, rank_4: bool = False, fused: bool = False) -> None:
         """
         Args:
             rank_4: keep images in four dimensions throughout, as TensorRT must have them.
+            fused: take operators that ONNX Runtime's CUDA provider alone has, see `fused`.
         """
-        self.rank_4 = rank_4
+        self.rank_4, self.fused = rank_4, fused
         self.records: list[Record] = []
         self.constants: dict[str, Array] = {}
         self.inputs: list[Value] = []
         self.normalised: dict[str, Any] = {}
         self.products: dict[str, tuple[Value, Value, Value]] = {}
+        self.sums: dict[str, tuple[Value, Value]] = {}
         self._known: dict[Any, tuple[Value, ...]] = {}
         self._source: dict[str, tuple[str, Value]] = {}  # result of a reshape, transpose or expand -> kind, its input
         self._affine: dict[str, tuple[Value, Value, Value | None]] = {}  # y = scale x + shift -> x, scale, shift
@@ -141,7 +144,10 @@ class OnnxGraph:
         left, right = self.array(a), self.array(b)
         if left is not None and right is not None:
             return self.constant(_FOLDED[op](left, right))
-        return self.emit(op, [a, b], [shape], dtype or a.dtype)[0]
+        result = self.emit(op, [a, b], [shape], dtype or a.dtype)[0]
+        if op == "Add":
+            self.sums[result.name] = a, b
+        return result
 
     def add(self, a: Value, b: Value) -> Value:
         return self._combine("Add", a, b)

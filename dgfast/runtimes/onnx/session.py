@@ -1,12 +1,12 @@
 """A function in an ONNX file, such as `export/to_onnx.py` writes, in ONNX Runtime.
 
-Tensors are bound where they lie, on the host or on the GPU: nothing is copied between the two. ONNX Runtime computes in
-float32.
+Tensors are bound where they lie, on the host or on the GPU: nothing is copied between the two.
 """
 
 import base64
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from dgfast import bounds
 from dgfast.errors import UserError, one_line
-from dgfast.extras import require
+from dgfast.extras import onnxruntime_for_gpus, require
 from dgfast.graph.agreement import PREDICTS_NOISE, least_sizes, relative_error
-from dgfast.runtimes.onnx.file import data_of
+from dgfast.runtimes.onnx.cuda import FUSED, CudaOptions, Replay, log, suited
+from dgfast.runtimes.onnx.file import data_of, said_of
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 _TORCH = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int64)": torch.int64}
@@ -34,41 +35,31 @@ class OnnxEngine:
     """
 
     def __init__(
-        self, path: Path, device: torch.device | str = "cpu", provider: str | None = None, threads: int | None = None
-    ) -> None:
+        self, path: Path, device: torch.device | str = "cpu", provider: str | None = None, threads: int | None = None,
+        cuda: CudaOptions | None = None,
+    ) -> None:  # fmt: skip
         """
         Args:
             provider: "cpu", "cuda" or "tensorrt"; None: what suits the device.
             threads: that share each operation; None: PyTorch's number.
+            cuda: options of the CUDA provider; None: what suits the file.
 
         Raises:
             UserError: no such file, not an ONNX file, one that ONNX Runtime refuses, or it has no such provider.
         """
         require("onnxruntime")
-        import onnxruntime
-
         self.path, self.device = path, _numbered(torch.device(device))
         if not path.is_file():
             raise UserError(f"{path}: no such file; export one with python -m dgfast.export.to_onnx")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        # Threads that spin until the next operation save a wake-up each time; those that go on after a call hold the
-        # cores that PyTorch's own need between two calls.
-        options.add_session_config_entry("session.intra_op.spin_duration_us", "300")
-        options.log_severity_level = 4  # its errors are raised too, and one line is enough
-        preferred = providers(provider or self.device.type, self.device)
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=preferred, enable_fallback=0)
-            _require_started(preferred[0][0], self._session.get_providers())
-            self.inputs, self.outputs = (
-                {v.name: (tuple(v.shape), v.type) for v in values}
-                for values in (self._session.get_inputs(), self._session.get_outputs())
-            )
-            self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-        except UserError:
-            raise
-        except Exception as error:  # onnxruntime's exceptions have no base class of their own
-            raise UserError(_refusal(path, error)) from error
+        self._threads, self._name = threads or torch.get_num_threads(), provider or self.device.type
+        self._replay: Replay | None = None
+        said = said_of(path)
+        if self._name == "cpu" and said.get("for") == FUSED:
+            raise UserError(f"{path} is for ONNX Runtime's CUDA provider alone; export another without --for {FUSED}")
+        self._cuda = (cuda or suited(said)) if self._name != "cpu" else CudaOptions(graph=False)
+        if self._name != "cuda":  # beside another provider nothing is captured
+            self._cuda = replace(self._cuda, graph=False)
+        self._open()
         if not self.inputs or not self.outputs:
             raise UserError(f"{path} has no input or no output; export it anew")
         if not all(text.replace("\n", "").isprintable() for pair in self.metadata.items() for text in pair):
@@ -86,27 +77,75 @@ class OnnxEngine:
         """The outputs, in the file's own types, on its device.
 
         Raises:
-            UserError: a missing or superfluous input, one of another shape or batch.
+            UserError: a missing or superfluous input, one of another shape or batch, or ONNX Runtime fails.
         """
         if arguments.keys() != self.inputs.keys():
             raise UserError(f"{self.path}: its inputs are {', '.join(self.inputs)}, not {', '.join(arguments)}")
-        batch, bound, results = len(next(iter(arguments.values()))), dict[str, Tensor](), dict[str, Tensor]()
+        bound: dict[str, Tensor] = {}
         for name, (shape, kind) in self.inputs.items():
             bound[name] = arguments[name].to(self.device, _TORCH[kind]).contiguous()
             self._check(name, bound[name], shape)
+        try:
+            return self._compute(bound)
+        except Exception as error:
+            if not self._cuda.graph:
+                raise UserError(f"{self.path}: ONNX Runtime failed: {_line(error)}") from error
+            self._give_up_graph(error)
+            return self(arguments)
+
+    def _open(self) -> None:
+        """Make the session, without a CUDA graph where it refuses one."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        # Threads that spin until the next operation save a wake-up each time; those that go on after a call hold the
+        # cores that PyTorch's own need between two calls.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "300")
+        options.log_severity_level = 4  # its errors are raised too, and one line is enough
+        if self._name != "cpu":
+            onnxruntime.set_default_logger_severity(4)  # which convolutions write to, not to the session's
+        preferred = providers(self._name, self.device, self._cuda)
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(self.path), options, providers=preferred, enable_fallback=0
+            )
+            _require_started(preferred[0][0], self._session.get_providers())
+            self.inputs, self.outputs = (
+                {v.name: (tuple(v.shape), v.type) for v in values}
+                for values in (self._session.get_inputs(), self._session.get_outputs())
+            )
+            self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        except UserError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions have no base class of their own
+            if not self._cuda.graph:
+                raise UserError(_refusal(self.path, error)) from error
+            self._give_up_graph(error)
+
+    def _give_up_graph(self, error: Exception) -> None:
+        """Open the file anew without a CUDA graph, which saves the time of its launches and changes nothing else."""
+        log.warning(f"{self.path}: ONNX Runtime does not capture it in a CUDA graph ({_line(error)})")
+        self._cuda, self._replay = replace(self._cuda, graph=False), None
+        self._open()
+
+    def _compute(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._replay is not None:
+            return self._replay(inputs)
+        batch, results = len(next(iter(inputs.values()))), dict[str, Tensor]()
         for name, (shape, kind) in self.outputs.items():
             sizes = [batch if isinstance(size, str) else size for size in shape]
             results[name] = torch.empty(sizes, dtype=_TORCH[kind], device=self.device)
-        if self.device.type == "cuda":
-            # ONNX Runtime has a stream of its own, on which binding may copy already, and waits for it when it has run.
-            torch.cuda.current_stream(self.device).synchronize()
-        try:
-            self._run(bound, results)
-        except Exception as error:
-            raise UserError(f"{self.path}: ONNX Runtime failed: {_line(error)}") from error
+        if self._cuda.graph:
+            self._replay = Replay(self._run, results)
+            return self._replay(inputs)
+        self._run(inputs, results)
         return results
 
     def _run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        if self.device.type == "cuda":
+            # ONNX Runtime has a stream of its own, on which binding may copy already, and waits for it when it has run.
+            torch.cuda.current_stream(self.device).synchronize()
         binding = self._session.io_binding()
         for name, tensor in inputs.items():
             binding.bind_input(name, *self._place(tensor))
@@ -192,7 +231,7 @@ def _check_declared(path: Path, name: str, shape: Sequence[int | str | None], ki
         raise UserError(f"{path}: {name!r:.80} has the shape {list(shape)}, which no file of dgfast has")
 
 
-def providers(name: str, device: torch.device) -> list[Any]:
+def providers(name: str, device: torch.device, cuda: CudaOptions | None = None) -> list[Any]:
     """Those of ONNX Runtime to ask for, by preference, with their options.
 
     Raises:
@@ -203,16 +242,12 @@ def providers(name: str, device: torch.device) -> list[Any]:
     provider, present = PROVIDERS.get(name, name), onnxruntime.get_available_providers()
     if provider not in present:
         here = ", ".join(sorted(k for k, v in PROVIDERS.items() if v in present))
-        raise UserError(
-            f"this ONNX Runtime has no {name} provider (it has {here}): "
-            "pip install onnxruntime-gpu, or use --device cpu"
-        )
+        raise UserError(f"this ONNX Runtime has no {name} provider (it has {here}): {onnxruntime_for_gpus()}")
     if name == "cpu":
         return [(provider, {})]
     place = {"device_id": device.index or 0}
-    # By default it rounds to TensorFloat-32 whatever torch does.
-    cuda = PROVIDERS["cuda"], {**place, "use_tf32": int(torch.get_float32_matmul_precision() != "highest")}
-    return [cuda] if name == "cuda" else [(provider, place), cuda]  # CUDA takes what TensorRT leaves
+    on_cuda = PROVIDERS["cuda"], place | (cuda or CudaOptions()).provider_options()
+    return [on_cuda] if name == "cuda" else [(provider, place), on_cuda]  # CUDA takes what TensorRT leaves
 
 
 def _require_started(wanted: str, started: Sequence[str]) -> None:
@@ -220,7 +255,7 @@ def _require_started(wanted: str, started: Sequence[str]) -> None:
     if wanted not in started:
         raise UserError(
             f"{wanted} of ONNX Runtime did not start, only {', '.join(started)}: its CUDA, cuDNN or TensorRT "
-            "libraries do not load here; install onnxruntime-gpu for the CUDA of this PyTorch"
+            f"libraries do not load here, or are for another CUDA than this PyTorch's: {onnxruntime_for_gpus()}"
         )
 
 

@@ -21,6 +21,7 @@ from dgfast.graph import Function
 from dgfast.graph.lower import lower
 from dgfast.graph.nodes import constant
 from dgfast.graph.trace import trace
+from dgfast.runtimes.onnx.fused import OPERATORS
 from dgfast.runtimes.onnx.graph import NUMPY, Batch, Dim, OnnxGraph, Value
 from dgfast.runtimes.onnx.operations import TABLE, NoFormError, Out
 
@@ -36,14 +37,17 @@ def convert(
     dynamic: bool = False,
     opset: int = OLDEST_OPSET,
     rank_4: bool = False,
+    fused: bool = False,
 ) -> Any:
-    """The `onnx.ModelProto` of `function`: default domain, no local functions, no training operations.
+    """The `onnx.ModelProto` of `function`: no local functions, no training operations, default domain unless `fused`.
+
+    Its metadata say for which `batch` it is, and the `dtype` of its products.
 
     Args:
         example: its arguments by name. Values do not matter. The first has the batch as its first size.
         outputs: names of its results.
         dynamic: leave the batch size open: the first size of every argument whose first size is the example's batch.
-        rank_4: see `OnnxGraph`.
+        rank_4, fused: see `OnnxGraph`.
 
     Raises:
         UserError: the function does not trace, has an operation that is not in the table (its module is named), or
@@ -54,9 +58,9 @@ def convert(
     batch = len(next(iter(example.values())))
     examples = [_resized(example, batch, size) for size in _BATCHES] if dynamic else [example]
     graphs = [_lowered(function, tuple(e.values())) for e in examples]
-    graph = OnnxGraph(rank_4)
+    graph = OnnxGraph(rank_4, fused)
     results = _Writer(graph, graphs[0], graphs[-1], function, examples[0]).write(list(example))
-    return _model(graph, results, outputs, opset)
+    return _model(graph, results, outputs, opset, "dynamic" if dynamic else str(batch))
 
 
 def operations(model: Any) -> Counter[str]:
@@ -161,7 +165,8 @@ def _out(node: Node, twin: Node) -> Out:
     value, other = node.meta["val"], twin.meta["val"]
     if isinstance(value, list | tuple):
         value, other = value[0], other[0]
-    return Out((_sizes(value.shape, other.shape), NUMPY[value.dtype]))
+    read = {user.args[1] for user in node.users if "getitem" in str(user.target)}
+    return Out((_sizes(value.shape, other.shape), NUMPY[value.dtype], read))
 
 
 # Whose operation it was -----------------------------------------------------------------------------------------------
@@ -199,7 +204,7 @@ def _module_of(target: Any, function: Function, example: tuple[Tensor, ...]) -> 
 
 
 # ONNX's own types -----------------------------------------------------------------------------------------------------
-def _model(graph: OnnxGraph, results: Sequence[Value], outputs: Sequence[str], opset: int) -> Any:
+def _model(graph: OnnxGraph, results: Sequence[Value], outputs: Sequence[str], opset: int, batch: str) -> Any:
     from onnx import helper, numpy_helper
 
     named = [graph.unary("Identity", value, name=name) for value, name in zip(results, outputs, strict=True)]
@@ -209,7 +214,10 @@ def _model(graph: OnnxGraph, results: Sequence[Value], outputs: Sequence[str], o
     for i, record in enumerate(records):
         attributes = {k: _attribute(v) for k, v in record.attributes.items() if record.op != "Identity"}
         written = [final.get(name, name) for name in record.outputs]
-        nodes.append(helper.make_node(record.op, record.inputs, written, f"{record.op}_{i}", **attributes))
+        domain = OPERATORS.get(record.op, "")
+        nodes.append(
+            helper.make_node(record.op, record.inputs, written, f"{record.op}_{i}", domain=domain, **attributes)
+        )
 
     def info(name: str, value: Value) -> Any:
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype))
@@ -222,7 +230,10 @@ def _model(graph: OnnxGraph, results: Sequence[Value], outputs: Sequence[str], o
         [info(name, value) for name, value in zip(outputs, named, strict=True)],
     )
     opsets = [helper.make_opsetid("", opset)]
+    opsets += [helper.make_opsetid(domain, 1) for domain in {node.domain for node in nodes} - {""}]
     model = helper.make_model(proto, opset_imports=opsets, ir_version=10, producer_name="dgfast")
+    half = any(graph.constants[name].dtype == np.float16 for name in constants)
+    helper.set_model_props(model, {"batch": batch, "dtype": "fp16" if half else "float32"})
     for name in constants:  # last, and each given up: the helpers copy what they are given, and it may be gigabytes
         model.graph.initializer.append(numpy_helper.from_array(graph.constants.pop(name), name))
     return model

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 import dgfast
 from dgfast import bundle
 from dgfast.export import self_test
-from dgfast.export.half_products import PRODUCTS, half_products, product_type, round_on_a_cpu
+from dgfast.export.half_products import PRODUCTS, half_products, product_type, round_on_a_cpu, wide_products
 from dgfast.export.joint_graph import joint
 from dgfast.graph.agreement import relative_error
 from dgfast.runtimes.onnx.session import OnnxEngine
@@ -78,6 +78,37 @@ def test_trt_half_products_round_on_a_cpu_as_on_a_gpu(tmp_path: Path) -> None:
     engine = OnnxEngine(path)
     assert engine({"x": torch.ones(1, 3)})["y"].equal(scale.half().float()[None])
     assert not engine({"x": torch.full((1, 3), 10.0)})["y"].isfinite().any()
+
+
+def test_trt_products_left_in_float32_read_tensor_float_32(tmp_path: Path) -> None:
+    """Eleven bits of every factor, ties to even, in every range of float32."""
+    eye, path = torch.eye(4), tmp_path / "rounded.onnx"
+    model = convert(lambda x: (x @ eye,), {"x": torch.ones(1, 4)}, ["y"])
+    round_on_a_cpu(model)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    x = torch.tensor([[1 + 2**-11, 1 + 3 * 2**-11, 1e-30, -(2.0**100) * (1 + 2**-10 + 2**-20)]])
+    expected = torch.tensor([[1.0, 1 + 2**-9, 1e-30, -(2.0**100) * (1 + 2**-10)]])
+    found = OnnxEngine(path)({"x": x})["y"]
+    assert found[0, [0, 1, 3]].equal(expected[0, [0, 1, 3]])
+    assert abs(float(found[0, 2]) / 1e-30 - 1) <= 2**-11 and float(found[0, 2]) != float(x[0, 2])
+
+
+def test_half_precision_leaves_what_the_image_has_no_part_in_exact(tmp_path: Path) -> None:
+    """Not for TensorRT: in double precision, because a GPU rounds float32 there as soon as it has tensor cores."""
+    eye, path = torch.eye(3) / 3, tmp_path / "wide.onnx"
+
+    def function(x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor]:
+        return (x @ eye + (sigma[:, None].expand(-1, 3) @ eye) @ eye,)
+
+    model = convert(function, {"x": torch.zeros(2, 3), "sigma": torch.ones(2)}, ["y"], dynamic=True)
+    assert wide_products(model) == 2
+    round_on_a_cpu(model)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    sigma = torch.tensor([1 + 2**-12, 3.0])
+    y = OnnxEngine(path)({"x": torch.zeros(2, 3), "sigma": sigma})["y"]
+    torch.testing.assert_close(y, (sigma / 9)[:, None].expand(2, 3), rtol=1e-7, atol=0)
 
 
 def test_trt_half_products_are_off_by_rounding_alone(file: Path, tmp_path: Path) -> None:

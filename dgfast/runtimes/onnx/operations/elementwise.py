@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dgfast.runtimes.onnx import fused
 from dgfast.runtimes.onnx.graph import OnnxGraph, Value, broadcast
 from dgfast.runtimes.onnx.operations.table import TABLE, Entry, Out, entry, number
 
@@ -100,7 +101,7 @@ def _expm1(g: OnnxGraph, out: Out, x: Value) -> Value:
 
 @entry(aten.silu.default)
 def silu(g: OnnxGraph, out: Out, x: Value) -> Value:
-    return g.binary("Mul", x, g.unary("Sigmoid", x))
+    return fused.with_silu(g, x) or g.binary("Mul", x, g.unary("Sigmoid", x))
 
 
 @entry(aten.silu_backward.default)

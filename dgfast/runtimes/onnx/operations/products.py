@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dgfast.runtimes.onnx import normalisation
+from dgfast.runtimes.onnx import fused, normalisation
 from dgfast.runtimes.onnx.graph import OnnxGraph, Value
 from dgfast.runtimes.onnx.operations.table import NoFormError, Out, entry
 
@@ -71,8 +71,9 @@ def _index(g: OnnxGraph, out: Out, x: Value, indices: Sequence[Value | None]) ->
 def _group_norm(
     g: OnnxGraph, out: Out, x: Value, weight: Value | None, bias: Value | None, n: Any, c: int, hw: int, groups: int,
     eps: float,
-) -> tuple[Value, Value, Value]:  # fmt: skip
-    return normalisation.group_norm(g, x, weight, bias, groups, eps)
+) -> tuple[Value, Value | None, Value | None]:  # fmt: skip
+    y = fused.group_norm(g, x, weight, bias, groups, eps) if g.fused and out.read == {0} else None
+    return normalisation.group_norm(g, x, weight, bias, groups, eps) if y is None else (y, None, None)
 
 
 @entry(aten.native_group_norm_backward.default)

@@ -15,11 +15,12 @@ class NoFormError(Exception):
     """An operation, or these options of one, that the table cannot write: users hear of it from `writer`."""
 
 
-class Out(tuple[Any, Any]):
-    """Shape and type of an operation's (first) result."""
+class Out(tuple[Any, Any, Any]):
+    """Shape and type of an operation's (first) result, and of several results the numbers of those that are read."""
 
     shape = property(lambda self: self[0])
     dtype = property(lambda self: self[1])
+    read = property(lambda self: self[2])
 
 
 def entry(*targets: Any) -> Callable[[Entry], Entry]:
