@@ -24,6 +24,7 @@ from benchmarks.subjects import guided_function, guided_levels, noise_at
 from benchmarks.workloads import WORKLOADS, Workload
 from dgfast.devices import pick_device
 from dgfast.errors import UserError
+from dgfast.ops import kernels
 from dgfast.runtimes import RUNTIMES, Runtime
 from dgfast.runtimes.onnx.file import files_of, save
 from dgfast.runtimes.onnx.session import OnnxEngine
@@ -121,7 +122,7 @@ def _eager(workload: Workload, at: torch.device) -> Runs:
     function = guided_function(workload, workload.load(at, torch.float32), True, at)
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
-        with torch.no_grad(), precision("float32"):
+        with torch.no_grad(), precision("float32"), kernels("reference"):
             results = function(inputs["x"], inputs["sigma"], inputs.get("class_labels"))
         return dict(zip(("denoised", "log_ratio"), results, strict=True))
 

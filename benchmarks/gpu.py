@@ -22,7 +22,7 @@ import click
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _PYTEST = ("-m", "pytest", "-q", "-rfEs", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider")
 _TAIL = 3000  # characters of a failed part's output that are kept
-_KERNEL_TESTS = tuple(f"tests/kernels/test_{name}.py" for name in ("references", "switch", "group_norm", "updates"))
+_KERNEL_TESTS = tuple(f"tests/kernels/test_{name}.py" for name in ("references", "switch", "group_norm"))
 GRACE = 15.0  # seconds that an interrupted part has to write what it knows
 LEAST = 10.0  # a part does not begin with less time than this
 
@@ -76,7 +76,7 @@ def parts(device: str, small: bool) -> list[Part]:
     profiled = ("--workload", workload, "--batch", most, "--precision", "bf16", "--trace", "{out}/trace.json.gz")
     return [
         own("environment", "environment", *rounds),
-        Part("kernel tests", "tests", (*_PYTEST, *_KERNEL_TESTS, *(("-k", "guide") if small else ()))),
+        Part("kernel tests", "tests", (*_PYTEST, *_KERNEL_TESTS, *(("-k", "reference") if small else ()))),
         run("throughput", "bf16 default", most, *runtime),
         *([] if small else [run("latency", "float32 bf16", "1", *runtime)]),  # as above, with other numbers
         *(parity(name) for name in (*others, workload)),

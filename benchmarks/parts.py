@@ -24,6 +24,7 @@ from benchmarks.workloads import WORKLOADS, Workload
 from dgfast import Networks, Sampler
 from dgfast.devices import pick_device
 from dgfast.graph.cache import lowered
+from dgfast.ops import kernels
 from dgfast.runtimes import Runtime
 from dgfast.runtimes.cuda.build import by_inductor
 from dgfast.runtimes.cuda.capture import capture
@@ -68,7 +69,7 @@ def environment(device: str, out: Path, seconds: float) -> None:
 def parity(device: str, out: Path, workload: str, runtime: str, batch: int, names: tuple[str, ...]) -> None:
     """Errors against eager float32 by noise level: of one guided call, and of the state of a whole run."""
     at, chosen, seeds = pick_device(device), WORKLOADS[workload](), range(batch)
-    with precision("float32"):
+    with precision("float32"), kernels("reference"):
         exact = chosen.load(at, torch.float32)
         calls = _guided_calls(chosen, exact, RUNTIMES["eager"], seeds, at)
         states = _trajectory(chosen, exact, RUNTIMES["eager"], seeds, at)
