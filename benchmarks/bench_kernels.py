@@ -1,4 +1,4 @@
-"""The operations of dgfast/ops.py: plain torch, what inductor makes of it and, on CUDA, the Triton kernels."""
+"""The operation of dgfast/ops.py: plain torch, what inductor makes of it and, on CUDA, the Triton kernels."""
 
 import time
 from typing import Any

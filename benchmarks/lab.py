@@ -24,6 +24,7 @@ from benchmarks.measure import (
 from benchmarks.runtimes import RUNTIMES
 from benchmarks.workloads import WORKLOADS, Workload
 from dgfast import Networks
+from dgfast.ops import kernels
 from dgfast.runtimes import Runtime
 
 _GATE_SAMPLES = 8
@@ -104,7 +105,7 @@ class Lab:
             benchmark.extra_info |= self._figures(benchmark.stats.stats.median, medians, per_image, case)
 
     def gate(self, subject: Subject, case: Case, guided: bool) -> tuple[float, float]:
-        """Error against eager float32, and the largest allowed, for a few images spread over the batch.
+        """Error against plain PyTorch's float32, and the largest allowed, for a few images spread over the batch.
 
         Below float32 twice eager's own error in that precision is allowed: there is no other right answer to go by.
 
@@ -115,7 +116,7 @@ class Lab:
         workload, seeds = WORKLOADS[case.workload](), picks.tolist()
 
         def eager(name: str) -> Sequence[Tensor]:
-            with precision(name):
+            with precision(name), kernels("reference"):
                 networks = self.networks(case.workload, PRECISIONS[name])
                 return subject.prepare(workload, networks, RUNTIMES["eager"], guided, seeds, self.device)()
 

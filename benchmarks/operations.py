@@ -1,4 +1,4 @@
-"""The operations of dgfast/ops.py as they stand in the networks and in the solver, and the ways to run them."""
+"""The operation of dgfast/ops.py as it stands in the networks, with and without its gradient, and ways to run it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,7 @@ Function = Callable[..., Any]
 
 _GROUPS, _EPS, _TOLERANCE = 32, 1e-5, 2e-5
 _NORM_SHAPE = {"cpu": (2, 256, 32, 32), "cuda": (512, 256, 32, 32)}  # the layers of edm-cifar10 that move most
-_IMAGE_SHAPE = {"cpu": (64, 3, 32, 32), "cuda": (512, 3, 32, 32)}
-_SMALL_NORM_SHAPE, _SMALL_IMAGE_SHAPE = (2, 32, 8, 8), (2, 3, 8, 8)
+_SMALL_NORM_SHAPE = (2, 32, 8, 8)
 _PRECISIONS = {"cpu": ("float32",), "cuda": ("bf16", "float32")}
 
 
@@ -79,9 +78,8 @@ def device_seconds(call: Call) -> float:
 
 
 def in_float64(arguments: Arguments) -> Arguments:
-    """The same numbers in float64, and every result float64 too."""
-    wide = {key: value.double() if isinstance(value, Tensor) else value for key, value in arguments.items()}
-    return wide | ({"net_dtype": torch.float64} if "net_dtype" in wide else {})
+    """The same numbers in float64."""
+    return {key: value.double() if isinstance(value, Tensor) else value for key, value in arguments.items()}
 
 
 def bytes_moved(arguments: Arguments, results: Sequence[Tensor]) -> int:
@@ -131,7 +129,6 @@ IMPLEMENTATIONS: dict[str, Callable[[Operation], Call]] = {"eager": _eager, "com
 def _operations(device: torch.device, small: bool) -> Iterator[tuple[str, str, Operation]]:
     """Name, what else the case's name says, and the operation."""
     norm_shape = _SMALL_NORM_SHAPE if small else _NORM_SHAPE[device.type]
-    image_shape = _SMALL_IMAGE_SHAPE if small else _IMAGE_SHAPE[device.type]
     precisions = _PRECISIONS[device.type]
     for precision in precisions:
         suffix = f"-{precision}" if len(precisions) > 1 else ""
@@ -140,9 +137,6 @@ def _operations(device: torch.device, small: bool) -> Iterator[tuple[str, str, O
         yield "group_norm_silu", suffix, Operation(reference, kernel, arguments)
         with_gradient = Operation(_with_gradient(reference), _with_gradient(kernel), arguments)
         yield "group_norm_silu_with_gradient", suffix, with_gradient
-    for name in ("churn", "guide", "euler_update", "heun_update"):
-        arguments = partial(_update_arguments, name, image_shape, device)
-        yield name, "", Operation(getattr(ops, f"{name}_reference"), getattr(ops, name), arguments)
 
 
 def _with_gradient(function: Function) -> Function:
@@ -170,23 +164,3 @@ def _norm_arguments(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     scale, shift = normal(batch, 2 * channels).chunk(2, dim=1)
     affine = {"weight": normal(channels), "bias": normal(channels), "scale": scale, "shift": shift}
     return {"x": x, "num_groups": _GROUPS, "eps": _EPS, **affine}
-
-
-def _update_arguments(name: str, shape: tuple[int, ...], device: torch.device) -> Arguments:
-    """A float64 state, float32 network outputs and one float64 coefficient a sample, as in the sampler."""
-    generator = torch.Generator().manual_seed(0)
-
-    def images(dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-    def coefficient() -> Tensor:
-        return (torch.rand(shape[0], generator=generator, dtype=torch.float64) + 0.5).to(device)
-
-    if name == "churn":
-        return {"x": images(), "noise": images(), "scale_x": coefficient(), "scale_noise": coefficient()}
-    guidance = {"gradient": images(torch.float32), "gate": coefficient()}
-    if name == "guide":
-        return {"denoised": images(), **guidance}
-    slope = {"x": images(), "denoised": images(torch.float32), **{key: coefficient() for key in "abh"}}
-    second = {"d": images(), "x_prime": images(), "w": 0.5} if name == "heun_update" else {}
-    return slope | second | guidance | {"c_in": coefficient(), "net_dtype": torch.float32}

@@ -1,12 +1,16 @@
 """Seeds to noise and labels: image k depends on seed k alone, whatever the batch it is drawn in."""
 
 import operator
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from dgfast.errors import UserError
+
+_BUFFERS = 2  # one is copied to the device while the other is filled
 
 SEEDS = 1 << 32
 """Seeds lie below it: EDM's generator takes them modulo 2^32, where two seeds would give one image."""
@@ -26,12 +30,51 @@ class SeedStreams:
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Unit normal noise [len(seeds), *shape]."""
-        draws = [torch.randn(tuple(shape), generator=g, dtype=dtype) for g in self._generators]
-        return torch.stack(draws).to(device)
+        return self._filled(self._buffer(shape, dtype, device)).to(device, non_blocking=True)
+
+    def normals(
+        self, count: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Generator[Tensor, None, None]:
+        """`count` times `normal`. Nothing else may draw until it is closed, which ends its thread.
+
+        On CUDA the next noise is drawn, in a thread, while the device works, and neither waits for the other. On the
+        CPU the network has the cores, and each is drawn when it is asked for.
+        """
+        if device.type != "cuda":
+            yield from (self.normal(shape, dtype, device) for _ in range(count))
+            return
+        # The thread makes no call of CUDA's: some are forbidden to all threads while one captures a graph.
+        buffers = [self._buffer(shape, dtype, device) for _ in range(min(count, _BUFFERS))]
+        pool = ThreadPoolExecutor(1)
+        try:
+            drawn = deque(pool.submit(self._filled, buffer) for buffer in buffers)
+            for left in reversed(range(count)):
+                buffer = drawn.popleft().result()
+                noise, arrival = _sent(buffer, device)
+                yield noise
+                if left > len(drawn):
+                    arrival()  # the device is at work on the step that this noise was for
+                    drawn.append(pool.submit(self._filled, buffer))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def labels(self, count: int) -> Tensor:
         """Class indices below `count`, int64 [len(seeds)], on the CPU."""
         return torch.stack([torch.randint(count, (), generator=g) for g in self._generators])
+
+    def _buffer(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Where noise on its way to the device is drawn; it gets to a GPU without waiting from pinned memory alone."""
+        return torch.empty(len(self._generators), *shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+    def _filled(self, buffer: Tensor) -> Tensor:
+        for noise, generator in zip(buffer, self._generators, strict=True):
+            noise.normal_(generator=generator)
+        return buffer
+
+
+def _sent(buffer: Tensor, device: torch.device) -> tuple[Tensor, Callable[[], None]]:
+    """What is in the buffer, on its way to the device, and what waits for its arrival."""
+    return buffer.to(device, non_blocking=True), torch.cuda.current_stream(device).record_event().synchronize
 
 
 def _checked(seed: int) -> int:

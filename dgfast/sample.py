@@ -152,10 +152,10 @@ _SAMPLING = (
 @option(
     "--kernels",
     group=Group.RUNTIME,
-    type=click.Choice(["reference", "triton"]),
-    default="reference",
+    type=click.Choice(["auto", "reference", "triton"]),
+    default="auto",
     show_default=True,
-    help="Plain PyTorch, or Triton's where there are some.",
+    help="Of group normalisation: plain PyTorch's, or Triton's; auto takes Triton's on CUDA, where it can run.",
 )
 @option(
     "--out",

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -66,6 +67,7 @@ class Sampler:
         self.networks, self.guidance, self.sampling = networks, guidance, job.sampling
         self.coordinates, self.steps, self.classes, self.shape = job.coordinates, job.steps, job.classes, job.shape
         self.state_dtype, self._solver = state_dtype, job.solver
+        self._churns = bool(job.sampling.S_churn or guidance.boosting)
         self._runtime = chosen(runtime)
         self._capture = self._runtime.capture(self.device)
         self._functions = Kept()
@@ -105,17 +107,17 @@ class Sampler:
         latents = streams.normal(self.shape, torch.float32, self.device)
         drawn = streams.labels(self.classes) if self.classes else None
         class_labels = self.class_labels(drawn if labels is None else labels, len(latents))
-
-        def noise() -> Tensor:
-            return streams.normal(self.shape, self.state_dtype, self.device)
-
-        return self.integrate(latents, class_labels, noise, on_step).float()
+        draws = len(self.steps) * (self._churns + ("noise" in self._solver.inputs))
+        with closing(streams.normals(draws, self.shape, self.state_dtype, self.device)) as noises:
+            return self.integrate(latents, class_labels, noises.__next__, on_step).float()
 
     def draw_labels(self, seeds: Sequence[int]) -> Tensor | None:
         """The class indices [N] that the seeds themselves give, as in EDM's generator; None without classes."""
+        if not self.classes:
+            return None
         streams = SeedStreams(seeds)
-        streams.normal(self.shape, torch.float32, torch.device("cpu"))
-        return streams.labels(self.classes) if self.classes else None
+        streams.normal(self.shape, torch.float32, torch.device("cpu"))  # which come before them
+        return streams.labels(self.classes)
 
     def class_labels(self, labels: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
         """One-hot rows [count, classes] of class indices; None without any.
@@ -151,19 +153,16 @@ class Sampler:
             UserError: x became NaN or infinite; step and sigma are named.
         """
         batch = len(latents)
-
-        def time(value: float) -> Tensor:
-            return torch.full((batch, 1, 1, 1), value, dtype=torch.float64, device=latents.device)
-
+        times = self._uploaded([(step.t, step.t_next) for step in self.steps], batch).view(-1, 2, batch, 1, 1, 1)
+        log_variances = self._uploaded([step.log_variances for step in self.steps], batch)
         log_ratio = torch.full((batch,), torch.inf, dtype=torch.float64, device=latents.device)
         first_bad = torch.full((), len(self.steps), device=latents.device)  # on the device: looking would wait for it
-        last = torch.zeros_like(latents, dtype=self.state_dtype), time(torch.inf)
+        last = torch.zeros_like(latents, dtype=self.state_dtype), torch.full_like(times[0, 0], torch.inf)
         carried = CarriedGradient(self.guidance.dg_reuse) if self.guidance.dg_every > 1 else None
         x = self.first_state(latents)
-        for step in self.steps:
-            t, t_next = time(step.t), time(step.t_next)
+        for step, (t, t_next), bounds in zip(self.steps, times, log_variances, strict=True):
             t_hat, x_hat = self._churn(step, x, t, log_ratio, noise)
-            arguments = (x_hat, t_hat, t_next, class_labels, *self._more(step, last, noise))
+            arguments = (x_hat, t_hat, t_next, class_labels, *self._more(last, bounds, noise))
             x, denoised, log_ratio = self._step_function(step, arguments, carried)(*arguments)
             last = denoised, t_hat
             changed = None if on_step is None else on_step(step, x, denoised, log_ratio)
@@ -219,7 +218,7 @@ class Sampler:
     def _calls(self, batch: int) -> Iterator[tuple[Callable[[], object], int]]:
         """Each function of the plan, called with zeros, and how often the plan calls it."""
         x, sigma, labels = self._example(batch)
-        bounds = self._log_variances(self.steps[0], batch).unbind() if self._solver.function == "posterior" else ()
+        bounds = self._uploaded([self.steps[0].log_variances], batch)[0] if self._solver.function == "posterior" else ()
         example = (x, sigma, labels, *bounds)
         calls = Counter(g for step in self.steps for g in (step.predictor, step.corrector) if g is not None)
         with torch.no_grad():
@@ -236,7 +235,7 @@ class Sampler:
         self, step: Step, x: Tensor, t: Tensor, log_ratio: Tensor, noise: Callable[[], Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """Time and state after the step's churn; without churn in the whole run, those given."""
-        if not (self.sampling.S_churn or self.guidance.boosting):
+        if not self._churns:
             return t, x
         assert noise is not None, "churn and boosting need noise"
         gamma = torch.full_like(t, step.gamma)
@@ -249,19 +248,20 @@ class Sampler:
         t_hat = coords.sigma_inv(self.networks.denoiser.round_sigma(sigma + gamma * sigma))
         return t_hat, churn(x, t, t_hat, noise(), S_noise, coords)
 
-    def _more(self, step: Step, last: tuple[Tensor, Tensor], noise: Callable[[], Tensor] | None) -> tuple[Tensor, ...]:
+    def _more(
+        self, last: tuple[Tensor, Tensor], log_variances: Tensor, noise: Callable[[], Tensor] | None
+    ) -> tuple[Tensor, ...]:
         """What the solver's step needs beyond state, times and labels: its `inputs`."""
         values, names = dict(zip(LAST, last, strict=True)), self._solver.inputs
         if "noise" in names:
             assert noise is not None, "the ddpm solver and eta need noise"
             values["noise"] = noise()
-        if "log_least" in names:
-            values["log_least"], values["log_most"] = self._log_variances(step, len(last[0]))
+        values["log_least"], values["log_most"] = log_variances
         return tuple(values[name] for name in names)
 
-    def _log_variances(self, step: Step, batch: int) -> Tensor:
-        """The step's log-variances for every sample: [2, B]."""
-        return torch.tensor([[bound] * batch for bound in step.log_variances], dtype=torch.float64).to(self.device)
+    def _uploaded(self, pairs: Sequence[tuple[float, float]], batch: int) -> Tensor:
+        """The pairs for every sample, float64 [pairs, 2, B]: all at once, for an upload waits for the device."""
+        return torch.tensor(pairs, dtype=torch.float64).to(self.device).view(-1, 2, 1).repeat(1, 1, batch)
 
     def _step_function(
         self, step: Step, example: tuple[Tensor | None, ...], carried: CarriedGradient | None

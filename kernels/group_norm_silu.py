@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
 from dgfast.kernels.group_norm import channel_row, channel_rows, check, group_sum, launch_options
 from dgfast.kernels.group_norm_silu_backward import group_norm_silu_backward
-from dgfast.kernels.launch import dense
+from dgfast.kernels.launch import dense, on_device_of
 from dgfast.kernels.tuning import FORWARD
 
 
@@ -102,7 +103,7 @@ def group_norm_silu_kernel(
         tl.store(y + o_block, b_y.to(y.dtype.element_ty), mask=m_x)
 
 
-@torch.library.custom_op("dgfast::group_norm_silu", mutates_args=())
+@triton_op("dgfast::group_norm_silu", mutates_args=())
 def group_norm_silu(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None,
     shift: Tensor | None, channel_bias: Tensor | None, silu: bool,
@@ -120,8 +121,8 @@ def group_norm_silu(
     weight, bias = weight.contiguous(), bias.contiguous()
     rows, strides = channel_rows(x, scale, shift, channel_bias)
     grid, fixed = launch_options(x, num_groups, silu, FORWARD)
-    with torch.cuda.device_of(x):
-        group_norm_silu_kernel[grid](x, weight, bias, *rows, y, mean, rstd, *strides, eps, **fixed)
+    with on_device_of(x):
+        wrap_triton(group_norm_silu_kernel)[grid](x, weight, bias, *rows, y, mean, rstd, *strides, eps, **fixed)
     return y, mean, rstd
 
 

@@ -7,9 +7,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
 from dgfast.kernels.group_norm import channel_row, channel_rows, check, group_sum, launch_options
-from dgfast.kernels.launch import dense, ordered_like
+from dgfast.kernels.launch import dense, on_device_of, ordered_like
 from dgfast.kernels.tuning import BACKWARD
 
 
@@ -96,7 +97,7 @@ def group_norm_silu_backward_kernel(
         tl.store(dx + o_block, b_dx.to(dx.dtype.element_ty), mask=m_x)
 
 
-@torch.library.custom_op("dgfast::group_norm_silu_backward", mutates_args=())
+@triton_op("dgfast::group_norm_silu_backward", mutates_args=())
 def group_norm_silu_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
     shift: Tensor | None, channel_bias: Tensor | None, silu: bool,
@@ -112,8 +113,10 @@ def group_norm_silu_backward(
     mean, rstd, weight, bias = (values.contiguous() for values in (mean, rstd, weight, bias))
     rows, strides = channel_rows(x, scale, shift, channel_bias)
     grid, fixed = launch_options(x, num_groups, silu, BACKWARD)
-    with torch.cuda.device_of(x):
-        group_norm_silu_backward_kernel[grid](grad, x, mean, rstd, weight, bias, *rows, dx, *strides, **fixed)
+    with on_device_of(x):
+        wrap_triton(group_norm_silu_backward_kernel)[grid](
+            grad, x, mean, rstd, weight, bias, *rows, dx, *strides, **fixed
+        )
     return dx
 
 

@@ -1,15 +1,34 @@
-"""What every launcher needs: where kernels can run, tensors in one memory order, coefficients in one type."""
+"""What every launcher needs: where kernels can run, on which device one is launched, tensors in one memory order."""
+
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
-from dgfast.kernels.tuning import ELEMENTWISE
+_OLDEST = (7, 0)  # compute capability of which Triton makes code
 
 
 def devices() -> tuple[str, ...]:
     """The types of device on which a kernel can be launched: the CPU only in Triton's interpreter."""
     return ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
+
+
+def obstacle() -> str | None:
+    """What keeps Triton from running on this machine's GPUs, None if nothing does."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "no C compiler, which Triton calls"
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if min(capabilities, default=_OLDEST) < _OLDEST:
+        return f"a GPU older than compute capability {_OLDEST[0]}.{_OLDEST[1]}"
+    return None
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device: that of x. What stands for x in a trace has none."""
+    return torch.cuda.device_of(x) if type(x) in (Tensor, nn.Parameter) else nullcontext()
 
 
 def dense(x: Tensor) -> Tensor:
@@ -29,25 +48,3 @@ def ordered_like(other: Tensor, x: Tensor) -> Tensor:
         raise ValueError(f"{tuple(other.shape)} on {other.device} does not match {tuple(x.shape)} on {x.device}")
     order = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     return other.contiguous(memory_format=order)
-
-
-def coefficients(x: Tensor, *values: Tensor | None) -> list[Tensor | None]:
-    """One number a sample, each [B], in the type in which the kernel computes: the widest of theirs and x's.
-
-    None, for what a kernel does without, stays None.
-
-    Raises:
-        ValueError: not one number a sample.
-    """
-    compute = x.dtype
-    for value in values:
-        if value is not None:
-            if value.numel() != len(x) or value.device != x.device:
-                raise ValueError(f"{value.numel()} coefficients on {value.device} for {len(x)} samples on {x.device}")
-            compute = torch.promote_types(compute, value.dtype)
-    return [None if value is None else value.reshape(-1).to(compute).contiguous() for value in values]
-
-
-def elementwise_grid(x: Tensor) -> tuple[int, int]:
-    """Programs for a tensor [B, ...]: sample by block, since the coefficients are one a sample."""
-    return len(x), triton.cdiv(x.shape[1:].numel(), ELEMENTWISE["BLOCK_N"])

@@ -21,20 +21,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dgfast.kernels.churn import churn_kernel
-from dgfast.kernels.euler_update import euler_update_kernel
 from dgfast.kernels.group_norm import options
 from dgfast.kernels.group_norm_silu import group_norm_silu_kernel
 from dgfast.kernels.group_norm_silu_backward import group_norm_silu_backward_kernel
-from dgfast.kernels.guide import guide_kernel
-from dgfast.kernels.heun_update import heun_update_kernel
-from dgfast.kernels.tuning import BACKWARD, ELEMENTWISE, FORWARD
+from dgfast.kernels.tuning import BACKWARD, FORWARD
 
 ARCHITECTURES = (80, 90, 100)
 LAYERS = ((128, 32), (256, 16), (384, 16), (512, 8), (192, 64))
 """Channels and image side, all in 32 groups of 4 to 16 channels: tiles held whole and looped over."""
 
-_POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 _REGISTERS = 65536  # of one multiprocessor, on all three
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
@@ -69,8 +65,6 @@ def cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         for channels, side in LAYERS:
             yield from _group_norm_cases(dtype, channels, side)
-    for state in (torch.float64, torch.float32):
-        yield from _elementwise_cases(state)
 
 
 def _group_norm_cases(dtype: torch.dtype, channels: int, side: int) -> Iterator[Case]:
@@ -82,16 +76,6 @@ def _group_norm_cases(dtype: torch.dtype, channels: int, side: int) -> Iterator[
         fixed = options((1, channels, side, side), 32, dtype.itemsize, True, True, limits)
         warps = fixed.pop("num_warps")
         yield Case(kernel, name, warps, pointers | scalars | fixed)
-
-
-def _elementwise_cases(state: torch.dtype) -> Iterator[Case]:
-    name = f"{str(state).removeprefix('torch.')} state"
-    tensors = dict.fromkeys(("x", "noise", "x_hat", "x_next", "d", "x_prime", "guided"), state)
-    networks = {"denoised": torch.float32, "gradient": torch.bfloat16, "net_input": torch.bfloat16}
-    per_sample = ("scale_x", "scale_noise", "gate", "a", "b", "h", "h_first", "h_second", "c_in")
-    arguments = tensors | networks | dict.fromkeys(per_sample, torch.float64) | {"N": 3 * 32 * 32} | ELEMENTWISE
-    for kernel in (churn_kernel, guide_kernel, euler_update_kernel, heun_update_kernel):
-        yield Case(kernel, name, ELEMENTWISE["num_warps"], arguments)
 
 
 def measure(case: Case, sm: int) -> Usage:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import triton
 
-ELEMENTWISE = {"BLOCK_N": 1024, "num_warps": 4}  # 8 elements a thread: 16-byte loads, in bfloat16 as in float64
-
 _ROW_BYTES = 64  # what DRAM reads at once: one pixel's channels in a tile should fill it
 _MAX_WARPS = 16
 

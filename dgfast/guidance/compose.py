@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dgfast import ops
 from dgfast.guidance.declaration import Guidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW, denoiser_gate
 
@@ -42,6 +41,15 @@ def guided_posterior(denoiser: Denoiser, guidances: Sequence[Guidance], clip: bo
     return partial(_guided_posterior, denoiser, tuple(guidances), clip)
 
 
+def corrected(denoised: Tensor, direction: Tensor, gate: Tensor) -> Tensor:
+    """denoised + gate direction [B, C, H, W] for one gate [B] a sample, in the type of `denoised`.
+
+    It is computed in the wider type of `denoised` and the gate, whichever the direction's is.
+    """
+    gate = gate.view(-1, 1, 1, 1).to(torch.promote_types(denoised.dtype, gate.dtype))
+    return (denoised + gate * direction).to(denoised.dtype)
+
+
 def _guided_denoiser(
     denoiser: Denoiser, guidances: Sequence[Guidance], clip: bool, x: Tensor, sigma: Tensor, class_labels: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -49,7 +57,7 @@ def _guided_denoiser(
     denoised = _mixed(plain, guidances, x, sigma, class_labels, clip)
     mixed, log_ratio = denoised, torch.full_like(sigma, OUTSIDE_WINDOW)
     for direction, gate, ratio in _gradients(mixed, guidances, x, sigma, class_labels):
-        denoised = ops.guide(denoised, direction, gate)
+        denoised = corrected(denoised, direction, gate)
         log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
     return denoised, log_ratio
 
@@ -83,7 +91,7 @@ def _mixed(
     for guidance in guidances:
         if not guidance.gradients:
             direction, gate, _ = guidance.correct(x, sigma, class_labels, plain)
-            denoised = ops.guide(denoised, direction, gate)
+            denoised = corrected(denoised, direction, gate)
     return denoised.clamp(-1, 1) if clip else denoised
 
 

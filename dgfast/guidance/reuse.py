@@ -11,8 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dgfast import ops
-from dgfast.guidance.compose import Denoiser, GuidedDenoiser, guided_denoiser
+from dgfast.guidance.compose import Denoiser, GuidedDenoiser, corrected, guided_denoiser
 from dgfast.guidance.declaration import Guidance
 from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.vp import vp_alpha
@@ -33,7 +32,7 @@ def _gradient_keeping(
     denoised, _ = without(x, sigma, class_labels)
     direction, gate, log_ratio = discriminator.correct(x, sigma, class_labels, denoised)
     gradient = vp_alpha(sigma).view(-1, 1, 1, 1) * direction  # ungated: the next call may be inside the window
-    return ops.guide(denoised, direction, gate), log_ratio.to(sigma.dtype), gradient.float()
+    return corrected(denoised, direction, gate), log_ratio.to(sigma.dtype), gradient.float()
 
 
 class CarriedGradient:

@@ -12,7 +12,5 @@ if TYPE_CHECKING:
 
 def churn(x: Tensor, t: Tensor, t_hat: Tensor, noise: Tensor, S_noise: Tensor | float, coords: Coordinates) -> Tensor:
     """Raise the noise level of x from sigma(t) to sigma(t_hat) with fresh unit noise (EDM, algorithm 2, line 6)."""
-    from dgfast import ops
-
     added = (coords.sigma(t_hat) ** 2 - coords.sigma(t) ** 2).clip(min=0).sqrt()
-    return ops.churn(x, noise, coords.s(t_hat) / coords.s(t), added * coords.s(t_hat) * S_noise)
+    return (coords.s(t_hat) / coords.s(t) * x + added * coords.s(t_hat) * S_noise * noise).to(x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from dgfast.solvers.euler import euler_step
+from dgfast.solvers.euler import euler_step, slope
 from dgfast.solvers.solver import Call, Solver
 
 if TYPE_CHECKING:
@@ -24,12 +24,11 @@ def heun_step(
     alpha: float = 1.0,
 ) -> Tensor:
     """Second order: average the slope at (x, t) with that at a share `alpha` of the step (EDM, algorithm 3)."""
-    from dgfast import ops
-
-    t_prime = t + alpha * (t_next - t)
-    x_prime, d, _ = ops.euler_update(x, denoised, *coords.slope(t), t_prime - t)
-    second = denoise(x_prime, t_prime)
-    return ops.heun_update(x, d, x_prime, second, *coords.slope(t_prime), t_next - t, 0.5 / alpha)[0]
+    t_prime, w = t + alpha * (t_next - t), 0.5 / alpha
+    d = slope(x, denoised, t, coords)
+    x_prime = (x + (t_prime - t) * d).to(x.dtype)
+    d_prime = slope(x_prime, denoise(x_prime, t_prime), t_prime, coords)
+    return (x + (t_next - t) * ((1 - w) * d.to(x.dtype) + w * d_prime)).to(x.dtype)
 
 
 class Heun(Solver):

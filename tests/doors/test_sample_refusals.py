@@ -34,7 +34,7 @@ from tests.support.sample import draw
         (["--dg-reuse", "cubic"], "'cubic' is not one of 'hold', 'linear'"),
         (["--dg-weight", "1", "--dg-every", "2", "--boosting"], "boosting judges every call by its own log-ratio"),
         (["--compile=maybe"], "'maybe' is not one of 'always', 'try'"),
-        (["--kernels", "cuda"], "'cuda' is not one of 'reference', 'triton'"),
+        (["--kernels", "cuda"], "'cuda' is not one of 'auto', 'reference', 'triton'"),
         (["--diversity", "-1"], "diversity is at least 0"),
         (["--perceptual"], "perceptual needs diversity"),
         (["--target-class", "1", "--fidelity", "1"], "target_class needs diversity"),

@@ -17,6 +17,7 @@ from dgfast.graph import environment
 from dgfast.graph.key import NamelessError
 from dgfast.guidance import DiscriminatorGuidance, compose
 from dgfast.guidance import discriminator as discriminator_module
+from dgfast.guidance import gradient as gradient_module
 from dgfast.nets import blocks
 from tests.support.graphs import Nets, guided, key
 
@@ -92,7 +93,7 @@ class _Mine:
     ("holder", "name", "value"),
     [
         (discriminator_module, "LOGIT_LIMIT", 1.0), (DiscriminatorGuidance, "gradients", 0),
-        (ops, "guide_reference", ops.churn_reference), (blocks.Conv2d, "forward", blocks.Linear.forward),
+        (compose, "corrected", gradient_module.denoiser_gate), (blocks.Conv2d, "forward", blocks.Linear.forward),
         (blocks.Conv2d, "forward", nn.Identity.forward), (compose, "denoiser_gate", torch.relu), (F, "silu", F.relu),
     ],
 )  # fmt: skip
@@ -111,9 +112,10 @@ def test_graph_cache_misses_changed_code(
     [
         (blocks.Conv2d, "forward", _mine), (blocks.Conv2d, "forward", staticmethod(_mine)),
         (blocks.Conv2d, "kernel", property(_mine)), (DiscriminatorGuidance, "correct", partial(_mine)),
-        (ops, "group_norm_silu_reference", _mine), (ops, "guide", torch.no_grad()(_mine)),
-        (ops, "guide", wraps(ops.guide)(_mine)), (ops, "guide", update_wrapper(_Mine(), ops.guide)),
-        (compose, "ops", ModuleType("mine")), (blocks, "Linear", type("Linear", (nn.Linear,), {"__module__": "mine"})),
+        (ops, "group_norm_silu_reference", _mine), (compose, "corrected", torch.no_grad()(_mine)),
+        (compose, "corrected", wraps(compose.corrected)(_mine)),
+        (compose, "corrected", update_wrapper(_Mine(), compose.corrected)), (blocks, "ops", ModuleType("mine")),
+        (blocks, "Linear", type("Linear", (nn.Linear,), {"__module__": "mine"})),
         (F, "silu", _mine), (F, "silu", partial(operator.mul, 2)), (torch, "relu", _mine), (Tensor, "view", _mine),
         (nn.Linear, "forward", _mine), (nn.Conv1d, "_conv_forward", _mine), (nn.Module, "__call__", _mine),
     ],

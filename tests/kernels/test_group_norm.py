@@ -1,5 +1,6 @@
 """The kernel of group normalisation and that of its gradient against float64."""
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -128,13 +129,18 @@ def test_kernels_group_norm_returns_the_statistics_in_float32() -> None:
 @runs_kernels
 @pytest.mark.parametrize("name", ["weight", "bias", "scale", "shift", "channel_bias"])
 def test_kernels_group_norm_refuses_gradients_it_does_not_have(name: str) -> None:
+    """`ops` hands them to the reference; the operation itself stands in graphs, too."""
+    from dgfast.kernels.group_norm_silu import group_norm_silu
+
     arguments = NormCase((2, 8, 3, 3), 2).arguments()
-    arguments[name] = arguments[name].detach().requires_grad_()
+    leaves = [arguments[key].detach().requires_grad_() for key in ("x", name)]  # torch 2.13 crashes without that of x
+    arguments |= dict(zip(("x", name), leaves, strict=True))
     with ops.kernels("triton"):
-        with pytest.raises(RuntimeError, match="gradient for x alone: freeze"):
-            ops.group_norm_silu(**arguments)
-        with torch.no_grad():
-            ops.group_norm_silu(**arguments)
+        gradients = torch.autograd.grad(ops.group_norm_silu(**arguments).sum(), leaves)
+    truths = torch.autograd.grad(ops.group_norm_silu_reference(**arguments).sum(), leaves)
+    assert all(torch.equal(gradient, truth) for gradient, truth in zip(gradients, truths, strict=True))
+    with pytest.raises(RuntimeError, match="gradient for x alone: freeze"):
+        group_norm_silu(**arguments)
 
 
 @runs_kernels
@@ -142,6 +148,7 @@ def test_kernels_group_norm_refuses_gradients_it_does_not_have(name: str) -> Non
     "wrong",
     [
         {"x": torch.zeros(2, 8, 9)},
+        {"x": torch.zeros(2, 8, 3, 3, dtype=torch.float64)},
         {"num_groups": 3},
         {"weight": torch.zeros(7)},
         {"scale": torch.zeros(1, 8)},
@@ -150,15 +157,20 @@ def test_kernels_group_norm_refuses_gradients_it_does_not_have(name: str) -> Non
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_kernels_group_norm_refuses_what_it_would_read_past_the_end_of(wrong: dict[str, Any]) -> None:
+    from dgfast.kernels.group_norm_silu import group_norm_silu
+
     moved = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in wrong.items()}
-    with ops.kernels("triton"), pytest.raises(ValueError, match=r"x must be|groups|per-channel"):
-        ops.group_norm_silu(**NormCase((2, 8, 3, 3), 2).arguments() | moved)
+    with pytest.raises(ValueError, match=r"x must be|groups|per-channel"):
+        group_norm_silu(**NormCase((2, 8, 3, 3), 2).arguments() | moved)
 
 
 @runs_kernels
-def test_kernels_group_norm_in_float64_takes_the_reference() -> None:
-    arguments: dict[str, Any] = {
-        k: v.double() if isinstance(v, Tensor) else v for k, v in NormCase((2, 8, 3, 3), 2).arguments().items()
+@pytest.mark.parametrize("change", [Tensor.double, lambda x: x.flatten(2)], ids=["float64", "tokens"])
+def test_kernels_group_norm_leaves_what_it_has_not_to_the_reference(change: Callable[[Tensor], Tensor]) -> None:
+    arguments = NormCase((2, 8, 3, 3), 2, options=()).arguments()
+    arguments = arguments | {
+        name: change(arguments[name]) if name == "x" else arguments[name].to(change(arguments["x"]).dtype)
+        for name in ("x", "weight", "bias")
     }
     with ops.kernels("triton"):
         assert torch.equal(ops.group_norm_silu(**arguments), ops.group_norm_silu_reference(**arguments))

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from dgfast import ops
 from dgfast.nets.blocks import GroupNorm
-from tests.support.kernels import FLOATS, UPDATES, NormCase, images, in_float64, listed, per_sample, update_arguments
+from tests.support.kernels import FLOATS, NormCase, in_float64
 
 
 def test_kernels_group_norm_reference_is_the_formula() -> None:
@@ -44,31 +44,3 @@ def test_kernels_group_norm_reference_has_every_gradient() -> None:
         return ops.group_norm_silu(**arguments | dict(zip(tensors, values, strict=True)))
 
     assert torch.autograd.gradcheck(function, tuple(tensors.values()))
-
-
-@pytest.mark.parametrize("name", UPDATES)
-def test_kernels_update_references_are_the_formulas(name: str) -> None:
-    """One pixel of each sample in Python's own arithmetic."""
-    arguments = in_float64(update_arguments(name, torch.float64, "nhwc", extras=True))
-    results = listed(getattr(ops, name)(**arguments))
-    for i in range(3):
-        v = {k: v.flatten(1)[i, -1].item() for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim == 4}
-        v |= {k: v.flatten()[i].item() for k, v in arguments.items() if isinstance(v, Tensor) and v.numel() == 3}
-        if name == "churn":
-            truth = [v["scale_x"] * v["x"] + v["scale_noise"] * v["noise"]]
-        elif name == "guide":
-            truth = [v["denoised"] + v["gate"] * v["gradient"]]
-        else:
-            d = v["a"] * v.get("x_prime", v["x"]) - v["b"] * (v["denoised"] + v["gate"] * v["gradient"])
-            mean = d if name == "euler_update" else 0.7 * v["d"] + 0.3 * d
-            x_next = v["x"] + v["h"] * mean
-            truth = [x_next, *([d] if name == "euler_update" else []), v["c_in"] * x_next]
-        assert [r.flatten(1)[i, -1].item() for r in results] == pytest.approx(truth, rel=1e-13)
-
-
-def test_kernels_euler_update_to_no_noise_ends_at_the_denoised_image() -> None:
-    """EDM's coordinates: a = b = 1 / sigma, h = -sigma."""
-    x, denoised, sigma = images(0, torch.float64), images(1, torch.float32), per_sample(3, 2)
-    x_next, _, net_input = ops.euler_update(x, denoised, 1 / sigma, 1 / sigma, -sigma)
-    torch.testing.assert_close(x_next, denoised.double(), rtol=1e-12, atol=1e-12)
-    assert net_input is None

@@ -15,6 +15,7 @@ from torch import Tensor
 from dgfast import extras
 from dgfast.graph import Function
 from dgfast.graph.agreement import relative_error
+from dgfast.ops import kernels
 from dgfast.runtimes.onnx.file import save
 from dgfast.runtimes.onnx.session import OnnxEngine, providers
 from dgfast.runtimes.onnx.writer import convert
@@ -85,7 +86,7 @@ def named(function: Function, example: Sequence[Tensor | None]) -> tuple[Functio
         remaining = iter(arguments)
         return function(*(None if x is None else next(remaining) for x in example))
 
-    with torch.no_grad():
+    with torch.no_grad(), kernels("reference"):
         results = of_given(*(x[:1] for x in given.values()))
     return of_given, given, [f"output_{i}" for i in range(len(results))]
 

@@ -21,6 +21,7 @@ from dgfast.graph import Function
 from dgfast.graph.lower import lower
 from dgfast.graph.nodes import constant
 from dgfast.graph.trace import trace
+from dgfast.ops import kernels
 from dgfast.runtimes.onnx.fused import OPERATORS
 from dgfast.runtimes.onnx.graph import NUMPY, Batch, Dim, OnnxGraph, Value
 from dgfast.runtimes.onnx.operations import TABLE, NoFormError, Out
@@ -29,6 +30,7 @@ OLDEST_OPSET = 18  # the first in which sums take their axes as an input
 _BATCHES = 2, 3  # for an open batch; 1 would be taken for a size that broadcasts
 
 
+@kernels("reference")  # no file can hold another
 def convert(
     function: Function,
     example: dict[str, Tensor],
