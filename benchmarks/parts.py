@@ -137,7 +137,7 @@ def streams(device: str, out: Path, workload: str, batches: tuple[int, ...], nam
             arguments = noise_at([levels[len(levels) // 2]] * batch, networks, range(batch), at)
             graph = lowered(guided_function(chosen, networks, True, at), arguments)
             one = capture(by_inductor(graph), arguments)
-            several = capture(concurrent(graph, by_inductor), arguments)
+            several = capture(concurrent(graph, lambda part, name: by_inductor(part)), arguments)
             error = relative_error(several(*arguments), one(*arguments))
             times = [_median(synchronised(partial(call, *arguments), at)) for call in (one, several)]
             found[batch] = {"whole": times[0], "streams": times[1], "difference": error}

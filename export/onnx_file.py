@@ -8,20 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dgfast.export.half_products import half_products, round_on_a_cpu
-from dgfast.export.parity import ParityError, Report, Row, Runs, compare, signature
+from dgfast.export.parity import ParityError, Report, Row, signature
+from dgfast.export.proof import TOLERANCES, value_rows
 from dgfast.export.subject import Subject
 from dgfast.runtimes.onnx.file import remove, save
 from dgfast.runtimes.onnx.session import OnnxEngine, stored_tensor
 from dgfast.runtimes.onnx.writer import convert, operations
 
-TOLERANCES = {"float32": 1e-4, "fp16": 2e-2}
-"""Largest difference from eager float32, see `parity.Row`."""
-TRAJECTORY_TOLERANCES = {"float32": 2e-3, "fp16": 1e-2}
-"""The same for a whole run, as a share of the pixel range, which is 2."""
-OPEN_BATCHES = 1, 5
 OPSET = 18
 """What ONNX Runtime's CUDA provider has every operation for; of 19 and newer it computes Resize and Pad on the host."""
 
@@ -50,11 +44,7 @@ def export(
         counted = _written(subject, path, batch, dtype, opset, rank_4, metadata)
         say(f"{counted.total()} nodes: {', '.join(f'{op} {n}' for op, n in counted.most_common())}")
         report = _proved(path, subject, batch, dtype)
-        said = ("bundle", "what", "weights_sha256", "commit")
-        report.about.update({key: metadata[key] for key in said if key in metadata})
-        report.about.update({"dtype": dtype, "nodes": dict(counted.most_common())})
-        path.with_suffix(".parity.json").write_text(report.json() + "\n")
-        path.with_suffix(".parity.txt").write_text(report.table())
+        report.write(path, metadata, dtype=dtype, nodes=dict(counted.most_common()))
         report.check()
     except BaseException:
         remove(path)
@@ -84,7 +74,7 @@ def _proved(path: Path, subject: Subject, batch: int | None, dtype: str) -> Repo
     model = onnx.load(path, load_external_data=False)
     _require_default_domain(model)
     engine = OnnxEngine(path)
-    rows = list(_signature_rows(engine, subject, batch)) or _value_rows(engine, subject, batch, dtype)
+    rows = list(_signature_rows(engine, subject, batch)) or value_rows(engine, subject, batch, dtype)
     if dtype != "float32" and not any(row.problem for row in rows):
         rows += _rounded_rows(path, subject, batch, dtype)
     report = Report(rows)
@@ -97,13 +87,6 @@ def _proved(path: Path, subject: Subject, batch: int | None, dtype: str) -> Repo
     return report
 
 
-def _value_rows(engine: Runs, subject: Subject, batch: int | None, dtype: str) -> list[Row]:
-    sizes = [batch] if batch else list(OPEN_BATCHES)
-    cases = [case for size in sizes for case in subject.cases(size)]
-    rows = compare(subject, engine, cases, TOLERANCES[dtype], dict.fromkeys(subject.outputs, torch.float32)).rows
-    return rows + subject.whole_run(subject, engine, batch or 1, TRAJECTORY_TOLERANCES[dtype])
-
-
 def _rounded_rows(path: Path, subject: Subject, batch: int | None, dtype: str) -> list[Row]:
     """The same of a copy that rounds where a GPU does, which ONNX Runtime's CPU provider does not."""
     import onnx
@@ -112,7 +95,7 @@ def _rounded_rows(path: Path, subject: Subject, batch: int | None, dtype: str) -
         copy, model = Path(folder, path.name), onnx.load(path)
         round_on_a_cpu(model)
         save(model, copy)
-        rows = _value_rows(OnnxEngine(copy), subject, batch, dtype)
+        rows = value_rows(OnnxEngine(copy), subject, batch, dtype)
     return [replace(row, case=f"{row.case}, rounded as on a GPU") for row in rows]
 
 

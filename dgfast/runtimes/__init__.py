@@ -124,6 +124,10 @@ RUNTIMES = {
             open=_of("onnx.session", "OnnxEngine"),
         ),
         Runtime(
+            "package", _of("package.build", "build"), _cuda_graph, _of("package.build", "require"),
+            open=_of("package.engine", "PackageEngine"),
+        ),
+        Runtime(
             "tensorrt", _of("tensorrt.build", "build"), require=_of("tensorrt.build", "require"), tolerance=1e-4,
             precisions=("float32",), open=_of("tensorrt.engine", "load"),
         ),

@@ -1,13 +1,16 @@
 """A pure function compiled for CUDA: traced once with its gradient, and given to inductor, which generates Triton.
 
-The lowered graph is kept across runs (see `graph.cache`), and so is what inductor compiles: in the folder of the
-environment's TORCHINDUCTOR_CACHE_DIR, or torchinductor_<user> in the system's folder for temporary files.
+The lowered graph is kept across runs (see `graph.cache`), and so is what AOTInductor compiles of it (see
+`package.build`): a second run loads both.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._triton import has_triton
 
 from dgfast.errors import UserError
@@ -16,6 +19,9 @@ from dgfast.graph import Function
 from dgfast.graph.cache import lowered
 from dgfast.runtimes.cpu.native import library
 from dgfast.runtimes.cuda.streams import MOST_SAMPLES, concurrent
+from dgfast.runtimes.package.build import compiled
+
+_LOG = logging.getLogger(__name__)
 
 
 def require() -> None:
@@ -37,8 +43,37 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
         UserError: the network does not trace, or see `require`.
     """
     require()
-    graph, batch = lowered(function, example), len(next(x for x in example if x is not None))
-    return concurrent(graph, by_inductor) if batch <= MOST_SAMPLES else by_inductor(graph)
+    graph = lowered(function, example)
+    first = next(x for x in example if x is not None)
+
+    def compile(part: nn.Module, name: str) -> Function:
+        assert isinstance(part, GraphModule)
+        return ahead_of_time(part, _example_of(part, first.device), name)
+
+    return concurrent(graph, compile) if len(first) <= MOST_SAMPLES else ahead_of_time(graph, example)
+
+
+def ahead_of_time(graph: GraphModule, example: Sequence[Tensor | None], part: str = "") -> Callable[..., Any]:
+    """The graph as AOTInductor's code; where that fails by `torch.compile`, which keeps nothing for the next run.
+
+    Args:
+        part: see `package.build.compiled`.
+    """
+    try:
+        package = compiled(graph, example, part)
+    except UserError as error:
+        _LOG.warning("%s; torch.compile takes its place", error.message)
+        return by_inductor(graph)
+    several = isinstance(graph.graph.output_node().args[0], list | tuple)
+    return package if several else lambda *arguments: package(*arguments)[0]
+
+
+def _example_of(part: GraphModule, device: torch.device) -> list[Tensor | None]:
+    """Arguments of a part of a graph; only their forms count."""
+    forms = [node.meta.get("val") for node in part.graph.find_nodes(op="placeholder")]
+    return [
+        None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in forms
+    ]
 
 
 def by_inductor(graph: nn.Module) -> Function:
@@ -49,11 +84,11 @@ def by_inductor(graph: nn.Module) -> Function:
     """
     from torch._dynamo.exc import TorchDynamoException  # imports the compiler, which takes a second
 
-    compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+    function = torch.compile(graph, fullgraph=True, dynamic=False)
 
     def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:
         try:
-            return compiled(*arguments)
+            return function(*arguments)
         except TorchDynamoException as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(f"torch.compile failed: {reason}; run without --compile, or with --compile=try") from error

@@ -1,0 +1,67 @@
+"""A pure function compiled ahead of time: traced once with its gradient, lowered, and given to AOTInductor.
+
+What is compiled is kept across runs, in the folder of `cache_folder`, under the name of the graph (see `graph.cache`).
+It is code alone: weights are those of the graph, which the code reads where they lie.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from dgfast.errors import UserError
+from dgfast.graph import Function
+from dgfast.graph.cache import NAME, lowered
+from dgfast.graph.cache_folder import cache_folder, unwritable
+from dgfast.runtimes.cpu.native import library
+from dgfast.runtimes.package.file import Package, write
+
+
+def require(device: torch.device) -> None:
+    """
+    Raises:
+        UserError: there is no C++ compiler.
+    """
+    library.compiler()
+
+
+def build(function: Function, example: Sequence[Tensor | None]) -> Function:
+    """`function` traced with its input gradient, lowered and compiled for the shapes of `example`.
+
+    Values agree with `function` to float32 rounding. Weights are copied: those of the networks stay as they are.
+
+    Raises:
+        UserError: the network does not trace, or a compiler fails or is missing.
+    """
+    return compiled(lowered(function, example), example)
+
+
+def compiled(graph: GraphModule, example: Sequence[Tensor | None], part: str = "") -> Package:
+    """A lowered graph compiled, or the code that an earlier run has kept.
+
+    Args:
+        part: which part of the named graph it is; "": all of it.
+
+    Raises:
+        UserError: a compiler fails, or the folder cannot be written to.
+    """
+    device, name = next(x.device for x in example if x is not None), graph.meta.get(NAME)
+    if name is None:
+        with TemporaryDirectory() as folder:  # loaded code outlives its file
+            return _compiled(graph, example, Path(folder, "function.pt2"), device)
+    path = cache_folder("packages") / f"{name}{part}.pt2"
+    try:
+        return Package(path, device, graph)
+    except UserError:  # not there, or damaged
+        return _compiled(graph, example, path, device)
+
+
+def _compiled(graph: GraphModule, example: Sequence[Tensor | None], path: Path, device: torch.device) -> Package:
+    try:
+        write(graph, example, path)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    return Package(path, device, graph)
