@@ -14,13 +14,8 @@ _IDENTITIES = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.def
 
 def constant(graph: GraphModule, node: Node) -> Tensor:
     """The tensor that a get_attr node stands for."""
-    return attribute(graph, str(node.target))
-
-
-def attribute(graph: GraphModule, path: str) -> Tensor:
-    """The tensor of that name in a graph, dots for what is inside of its modules."""
     value: Any = graph
-    for name in path.split("."):
+    for name in str(node.target).split("."):
         value = getattr(value, name)
     assert isinstance(value, Tensor)
     return value.detach()

@@ -44,9 +44,9 @@ def split(graph: GraphModule) -> GraphModule | None:
     if len(set(branch.values()) - {_FIRST, _LAST}) < 2:
         return None
     parts = split_module(graph, graph, branch.__getitem__)  # type: ignore[arg-type]
+    parts.meta[NAME] = graph.meta.get(NAME)
     for call in parts.graph.find_nodes(op="call_module"):
         _move_weights(parts, call)
-        parts.get_submodule(str(call.target)).meta[NAME] = graph.meta.get(NAME)  # type: ignore[index]
     parts.graph.eliminate_dead_code()
     parts.recompile()
     return parts
@@ -111,6 +111,7 @@ def _move_weights(parts: GraphModule, call: Node) -> None:
     """Into the part that reads them: `split_module` leaves them outside and hands them over in every call."""
     part = parts.get_submodule(str(call.target))
     assert isinstance(part, GraphModule)
+    part.meta[NAME] = parts.meta[NAME]
     kept = []
     for outside, inside in zip(call.args, part.graph.find_nodes(op="placeholder"), strict=True):
         if isinstance(outside, Node) and outside.op == "get_attr":

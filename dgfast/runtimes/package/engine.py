@@ -77,10 +77,10 @@ class PackageEngine:
             raise UserError(f"{self.path}: no self-test of dgfast in it ({one_line(error)}); make it anew") from error
         least = least_sizes(self.metadata.get(PREDICTS_NOISE) == "true", inputs)
         for name, result in self(inputs).items():
-            error = relative_error(result, expected[name], least.get(name))
-            if not error <= tolerance:
+            off = relative_error(result, expected[name], least.get(name))
+            if not off <= tolerance:
                 raise UserError(
-                    f"{self.path}: its self-test fails here: output {name} differs by {error:.1e} of its largest value "
+                    f"{self.path}: its self-test fails here: output {name} differs by {off:.1e} of its largest value "
                     f"(allowed {tolerance:.0e}); make it anew on this machine"
                 )
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._aoti import AOTIModelPackageLoader  # torch._inductor's own does the same, after a second of imports
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from dgfast import bounds
 from dgfast.errors import UserError, one_line
-from dgfast.graph.nodes import attribute
+from dgfast.graph.nodes import constant
 from dgfast.graph.trace import without_collecting
 
 MADE_FOR, ARGUMENTS = "made_for", "arguments"
@@ -93,12 +93,25 @@ def write(
         try:
             with without_collecting(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, of its own code
-                exported = torch.export.export(graph, tuple(example), strict=False)
+                exported = torch.export.export(_named_by_place(graph), tuple(example), strict=False)
                 torch._inductor.aoti_compile_and_package(exported, package_path=str(new), inductor_configs=settings)
         except Exception as error:  # the compilers' exceptions have no base class of their own
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(f"AOTInductor failed: {one_line(reason)}") from error
         new.replace(path)
+
+
+def _weights(graph: GraphModule) -> dict[str, Tensor]:
+    """By names that are the same whether a graph was traced or read from its file."""
+    return {f"weight_{i}": constant(graph, node) for i, node in enumerate(graph.graph.find_nodes(op="get_attr"))}
+
+
+def _named_by_place(graph: GraphModule) -> GraphModule:
+    copy, weights = Graph(), _weights(graph)
+    copy.output(copy.graph_copy(graph.graph, {}))
+    for node, name in zip(copy.find_nodes(op="get_attr"), weights, strict=True):
+        node.target = name
+    return GraphModule(weights, copy)
 
 
 def add(path: Path, members: Mapping[str, bytes]) -> None:
@@ -193,7 +206,8 @@ class Package:
             at = -1 if device.index is None else device.index
             package = AOTIModelPackageLoader(str(path), _NAME, True, 1, at)
             # The code has their addresses alone, so they are held here.
-            self._weights = {name: attribute(weights, name) for name in package.get_constant_fqns()} if weights else {}
+            held = _weights(weights) if weights else {}
+            self._weights = {name: held[name] for name in package.get_constant_fqns()} if weights else {}
             if weights:
                 package.load_constants(self._weights, False, True, True)  # all of them, and not copied
         except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:

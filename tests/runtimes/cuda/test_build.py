@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from dgfast.errors import UserError
 from dgfast.runtimes import RUNTIMES
 from dgfast.runtimes.cuda import build
+from dgfast.runtimes.cuda.streams import MOST_SAMPLES
 from tests.runtimes.cuda.test_streams import Recorder, image, two_networks
 
 
@@ -46,7 +47,7 @@ def test_cuda_build_compiles_networks_in_parts_of_their_own_names(monkeypatch: p
 
 def test_cuda_build_compiles_a_large_batch_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = Compiler(monkeypatch)
-    large = torch.cat([image(seed) for seed in range(build.MOST_SAMPLES // 2 + 1)])
+    large = torch.cat([image(seed) for seed in range(MOST_SAMPLES // 2 + 1)])
     run = build.build(two_networks, [large])
     torch.testing.assert_close(run(large + 1), two_networks(large + 1))
     assert compiler.parts == [""]

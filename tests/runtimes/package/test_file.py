@@ -1,5 +1,6 @@
 """A package returns what its graph returns, reads weights where they lie, and opens only where it may run."""
 
+import platform
 import shutil
 import zipfile
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_package_damaged_is_refused_in_a_line(where: str, package_file: Path, tm
     ("owner", "name", "value"),
     [
         (torch, "__version__", "9.9.9"),
-        (file.platform, "machine", lambda: "riscv64"),
+        (platform, "machine", lambda: "riscv64"),
         (torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"),
     ],
 )
