@@ -5,7 +5,7 @@ The lowered graph is kept across runs (see `graph.cache`), and so is what AOTInd
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from dgfast.extras import how_to_install
 from dgfast.graph import Function
 from dgfast.graph.cache import lowered
 from dgfast.runtimes.cpu.native import library
-from dgfast.runtimes.cuda.streams import MOST_SAMPLES, concurrent
-from dgfast.runtimes.package.build import compiled
+from dgfast.runtimes.cuda.streams import MOST_SAMPLES, concurrent, split
+from dgfast.runtimes.package.build import compile_missing, compiled
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,14 +43,32 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
         UserError: the network does not trace, or see `require`.
     """
     require()
-    graph = lowered(function, example)
-    first = next(x for x in example if x is not None)
+    graph, device = lowered(function, example), _first(example).device
 
-    def compile(part: nn.Module, name: str) -> Function:
+    def compile(part: nn.Module, name: str) -> Callable[..., Any]:
         assert isinstance(part, GraphModule)
-        return ahead_of_time(part, _example_of(part, first.device), name)
+        return ahead_of_time(part, _example_of(part, device), name)
 
-    return concurrent(graph, compile) if len(first) <= MOST_SAMPLES else ahead_of_time(graph, example)
+    return concurrent(graph, compile) if len(_first(example)) <= MOST_SAMPLES else compile(graph, "")
+
+
+def prepare(functions: Sequence[tuple[Function, Sequence[Tensor | None]]]) -> None:
+    """Compile what `build` will ask for and no earlier run has kept, side by side."""
+    require()
+
+    def pieces() -> Iterator[tuple[GraphModule, Sequence[Tensor | None], str]]:
+        for function, example in functions:
+            graph = lowered(function, example)
+            parts = split(graph) if len(_first(example)) <= MOST_SAMPLES else None
+            for name, part in [("", graph)] if parts is None else parts.named_children():
+                assert isinstance(part, GraphModule)
+                yield part, _example_of(part, _first(example).device), name
+
+    compile_missing(pieces())
+
+
+def _first(example: Sequence[Tensor | None]) -> Tensor:
+    return next(x for x in example if x is not None)
 
 
 def ahead_of_time(graph: GraphModule, example: Sequence[Tensor | None], part: str = "") -> Callable[..., Any]:

@@ -9,12 +9,12 @@ import json
 import platform
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from dgfast import bounds
 from dgfast.errors import UserError, one_line
 from dgfast.graph.nodes import constant
 from dgfast.graph.trace import without_collecting
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 MADE_FOR, ARGUMENTS = "made_for", "arguments"
 """Keys of what a file says of itself: `machine`, and the forms of its arguments, as JSON."""
@@ -79,22 +82,39 @@ def write(
     Raises:
         UserError: AOTInductor fails, or one of the compilers that it calls.
     """
-    import torch._inductor  # the compiler, which takes a second
+    compile(lambda: exported(graph, example), settings(example, metadata), path)
 
+
+def exported(graph: GraphModule, example: Sequence[Tensor | None]) -> "ExportedProgram":
+    """The graph as PyTorch's compiler takes it."""
+    return torch.export.export(_named_by_place(graph), tuple(example), strict=False)
+
+
+def settings(example: Sequence[Tensor | None], metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """What to tell AOTInductor; see `write`."""
     forms = [asdict(Form.of(x)) for x in example if x is not None]
     made_for = machine(next(x.device for x in example if x is not None))
-    settings = {
+    return {
         "aot_inductor.package_constants_in_so": metadata is not None,
         "aot_inductor.metadata": {**(metadata or {}), MADE_FOR: made_for, ARGUMENTS: json.dumps(forms)},
     }
+
+
+def compile(program: "Callable[[], ExportedProgram]", settings: dict[str, Any], path: Path) -> None:
+    """Compile a program to that file, in one move.
+
+    Raises:
+        UserError: AOTInductor fails, or one of the compilers that it calls.
+    """
+    import torch._inductor  # the compiler, which takes a second
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         new = Path(folder, path.name)
         try:
             with without_collecting(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, of its own code
-                exported = torch.export.export(_named_by_place(graph), tuple(example), strict=False)
-                torch._inductor.aoti_compile_and_package(exported, package_path=str(new), inductor_configs=settings)
+                torch._inductor.aoti_compile_and_package(program(), package_path=str(new), inductor_configs=settings)
         except Exception as error:  # the compilers' exceptions have no base class of their own
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(f"AOTInductor failed: {one_line(reason)}") from error

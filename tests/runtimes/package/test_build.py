@@ -103,3 +103,27 @@ def test_graphs_carry_their_names(written: list[str]) -> None:
     named = cache.lowered(job.generator(_net()), LATENTS)
     nameless = cache.lowered(lambda x: (x + 1,), (torch.zeros(2),))
     assert isinstance(named.meta[cache.NAME], str) and nameless.meta[cache.NAME] is None
+
+
+def test_package_runtime_compiles_several_functions_side_by_side(
+    written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a process of its own, so that none is compiled when it is built."""
+    functions = [(job.generator(_net(seed)), LATENTS) for seed in (0, 1)]
+    RUNTIMES["package"].prepare(functions)
+    assert len([*cache_folder("packages").iterdir()]) == 2
+    for function, example in functions:
+        run = RUNTIMES["package"].build(function, example)
+        torch.testing.assert_close(run(*example), function(*example), rtol=2e-5, atol=2e-5)
+    assert written == []
+    monkeypatch.setattr(build, "compile_all", lambda graphs: pytest.fail("they were there"))
+    RUNTIMES["package"].prepare(functions)
+
+
+def test_package_runtime_leaves_what_fails_beside_to_its_builder(
+    written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    RUNTIMES["package"].prepare([(job.generator(_net(seed)), LATENTS) for seed in (0, 1)])
+    assert not [*cache_folder("packages").iterdir()]
