@@ -71,7 +71,7 @@ class Sampler:
         self._runtime = chosen(runtime)
         self._capture = self._runtime.capture(self.device)
         self._functions = Kept()
-        calls = [g for step in self.steps for g in (step.predictor, step.corrector) if g is not None]
+        calls = [*self._guidances().elements()]
         self.score_evaluations = sum(1 + sum(guidance.evaluations for guidance in call) for call in calls)
         self.guidance_gradients = sum(guidance.gradients for call in calls for guidance in call)
 
@@ -201,6 +201,8 @@ class Sampler:
 
     def prepare(self, batch: int) -> None:
         """Build every function that the plan calls for batches of this size, so that sampling itself compiles none."""
+        example, guidances = self._call_example(batch), self._guidances()
+        self._runtime.prepare([(self.job.called(g, self.guidance.dg_every > 1), example) for g in guidances])
         for call, _ in self._calls(batch):
             call()
         if self._capture is not None:
@@ -217,14 +219,19 @@ class Sampler:
 
     def _calls(self, batch: int) -> Iterator[tuple[Callable[[], object], int]]:
         """Each function of the plan, called with zeros, and how often the plan calls it."""
-        x, sigma, labels = self._example(batch)
-        bounds = self._uploaded([self.steps[0].log_variances], batch)[0] if self._solver.function == "posterior" else ()
-        example = (x, sigma, labels, *bounds)
-        calls = Counter(g for step in self.steps for g in (step.predictor, step.corrector) if g is not None)
+        example = self._call_example(batch)
         with torch.no_grad():
-            for guidances, count in calls.items():
+            for guidances, count in self._guidances().items():
                 function = self._function(guidances, example, self.guidance.dg_every > 1)
                 yield partial(function, *example), count
+
+    def _guidances(self) -> Counter[tuple[Guidance, ...]]:
+        """The guidances of the plan's calls, and how many calls have them."""
+        return Counter(g for step in self.steps for g in (step.predictor, step.corrector) if g is not None)
+
+    def _call_example(self, batch: int) -> tuple[Tensor | None, ...]:
+        bounds = self._uploaded([self.steps[0].log_variances], batch)[0] if self._solver.function == "posterior" else ()
+        return *self._example(batch), *bounds
 
     def _example(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         x = torch.zeros((batch, *self.shape), dtype=self.state_dtype, device=self.device)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from dgfast.export.half_products import half_products, round_on_a_cpu, wide_products
-from dgfast.export.parity import ParityError, Report, Row, Runs, compare, signature
+from dgfast.export.parity import ParityError, Report, Row, signature
+from dgfast.export.proof import TOLERANCES, value_rows
 from dgfast.export.subject import Subject
 from dgfast.export.written_out import written_out
 from dgfast.runtimes.onnx.cuda import FUSED
@@ -20,11 +21,6 @@ from dgfast.runtimes.onnx.fused import OPERATORS
 from dgfast.runtimes.onnx.session import OnnxEngine, stored_tensor
 from dgfast.runtimes.onnx.writer import convert, operations
 
-TOLERANCES = {"float32": 1e-4, "fp16": 2e-2}
-"""Largest difference from eager float32, see `parity.Row`."""
-TRAJECTORY_TOLERANCES = {"float32": 2e-3, "fp16": 1e-2}
-"""The same for a whole run, as a share of the pixel range, which is 2."""
-OPEN_BATCHES = 1, 5
 OPSET = 18
 """What ONNX Runtime's CUDA provider has every operation for; of 19 and newer it computes Resize and Pad on the host."""
 
@@ -54,11 +50,7 @@ def export(
         counted = _written(subject, path, batch, dtype, opset, target, metadata)
         say(f"{counted.total()} nodes: {', '.join(f'{op} {n}' for op, n in counted.most_common())}")
         report = _proved(path, subject, batch, dtype, target)
-        said = ("bundle", "what", "weights_sha256", "commit")
-        report.about.update({key: metadata[key] for key in said if key in metadata})
-        report.about.update({"dtype": dtype, "nodes": dict(counted.most_common())})
-        path.with_suffix(".parity.json").write_text(report.json() + "\n")
-        path.with_suffix(".parity.txt").write_text(report.table())
+        report.write(path, metadata, dtype=dtype, nodes=dict(counted.most_common()))
         report.check()
     except BaseException:
         remove(path)
@@ -96,10 +88,10 @@ def _proved(path: Path, subject: Subject, batch: int | None, dtype: str, target:
     with tempfile.TemporaryDirectory() as folder:
         readable = path if target != FUSED else _on_a_cpu(path, Path(folder), written_out)
         engine = OnnxEngine(readable)
-        rows = list(_signature_rows(engine, subject, batch)) or _value_rows(engine, subject, batch, dtype)
+        rows = list(_signature_rows(engine, subject, batch)) or value_rows(engine, subject, batch, dtype)
         if dtype != "float32" and not any(row.problem for row in rows):
             rounded = OnnxEngine(_on_a_cpu(readable, Path(folder, "rounded"), round_on_a_cpu))
-            found = _value_rows(rounded, subject, batch, dtype)
+            found = value_rows(rounded, subject, batch, dtype)
             rows += [replace(row, case=f"{row.case}, rounded as on a GPU") for row in found]
     device = "cpu" if target != FUSED else "cuda" if torch.cuda.is_available() else None
     report = Report(rows, {} if target != FUSED else {"compared": "a copy in ONNX's operators", "run on": device})
@@ -124,13 +116,6 @@ def _on_a_cpu(path: Path, folder: Path, rewrite: Callable[[Any], Any]) -> Path:
         entry.value = "onnxruntime" if entry.key == "for" else entry.value
     save(model, copy)
     return copy
-
-
-def _value_rows(engine: Runs, subject: Subject, batch: int | None, dtype: str) -> list[Row]:
-    sizes = [batch] if batch else list(OPEN_BATCHES)
-    cases = [case for size in sizes for case in subject.cases(size)]
-    rows = compare(subject, engine, cases, TOLERANCES[dtype], dict.fromkeys(subject.outputs, torch.float32)).rows
-    return rows + subject.whole_run(subject, engine, batch or 1, TRAJECTORY_TOLERANCES[dtype])
 
 
 def _signature_rows(engine: OnnxEngine, subject: Subject, batch: int | None) -> Iterator[Row]:

@@ -8,6 +8,7 @@ report.check()  # raises the first thing that is wrong, under its own name
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,6 +115,13 @@ class Report:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
         return "\n".join([*(f"{key}: {value}" for key, value in self.about.items()), *text]) + "\n"
+
+    def write(self, path: Path, metadata: Mapping[str, str], **about: Any) -> None:
+        """Write it beside an exported file, as JSON and as text, with what is known of the file."""
+        said = ("bundle", "what", "weights_sha256", "commit")
+        self.about.update({key: metadata[key] for key in said if key in metadata}, **about)
+        path.with_suffix(".parity.json").write_text(self.json() + "\n")
+        path.with_suffix(".parity.txt").write_text(self.table())
 
     def check(self) -> None:
         """Raises the error that the first bad row is named after."""

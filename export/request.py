@@ -14,6 +14,7 @@ from dgfast import __version__
 from dgfast import bundle as bundles
 from dgfast.bundle import Bundle
 from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.devices import DTYPES
 from dgfast.errors import UserError
 from dgfast.export.joint_graph import generator, joint
 from dgfast.export.onnx_file import OPSET, export
@@ -33,16 +34,16 @@ class Request:
     sampling: SamplingConfig
     guidance: GuidanceConfig
 
-    def subject(self, device: torch.device | str = "cpu") -> Subject:
-        """The function in eager PyTorch, in float32.
+    def subject(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Subject:
+        """The function in eager PyTorch, with weights of that type.
 
         Raises:
             UserError: the bundle lacks one of its networks, or there is no such function under these settings.
         """
         if self.what == "generator":
-            net: Any = self.bundle.load("generator", device)
+            net: Any = self.bundle.load("generator", device, dtype)
             return generator(net)
-        return joint(load(self.bundle, device, guidance=self.guidance), self.sampling, self.guidance, self.what)
+        return joint(load(self.bundle, device, dtype, self.guidance), self.sampling, self.guidance, self.what)
 
     def describe(self, subject: Subject) -> dict[str, str]:
         """What a file says of itself, each value as text; numbers and lists as JSON."""
@@ -80,6 +81,22 @@ class Request:
             subject, path, batch=batch, dtype=dtype, opset=opset, target=target,
             metadata=self.describe(subject), say=click.echo,
         )  # fmt: skip
+        click.echo(report.table(), nl=False)
+        return path
+
+    def package(self, out: Path, *, batch: int, dtype: str, device: torch.device) -> Path:
+        """The function as a proved package in that folder; says on standard output how right it is.
+
+        Raises:
+            ParityError, UserError: see `package_file.export`.
+        """
+        from dgfast.export import package_file
+
+        subject, reference = self.subject(device, DTYPES[dtype]), self.subject()
+        path = out / f"{self.bundle.name}-{subject.what}-b{batch}-{dtype}-{device.type}.pt2"
+        report = package_file.export(
+            subject, reference, path, batch=batch, dtype=dtype, device=device, metadata=self.describe(subject)
+        )
         click.echo(report.table(), nl=False)
         return path
 

@@ -21,6 +21,7 @@ if __name__ == "__main__" and not __package__:  # run by its path: no file here 
 
 from dgfast.errors import UserError
 from dgfast.export import request
+from dgfast.export.proof import TOLERANCES
 from dgfast.export.request import Request
 from dgfast.extras import require
 from dgfast.options import WHAT, Group, GuidedCommand, option
@@ -28,10 +29,6 @@ from dgfast.runtimes.onnx.file import files_of
 from dgfast.runtimes.tensorrt.builder import HARDWARE, Built, Options, build, parse
 from dgfast.runtimes.tensorrt.file import EXECUTED, EngineFile
 from dgfast.runtimes.tensorrt.library import FLAVORS, find, layer_table
-
-TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1}
-"""Most that an output may be off, relative to its sample; what float32 is held to everywhere, and what eager's own
-rounding in the other types amounts to."""
 
 
 class BatchRange(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer

@@ -46,6 +46,8 @@ SHORT = (
     (r"64x64_diffusion|64x64_classifier|adm-64", "{} --help"),  # known by its full size alone, 1.2 GB
     (r"benchmarks\.report results\.json", "python -m benchmarks.report benchmarks/results/cpu-2-cores.json"),
     (r"--out (?:cold|warm)$|benchmarks[./]|to_trt|^dgfast evaluate", "{} --help"),
+    (r"to_package", "{} --help"),
+    (r"package_only|TORCH=", "ls examples/package_only.cpp"),
     (r"export/to_onnx\.py .*--(?:batch|what step)|--engine", "{} --help"),
     (r"dgfast[ .]sample .*--one-step", "{} --seeds 0-15"),
     (r"dgfast[ .]sample .*--(?:compile|runtime)", "{} --seeds 0-1 --steps 2 --dg-weight 0"),

@@ -61,7 +61,7 @@ ROOMS = {
     "batches": ({"errors", "one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }
 # Folder of a runtime -> the folders of others from which it takes something.
-RUNTIMES = {"cpu": set(), "cuda": {"cpu"}, "onnx": set(), "tensorrt": {"onnx"}}
+RUNTIMES = {"cpu": set(), "cuda": {"cpu", "package"}, "onnx": set(), "package": {"cpu"}, "tensorrt": {"onnx"}}
 DOORS = {"__main__", "convert", "evaluate", "report", "sample", "train"}
 
 

@@ -28,6 +28,9 @@ from dgfast.graph.lower import fold_constants, unfolded
 from dgfast.graph.nodes import constant
 from dgfast.graph.trace import trace
 
+NAME = "name"
+"""Where `lowered` leaves the graph's name, in its `meta`: None, if it has none and nothing made of it may be kept."""
+
 _NAMESPACES = ("aten", "prims", "dgfast")
 _NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}  # as torch.<name>
 _MOST_BYTES = 4 << 20  # of constants that are not the function's own tensors
@@ -46,6 +49,7 @@ def lowered(function: Function, example: Sequence[Tensor | None]) -> GraphModule
         if path:
             _keep(path, graph, tensors)
     fold_constants(graph)
+    graph.meta[NAME] = path and path.stem
     return graph
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -40,7 +41,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         raise NamelessError("hooks or modes that see every operation")
     attention, cudnn = torch.backends.cuda, torch.backends.cudnn
     return {
-        "versions": (sys.version, str(torch.__version__), torch.version.git_version, sys.modules["numpy"].__version__),
+        "versions": (
+            sys.version, str(torch.__version__), torch.version.git_version, sys.modules["numpy"].__version__, _triton(),
+        ),
         "machine": (platform.machine(), torch.backends.cpu.get_cpu_capability()),
         "gpu": (torch.cuda.get_device_name(device), cudnn.version()) if device.type == "cuda" else None,
         "dgfast": (_sources(), _in_memory()),
@@ -58,6 +61,15 @@ def environment(device: torch.device) -> dict[str, Any]:
             attention.cudnn_sdp_enabled(), torch._C._get_sdp_priority_order(),
         ),
     }  # fmt: skip
+
+
+@cache
+def _triton() -> str | None:
+    """The version of Triton, which what is compiled from the graph depends on."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _sources() -> str:

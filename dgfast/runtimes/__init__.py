@@ -35,6 +35,7 @@ class Runtime:
         build: a `Build`. Results agree with the function's to `tolerance`.
         capture: gives, for a device, a `Build` for whole steps of a solver, which call what `build` made: one launch a
             step. None where that gains nothing.
+        prepare: told which functions will be built for which examples, it may do together what takes long.
         require: raises a UserError where something that it needs on a device is not installed, in one line.
         precisions: those of `PRECISIONS` in which the networks may be.
         tolerance: the most that a result may be off in float32, see `agreement.relative_error`.
@@ -45,6 +46,7 @@ class Runtime:
     build: Build
     capture: "Callable[[torch.device], Build | None]" = lambda device: None
     require: "Callable[[torch.device], None]" = lambda device: None
+    prepare: Callable[[Sequence[tuple[Function, Example]]], None] = lambda functions: None
     precisions: Collection[str] = PRECISIONS
     tolerance: float = 2e-5
     open: Callable[..., Any] | None = None
@@ -134,6 +136,11 @@ def _compiled(function: Function, example: Example) -> Function:
     return _of(_compiler(_device(example)), "build")(function, example)
 
 
+def _prepare_compiled(functions: Sequence[tuple[Function, Example]]) -> None:
+    if functions and _device(functions[0][1]).type == "cuda":
+        _of("cuda.build", "prepare")(functions)
+
+
 def _require_compiler(device: "torch.device") -> None:
     _of(_compiler(device), "require")()
 
@@ -146,10 +153,14 @@ RUNTIMES = {
     runtime.name: runtime
     for runtime in (
         Runtime("eager", _eager),
-        Runtime("compiled", _compiled, _cuda_graph, _require_compiler),
+        Runtime("compiled", _compiled, _cuda_graph, _require_compiler, _prepare_compiled),
         Runtime(
             "onnx", _of("onnx.build", "build"), require=_of("onnx.build", "require"), tolerance=1e-4,
             open=_of("onnx.session", "OnnxEngine"),
+        ),
+        Runtime(
+            "package", _of("package.build", "build"), _cuda_graph, _of("package.build", "require"),
+            _of("package.build", "prepare"), open=_of("package.engine", "PackageEngine"),
         ),
         Runtime(
             "tensorrt", _of("tensorrt.build", "build"), require=_of("tensorrt.build", "require"), tolerance=1e-4,

@@ -15,7 +15,7 @@ import torch
 
 from dgfast.bundle import Bundle
 from dgfast.errors import UserError
-from dgfast.export import onnx_file
+from dgfast.export import proof
 from dgfast.export.joint_graph import joint
 from dgfast.export.subject import Joint
 from dgfast.networks import load
@@ -105,7 +105,7 @@ def test_export_half_precision_says_how_far_it_is_off(bundle: Bundle, tmp_path: 
 
 
 def test_export_that_fails_leaves_no_file(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(onnx_file.TOLERANCES, "float32", 1e-12)
+    monkeypatch.setitem(proof.TOLERANCES, "float32", 1e-12)
     done = export("--bundle", str(bundle.folder), "--batch", "1", "--dg-weight", "0", "--out", str(tmp_path))
     assert done.exit_code == 1 and "differs by" in done.output
     assert not list(tmp_path.glob("*.onnx*")) and len(list(tmp_path.glob("*.parity.*"))) == 2

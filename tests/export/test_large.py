@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from dgfast.bundle import Bundle
 from dgfast.errors import UserError
-from dgfast.export import onnx_file, to_onnx
+from dgfast.export import proof, to_onnx
 from dgfast.image_folder import read_images
 from dgfast.runtimes.onnx.file import data_of, files_of, save
 from dgfast.runtimes.onnx.session import OnnxEngine
@@ -81,7 +81,7 @@ def test_large_export_is_a_file_and_its_weights_which_sample_as_one(small_bundle
 def test_large_export_that_fails_leaves_neither_file(
     small_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(onnx_file.TOLERANCES, "float32", 1e-12)
+    monkeypatch.setitem(proof.TOLERANCES, "float32", 1e-12)
     done = export(small_bundle, tmp_path, "--batch", "1")
     assert done.exit_code == 1 and "differs by" in done.output
     assert [name.partition(".")[2] for name in names(tmp_path)] == ["parity.json", "parity.txt"]

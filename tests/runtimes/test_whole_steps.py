@@ -68,13 +68,14 @@ def test_runtimes_of_whole_steps_change_nothing(
 ) -> None:
     """And each different step is built once a size, by `prepare`: sampling builds none."""
     networks = Networks(tiny_net(label_dim=3, channel_mult=[1]), small_discriminator(3))
-    runtime, of_denoiser = Recording(), Recording()
-    sampler = Sampler(networks, sampling, guidance, runtime=Runtime("recording", of_denoiser, lambda _: runtime))
+    runtime, of_denoiser, announced = Recording(), Recording(), list[int]()
+    recording = Runtime("recording", of_denoiser, lambda _: runtime, prepare=lambda fs: announced.append(len(fs)))
+    sampler = Sampler(networks, sampling, guidance, runtime=recording)
     kinds = len({(step.predictor, step.corrector) for step in sampler.steps})
     calls_of_net = {call for step in sampler.steps for call in (step.predictor, step.corrector) if call is not None}
     assert 2 <= kinds < len(sampler.steps)
     sampler.prepare(2)
-    assert runtime.built == kinds and of_denoiser.built == len(calls_of_net)
+    assert runtime.built == kinds and of_denoiser.built == len(calls_of_net) and announced == [of_denoiser.built]
     calls = runtime.calls
     plain = Sampler(networks, sampling, guidance)
     for labels in (None, [2, 0]):

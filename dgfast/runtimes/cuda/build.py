@@ -1,13 +1,16 @@
 """A pure function compiled for CUDA: traced once with its gradient, and given to inductor, which generates Triton.
 
-The lowered graph is kept across runs (see `graph.cache`), and so is what inductor compiles: in the folder of the
-environment's TORCHINDUCTOR_CACHE_DIR, or torchinductor_<user> in the system's folder for temporary files.
+The lowered graph is kept across runs (see `graph.cache`), and so is what AOTInductor compiles of it (see
+`package.build`): a second run loads both.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._triton import has_triton
 
 from dgfast.errors import UserError
@@ -15,7 +18,10 @@ from dgfast.extras import how_to_install
 from dgfast.graph import Function
 from dgfast.graph.cache import lowered
 from dgfast.runtimes.cpu.native import library
-from dgfast.runtimes.cuda.streams import MOST_SAMPLES, concurrent
+from dgfast.runtimes.cuda.streams import MOST_SAMPLES, concurrent, split
+from dgfast.runtimes.package.build import compile_missing, compiled
+
+_LOG = logging.getLogger(__name__)
 
 
 def require() -> None:
@@ -37,8 +43,55 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
         UserError: the network does not trace, or see `require`.
     """
     require()
-    graph, batch = lowered(function, example), len(next(x for x in example if x is not None))
-    return concurrent(graph, by_inductor) if batch <= MOST_SAMPLES else by_inductor(graph)
+    graph, device = lowered(function, example), _first(example).device
+
+    def compile(part: nn.Module, name: str) -> Callable[..., Any]:
+        assert isinstance(part, GraphModule)
+        return ahead_of_time(part, _example_of(part, device), name)
+
+    return concurrent(graph, compile) if len(_first(example)) <= MOST_SAMPLES else compile(graph, "")
+
+
+def prepare(functions: Sequence[tuple[Function, Sequence[Tensor | None]]]) -> None:
+    """Compile what `build` will ask for and no earlier run has kept, side by side."""
+    require()
+
+    def pieces() -> Iterator[tuple[GraphModule, Sequence[Tensor | None], str]]:
+        for function, example in functions:
+            graph = lowered(function, example)
+            parts = split(graph) if len(_first(example)) <= MOST_SAMPLES else None
+            for name, part in [("", graph)] if parts is None else parts.named_children():
+                assert isinstance(part, GraphModule)
+                yield part, _example_of(part, _first(example).device), name
+
+    compile_missing(pieces())
+
+
+def _first(example: Sequence[Tensor | None]) -> Tensor:
+    return next(x for x in example if x is not None)
+
+
+def ahead_of_time(graph: GraphModule, example: Sequence[Tensor | None], part: str = "") -> Callable[..., Any]:
+    """The graph as AOTInductor's code; where that fails by `torch.compile`, which keeps nothing for the next run.
+
+    Args:
+        part: see `package.build.compiled`.
+    """
+    try:
+        package = compiled(graph, example, part)
+    except UserError as error:
+        _LOG.warning("%s; torch.compile takes its place", error.message)
+        return by_inductor(graph)
+    several = isinstance(graph.graph.output_node().args[0], list | tuple)
+    return package if several else lambda *arguments: package(*arguments)[0]
+
+
+def _example_of(part: GraphModule, device: torch.device) -> list[Tensor | None]:
+    """Arguments of a part of a graph; only their forms count."""
+    forms = [node.meta.get("val") for node in part.graph.find_nodes(op="placeholder")]
+    return [
+        None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in forms
+    ]
 
 
 def by_inductor(graph: nn.Module) -> Function:
@@ -49,11 +102,11 @@ def by_inductor(graph: nn.Module) -> Function:
     """
     from torch._dynamo.exc import TorchDynamoException  # imports the compiler, which takes a second
 
-    compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+    function = torch.compile(graph, fullgraph=True, dynamic=False)
 
     def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:
         try:
-            return compiled(*arguments)
+            return function(*arguments)
         except TorchDynamoException as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(f"torch.compile failed: {reason}; run without --compile, or with --compile=try") from error

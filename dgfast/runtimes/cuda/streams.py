@@ -13,9 +13,13 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.passes.split_module import split_module
 
 from dgfast.graph import Function
+from dgfast.graph.cache import NAME
 from dgfast.graph.nodes import constant
 
 aten = torch.ops.aten
+
+Compile = Callable[[nn.Module, str], Callable[..., Any]]
+"""(a part, its name, "" if it is the whole) -> a faster function that returns the same."""
 
 MOST_SAMPLES = 32
 """Up to this batch networks get streams: with 32 samples, 512 channels of 8 x 8 pixels are 64 tiles of 128 x 128 in a
@@ -40,6 +44,7 @@ def split(graph: GraphModule) -> GraphModule | None:
     if len(set(branch.values()) - {_FIRST, _LAST}) < 2:
         return None
     parts = split_module(graph, graph, branch.__getitem__)  # type: ignore[arg-type]
+    parts.meta[NAME] = graph.meta.get(NAME)
     for call in parts.graph.find_nodes(op="call_module"):
         _move_weights(parts, call)
     parts.graph.eliminate_dead_code()
@@ -50,14 +55,14 @@ def split(graph: GraphModule) -> GraphModule | None:
 class Concurrent:
     """The parts of a split graph, each branch but one on a stream of its own."""
 
-    def __init__(self, parts: GraphModule, compile: Callable[[nn.Module], Any]) -> None:
+    def __init__(self, parts: GraphModule, compile: Compile) -> None:
         """
         Args:
             parts: of `split`. compile: makes a faster callable of each.
         """
         branches = [name for name, _ in parts.named_children() if not name.endswith((_FIRST, _LAST))]
         self._streams = {name: torch.cuda.Stream() for name in branches[1:]}
-        self._parts = {name: compile(part) for name, part in parts.named_children()}
+        self._parts = {name: compile(part, name) for name, part in parts.named_children()}
         self._graph = parts
 
     def __call__(self, *arguments: Any) -> Any:
@@ -96,16 +101,17 @@ class _Runner(Interpreter):
         return self._through(target, args)
 
 
-def concurrent(graph: GraphModule, compile: Callable[[nn.Module], Any]) -> Function:
+def concurrent(graph: GraphModule, compile: Compile) -> Function:
     """The graph compiled: in parts, its networks beside one another, if it has several."""
     parts = split(graph)
-    return compile(graph) if parts is None else Concurrent(parts, compile)
+    return compile(graph, "") if parts is None else Concurrent(parts, compile)
 
 
 def _move_weights(parts: GraphModule, call: Node) -> None:
     """Into the part that reads them: `split_module` leaves them outside and hands them over in every call."""
     part = parts.get_submodule(str(call.target))
     assert isinstance(part, GraphModule)
+    part.meta[NAME] = parts.meta[NAME]
     kept = []
     for outside, inside in zip(call.args, part.graph.find_nodes(op="placeholder"), strict=True):
         if isinstance(outside, Node) and outside.op == "get_attr":

@@ -97,7 +97,7 @@ class Recorder:
         yield
         self.current = before
 
-    def compile(self, part: nn.Module) -> Callable[..., Any]:
+    def compile(self, part: nn.Module, name: str) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
             self.events.append((self.current, "runs", str(heavy(part))))
             return part(*arguments)

@@ -1,0 +1,56 @@
+"""Several packages compiled side by side, a process each: most of the time PyTorch's compiler uses one core.
+
+python -m dgfast.runtimes.package.beside FOLDER compiles the program that `compile_all` left in that folder.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from dgfast import ops
+from dgfast.runtimes.package.file import compile, exported, settings
+
+_PROGRAM, _SETTINGS, _PACKAGE = "program.pt2", "settings.json", "package.pt2"
+
+
+def compile_all(graphs: Sequence[tuple[GraphModule, Sequence[Tensor | None], Path]]) -> None:
+    """Compile each graph for its example to its file, without weights.
+
+    One that fails leaves no file: whoever needs it compiles it in the usual way, which says why.
+    """
+    cores = os.cpu_count() or 1
+    at_once = min(len(graphs), max(1, cores // 2))
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores // at_once))}
+    with ExitStack() as stack, ThreadPoolExecutor(at_once) as pool:
+        for graph, example, path in graphs:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix=".writing-", dir=path.parent)))
+            torch.export.save(exported(graph, example), folder / _PROGRAM)
+            (folder / _SETTINGS).write_text(json.dumps(settings(example, None)))
+            pool.submit(_compile_elsewhere, folder, path, environment)
+
+
+def _compile_elsewhere(folder: Path, path: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run([sys.executable, "-m", __name__, str(folder)], env=environment, stderr=subprocess.DEVNULL)
+    if done.returncode == 0:
+        (folder / _PACKAGE).replace(path)
+
+
+def _compile(folder: Path) -> None:
+    ops.register_all()  # or the program names kernels that this process does not know
+    told = json.loads((folder / _SETTINGS).read_text())
+    compile(lambda: torch.export.load(folder / _PROGRAM), told, folder / _PACKAGE)
+
+
+if __name__ == "__main__":
+    _compile(Path(sys.argv[1]))

@@ -1,0 +1,247 @@
+"""A lowered graph compiled ahead of time, by PyTorch's AOTInductor, into one file; and that file as a function.
+
+The file is a zip archive with machine code in it: for one version of PyTorch, and one kind of processor or GPU. What it
+says of itself is read without loading that code. The code trusts its caller, and reads memory as it was told when it
+was compiled: everything about the arguments is looked at here.
+"""
+
+import json
+import platform
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._C._aoti import AOTIModelPackageLoader  # torch._inductor's own does the same, after a second of imports
+from torch.fx import Graph, GraphModule
+
+from dgfast import bounds
+from dgfast.errors import UserError, one_line
+from dgfast.graph.nodes import constant
+from dgfast.graph.trace import without_collecting
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+MADE_FOR, ARGUMENTS = "made_for", "arguments"
+"""Keys of what a file says of itself: `machine`, and the forms of its arguments, as JSON."""
+OURS = "dgfast"
+"""Folder in the archive for what is no part of the code."""
+_NAME = "model"  # of the function in the archive, AOTInductor's default
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an argument lies in memory. dtype: its name, such as float32."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Form":
+        return cls(tuple(x.shape), x.stride(), str(x.dtype).removeprefix("torch."))
+
+    def laid_out(self, x: Tensor, device: torch.device) -> Tensor:
+        """`x` in this form on that device; itself, if it is.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        if tuple(x.shape) != self.shape:
+            raise ValueError(f"a tensor has shape {list(x.shape)}, not {list(self.shape)}")
+        if Form.of(x) == self and x.device == device:
+            return x
+        return torch.empty_strided(self.shape, self.stride, dtype=getattr(torch, self.dtype), device=device).copy_(x)
+
+
+def machine(device: torch.device) -> str:
+    """What compiled code is for: this PyTorch, and the kind of processor or GPU."""
+    if device.type == "cuda":
+        kind = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    else:
+        kind = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    return f"torch {torch.__version__} on {kind}"
+
+
+def write(
+    graph: GraphModule, example: Sequence[Tensor | None], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Compile the graph, for arguments that lie in memory as the example's do, into a file whose name ends in .pt2.
+
+    Args:
+        metadata: what the file says of itself; its weights are in it then. None: neither, and whoever opens it hands
+            the weights over.
+
+    Raises:
+        UserError: AOTInductor fails, or one of the compilers that it calls.
+    """
+    compile(lambda: exported(graph, example), settings(example, metadata), path)
+
+
+def exported(graph: GraphModule, example: Sequence[Tensor | None]) -> "ExportedProgram":
+    """The graph as PyTorch's compiler takes it."""
+    return torch.export.export(_named_by_place(graph), tuple(example), strict=False)
+
+
+def settings(example: Sequence[Tensor | None], metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """What to tell AOTInductor; see `write`."""
+    forms = [asdict(Form.of(x)) for x in example if x is not None]
+    made_for = machine(next(x.device for x in example if x is not None))
+    return {
+        "aot_inductor.package_constants_in_so": metadata is not None,
+        "aot_inductor.metadata": {**(metadata or {}), MADE_FOR: made_for, ARGUMENTS: json.dumps(forms)},
+    }
+
+
+def compile(program: "Callable[[], ExportedProgram]", settings: dict[str, Any], path: Path) -> None:
+    """Compile a program to that file, in one move.
+
+    Raises:
+        UserError: AOTInductor fails, or one of the compilers that it calls.
+    """
+    import torch._inductor  # the compiler, which takes a second
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+        new = Path(folder, path.name)
+        try:
+            with without_collecting(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, of its own code
+                torch._inductor.aoti_compile_and_package(program(), package_path=str(new), inductor_configs=settings)
+        except Exception as error:  # the compilers' exceptions have no base class of their own
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(f"AOTInductor failed: {one_line(reason)}") from error
+        new.replace(path)
+
+
+def _weights(graph: GraphModule) -> dict[str, Tensor]:
+    """By names that are the same whether a graph was traced or read from its file."""
+    return {f"weight_{i}": constant(graph, node) for i, node in enumerate(graph.graph.find_nodes(op="get_attr"))}
+
+
+def _named_by_place(graph: GraphModule) -> GraphModule:
+    copy, weights = Graph(), _weights(graph)
+    copy.output(copy.graph_copy(graph.graph, {}))
+    for node, name in zip(copy.find_nodes(op="get_attr"), weights, strict=True):
+        node.target = name
+    return GraphModule(weights, copy)
+
+
+def add(path: Path, members: Mapping[str, bytes]) -> None:
+    """Put these into the file, by name, for `read`; it is the old one or the new one at every moment."""
+    new = path.with_name(f".{path.name}.partial")
+    try:
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(new, "w") as archive:
+            root = old.namelist()[0].partition("/")[0]
+            added = {f"{root}/{OURS}/{name}": content for name, content in members.items()}
+            for member in (member for member in old.infolist() if member.filename not in added):
+                archive.writestr(member, old.read(member))
+            for name, content in added.items():
+                archive.writestr(name, content)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def read(path: Path, name: str) -> bytes:
+    """What `add` put into the file under this name.
+
+    Raises:
+        UserError: there is nothing.
+    """
+    with _archive(path) as archive:
+        for member in archive.namelist():
+            if member.endswith(f"/{OURS}/{name}"):
+                return archive.read(member)
+    raise UserError(f"{path} has no {name} in it; make it anew with python -m dgfast.export.to_package")
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What the file says of itself. No byte of it is damaged.
+
+    Raises:
+        UserError: it is no package of dgfast, or damaged.
+    """
+    said: dict[str, str] = {}
+    with _archive(path) as archive:
+        if damaged := archive.testzip():
+            raise UserError(f"{path} is damaged (in {one_line(damaged)}); make it anew")
+        for member in archive.namelist():
+            if member.endswith("_metadata.json"):
+                said |= bounds.parse_json(archive.read(member).decode())
+    if not said.keys() >= {MADE_FOR, ARGUMENTS} or not all(isinstance(text, str) for text in said.values()):
+        raise UserError(f"{path} is not a package of dgfast; make one with python -m dgfast.export.to_package")
+    return said
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """
+    Raises:
+        UserError: no such file, or it is no archive that can be read.
+    """
+    try:
+        with bounds.open_file(path) as stream, zipfile.ZipFile(stream) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("it is compressed, as no package is")
+            yield archive
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, RecursionError, NotImplementedError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not a package that can be read ({one_line(error)}); make it anew") from error
+
+
+class Package:
+    """A file as a function of tensors, in the order and shapes of its example, without those that were None.
+
+    It runs on the current stream, and one call at a time.
+
+    Attributes:
+        path: the file. metadata: what it says of itself. forms: of its arguments. device: where they lie.
+    """
+
+    def __init__(self, path: Path, device: torch.device, weights: GraphModule | None = None) -> None:
+        """
+        Args:
+            weights: the graph that the file was compiled from, if they are not inside.
+
+        Raises:
+            UserError: it is damaged, or made for another PyTorch, processor or GPU.
+        """
+        self.path, self.device, self.metadata = path, device, metadata(path)
+        if self.metadata[MADE_FOR] != machine(device):
+            raise UserError(
+                f"{path} was made for {self.metadata[MADE_FOR]}, and here is {machine(device)}; make it anew here"
+            )
+        try:
+            self.forms = [Form(tuple(f["shape"]), tuple(f["stride"]), f["dtype"]) for f in self._arguments()]
+            # Threads that share it would have to be told apart by events, which a CUDA graph cannot record.
+            at = -1 if device.index is None else device.index
+            package = AOTIModelPackageLoader(str(path), _NAME, True, 1, at)
+            # The code has their addresses alone, so they are held here.
+            held = _weights(weights) if weights else {}
+            self._weights = {name: held[name] for name in package.get_constant_fqns()} if weights else {}
+            if weights:
+                package.load_constants(self._weights, False, True, True)  # all of them, and not copied
+        except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: PyTorch does not load it ({one_line(error)}); make it anew") from error
+        self._run = package.run
+
+    def _arguments(self) -> list[dict[str, Any]]:
+        return bounds.parse_json(self.metadata[ARGUMENTS])
+
+    @torch.no_grad()
+    def __call__(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """
+        Raises:
+            ValueError: another number of tensors, or one of another shape.
+        """
+        present = [x for x in tensors if x is not None]
+        return tuple(self._run([form.laid_out(x, self.device) for form, x in zip(self.forms, present, strict=True)]))

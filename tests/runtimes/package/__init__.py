@@ -1,0 +1,1 @@
+"""Functions compiled ahead of time into a file."""

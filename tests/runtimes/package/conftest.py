@@ -1,0 +1,50 @@
+"""A small graph with a gradient inside, and its package, made once: compiling takes half a minute."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+from dgfast.graph.lower import lower
+from dgfast.graph.trace import trace
+from dgfast.runtimes.package.file import write
+
+Example = tuple[Tensor, None, Tensor]
+
+
+class Slope(nn.Module):
+    """The input gradient of a convolution's score, times a number a sample; its bias is short, its last filter zero."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(4, 2, 3, 3, generator=generator), requires_grad=False)
+        self.bias = nn.Parameter(torch.randn(4, generator=generator), requires_grad=False)
+        self.last = nn.Parameter(torch.zeros(4, 4, 1, 1) + seed, requires_grad=False)
+
+    def forward(self, x: Tensor, nothing: None, sigma: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            hidden = F.silu(F.conv2d(x, self.weight, self.bias, padding=1))
+            (gradient,) = torch.autograd.grad((hidden + F.conv2d(hidden, self.last)).square().sum(), x)
+        return sigma.view(-1, 1, 1, 1) * gradient, hidden.detach().sum((1, 2, 3)), torch.full_like(sigma, 7.0)
+
+
+def arguments(seed: int) -> Example:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, 2, 8, 8, generator=generator), None, torch.rand(3, generator=generator)
+
+
+def graph_of(seed: int) -> GraphModule:
+    return lower(trace(Slope(seed), arguments(0)), arguments(0))
+
+
+@pytest.fixture(scope="session")
+def package_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the graph of seed 0, without its weights."""
+    path = tmp_path_factory.mktemp("packages") / "slope.pt2"
+    write(graph_of(0), arguments(0), path)
+    return path
