@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -47,7 +47,8 @@ def _compile_elsewhere(folder: Path, path: Path, environment: dict[str, str]) ->
 
 
 def _compile(folder: Path) -> None:
-    ops.register_all()  # or the program names kernels that this process does not know
+    with suppress(ImportError):  # no Triton, then the program has none of its kernels
+        ops.register("group_norm_silu")
     told = json.loads((folder / _SETTINGS).read_text())
     compile(lambda: torch.export.load(folder / _PROGRAM), told, folder / _PACKAGE)
 
