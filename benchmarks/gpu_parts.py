@@ -139,15 +139,12 @@ def _profile(call: Call, at: Setting, name: str) -> Iterator[Row]:
 
 
 def package(at: Setting) -> Rows:
-    """One guided call as a compiled artefact, and by torch.compile."""
-    if "package" not in RUNTIMES:
-        yield {"package": "skipped: this dgfast has no runtime of that name"}
-        return
+    """One guided call compiled ahead of time, which is what `compiled` does on CUDA, and by torch.compile."""
     ready: list[tuple[Row, Call]] = []
     with precision("bf16"):
         for batch in (512, 1):
             function, arguments = _guided_call(at, at.batch(batch), "bf16")
-            for name in ("package", at.runtime):
+            for name in at.compilers:
                 began = time.perf_counter()
                 call = _waited(RUNTIMES[name].whole(function, arguments), arguments, at)
                 call()

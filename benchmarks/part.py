@@ -35,6 +35,11 @@ class Setting:
     def runtime(self) -> str:
         return "eager" if self.small else "compiled"
 
+    @property
+    def compilers(self) -> tuple[str, ...]:
+        """Runtimes that make the same kernels: ahead of time, and by torch.compile."""
+        return ("eager",) if self.small else ("package", "inductor")
+
     def batch(self, size: int) -> int:
         return 2 if self.small else size
 

@@ -13,5 +13,5 @@ def _inductor(function: Function, example: Example) -> Function:
 
 
 RUNTIMES = runtimes.RUNTIMES | {"inductor": Runtime("inductor", _inductor)}
-WHEN_ASKED = ("inductor",)
+WHEN_ASKED = ("inductor", "package")
 """Those that run only when asked for: they take minutes to compile."""

@@ -122,13 +122,10 @@ def test_gpu_tensorrt_engines_are_compared(small: Setting, monkeypatch: pytest.M
     assert (single["ended"], single["error"]) == ("ok", 0.0) and half["ended"] == "ValueError: does not build"
 
 
-def test_gpu_package_is_compared_or_its_absence_said(small: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = PARTS["package against torch.compile"].run
-    monkeypatch.delitem(RUNTIMES, "package", raising=False)
-    assert rows_of(run, small) == [{"package": "skipped: this dgfast has no runtime of that name"}]
-    monkeypatch.setitem(RUNTIMES, "package", Runtime("package", lambda function, example: function))
-    rows = rows_of(run, small)
-    assert [row["guided call"] for row in rows] == ["package", "eager"] * 2 and all(row["ms"] > 0 for row in rows)
+def test_gpu_package_is_compared_with_torch_compile(small: Setting, tmp_path: Path) -> None:
+    rows = rows_of(PARTS["package against torch.compile"].run, small)
+    assert [row["guided call"] for row in rows] == ["eager"] * 2 and all(row["ms"] > 0 for row in rows)
+    assert {*Setting(CUDA, False, tmp_path).compilers} == {"package", "inductor"} <= RUNTIMES.keys()
 
 
 def test_gpu_command_line_tells_what_failed_and_how_far_compiled_is_off(
