@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dgfast.errors import UserError
-from dgfast.graph import Function
+from dgfast.graph import Function, form
 
 if TYPE_CHECKING:
     import torch
@@ -82,11 +82,6 @@ def chosen(runtime: RuntimeLike) -> Runtime:
     if runtime not in RUNTIMES:
         raise UserError(f"no runtime {runtime}: there are {', '.join(RUNTIMES)}")
     return RUNTIMES[runtime]
-
-
-def form(example: Example) -> tuple[Any, ...]:
-    """What a function is built for: shapes and types of its arguments, and which are None."""
-    return tuple(None if x is None else (x.shape, x.dtype) for x in example)
 
 
 class Kept:

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgfast.devices import DTYPES
-from dgfast.graph import Function
+from dgfast.graph import Function, form
 from dgfast.graph.agreement import relative_error
-from dgfast.runtimes import PRECISIONS, RUNTIMES, SIZES, Kept, Runtime, form
+from dgfast.runtimes import PRECISIONS, RUNTIMES, SIZES, Kept, Runtime
 
 CPU = torch.device("cpu")
 

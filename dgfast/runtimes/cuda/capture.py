@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgfast.graph import Function
-from dgfast.runtimes import form
+from dgfast.graph import Function, form
 
 _WARM_UP = 3  # as PyTorch's documentation has it: lazily made handles and workspaces must exist before the capture
 
