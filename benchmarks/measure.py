@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from pytest_benchmark.stats import Stats
 from torch import Tensor
 
+from dgfast import devices
 from dgfast.devices import DTYPES
 
 Call = Callable[[], Sequence[Tensor]]
@@ -44,18 +45,9 @@ def check(what: str, against: str, error: float, allowed: float) -> None:
         )
 
 
-@contextmanager
-def precision(name: str) -> Iterator[None]:
-    """Run in the number format of that name, and set torch's flags back afterwards."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    if name != TORCH_DEFAULT:
-        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = name == "tf32"
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+def precision(name: str) -> AbstractContextManager[None]:
+    """As `devices.precision`, for all of `PRECISIONS`."""
+    return nullcontext() if name == TORCH_DEFAULT else devices.precision(name)
 
 
 def synchronised(call: Call, device: torch.device) -> Call:

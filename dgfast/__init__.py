@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dgfast.config import GuidanceConfig, SamplingConfig
+    from dgfast.devices import precision
     from dgfast.errors import UserError
     from dgfast.networks import Networks, load
     from dgfast.one_step import OneStep
@@ -18,7 +19,17 @@ __version__ = "0.1.0"
 IMPORTED_AT = time()
 """Before the first module of dgfast was read: a source that is newer is not what runs here."""
 
-__all__ = ["GuidanceConfig", "Networks", "OneStep", "Sampler", "SamplingConfig", "UserError", "load", "to_uint8"]
+__all__ = [
+    "GuidanceConfig",
+    "Networks",
+    "OneStep",
+    "Sampler",
+    "SamplingConfig",
+    "UserError",
+    "load",
+    "precision",
+    "to_uint8",
+]
 
 _HOMES = {
     "GuidanceConfig": "config",
@@ -28,6 +39,7 @@ _HOMES = {
     "SamplingConfig": "config",
     "UserError": "errors",
     "load": "networks",
+    "precision": "devices",
     "to_uint8": "outputs",
 }
 

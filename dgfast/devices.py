@@ -3,7 +3,8 @@
 import ctypes
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -11,7 +12,48 @@ from torch import nn
 from dgfast.errors import UserError
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""--dtype to the type of the weights; tf32 is float32 with TensorFloat-32 matrix products."""
+"""--dtype to the type of the weights; how what is float32 is computed says `precision`."""
+
+_CUDA = {"products": ("cuda", "matmul"), "convolutions": ("cuda", "conv")}
+_ALL_SET = (*_CUDA.values(), ("cuda", "rnn"), ("mkldnn", "matmul"))  # by the two switches of `_allow`
+
+
+@contextmanager
+def precision(name: str) -> Iterator[None]:
+    """Compute in the number format of that name, one of `runtimes.PRECISIONS`; torch's flags are set back at the end.
+
+    Inside, what is float32 is computed as such, but under "tf32", where convolutions and matrix products on CUDA round
+    what they read to TensorFloat-32. Outside of any such block torch's own default holds, that convolutions alone do.
+    It decides nothing about weights, whose type is that of `DTYPES`. What is built inside is to be called inside.
+
+    Raises:
+        UserError: another name.
+    """
+    if name not in DTYPES:
+        raise UserError(f"no precision {name}: there are {', '.join(DTYPES)}")
+    before = {what: torch._C._get_fp32_precision_getter(*what) for what in _ALL_SET}
+    _allow(name == "tf32", "high" if name == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        rounded = "medium" if before["mkldnn", "matmul"] == "bf16" else "high"
+        _allow(before["cuda", "conv"] == "tf32", rounded if before["cuda", "matmul"] == "tf32" else "highest")
+        for what, how in before.items():
+            torch._C._set_fp32_precision_setter(*what, how)
+
+
+def arithmetic() -> dict[str, str]:
+    """How CUDA computes float32's "products" and "convolutions" here and now: "tf32" or "float32"."""
+    # torch's older getters raise where somebody has set the newer flags.
+    how = {what: torch._C._get_fp32_precision_getter(*of) for what, of in _CUDA.items()}
+    return {what: "tf32" if value == "tf32" else "float32" for what, value in how.items()}
+
+
+def _allow(convolutions: bool, products: str) -> None:
+    # By torch's older switches, which set the newer flags too: inductor reads both (torch 2.11 to 2.13), and the older
+    # ones cannot be read where the newer ones were set alone.
+    torch.backends.cudnn.allow_tf32 = convolutions
+    torch.set_float32_matmul_precision(products)
 
 
 def device_of(net: object) -> torch.device:

@@ -44,7 +44,7 @@ def main(
     from tqdm import tqdm
 
     from dgfast import bundle as bundles
-    from dgfast.devices import pick_device
+    from dgfast.devices import pick_device, precision
     from dgfast.judge import Judge
 
     yardstick, held_out = _real(data, holdout)
@@ -54,7 +54,8 @@ def main(
         judge.require_fit(name, images)
     _note_what_may_be_unfinished(folders)
     work = sum(judge.work(images) for images in sets.values())
-    with tqdm(total=work, unit="image", desc="judging", dynamic_ncols=True, disable=None) as bar:  # not into a log file
+    bar = tqdm(total=work, unit="image", desc="judging", dynamic_ncols=True, disable=None)  # not into a log file
+    with bar, precision("float32"):
         rows = {name: judge(images, bar.update) for name, images in sets.items()}
     _print_table(rows)
     if report is not None:

@@ -189,7 +189,11 @@ _SAMPLING = (
 @option("--dry-run", group=Group.OUTPUT, is_flag=True, help="Say what is to draw, its time and its disk, and end.")
 def main(**options: Any) -> None:
     with interruptible():
-        _main(options, time.monotonic())
+        began = time.monotonic()
+        from dgfast.devices import precision
+
+        with precision(options["dtype"]):
+            _main(options, began)
 
 
 def _main(options: dict[str, Any], began: float) -> None:
@@ -330,9 +334,6 @@ def _device_and_dtype(name: str | None, dtype: str, local_rank: int) -> tuple[An
 
     from dgfast.devices import DTYPES, keep_freed_memory, pick_device
 
-    if dtype == "tf32":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
     device = pick_device(name)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -391,6 +392,7 @@ def _job(
     bundle: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, options: dict[str, Any], runtime: str
 ) -> dict[str, Any]:
     """Everything that decides on the images, as the manifest has it."""
+    from dgfast.devices import arithmetic
     from dgfast.networks import roles
 
     method = (
@@ -406,6 +408,7 @@ def _job(
         **({"vae": decoding} if decoding else {}),
         **({"engine": sha256(options["engine"])} if options["engine"] else {}),
         "dtype": options["dtype"],
+        "arithmetic": arithmetic(),
         "runtime": runtime,
         "kernels": options["kernels"],
         "batch": options["batch"],

@@ -248,6 +248,7 @@ def _executed(file: EngineFile, reference: Path, asked: Request | None) -> tuple
     """Parity against eager, or for a given file against ONNX Runtime, and the latency table."""
     import torch
 
+    from dgfast.devices import precision
     from dgfast.export import engine_report, self_test
     from dgfast.export.parity import compare
     from dgfast.runtimes.onnx.session import OnnxEngine
@@ -265,7 +266,8 @@ def _executed(file: EngineFile, reference: Path, asked: Request | None) -> tuple
     cases = [case for size in {min(size, 8) for size in sizes} for case in subject.cases(size)]
     report = compare(subject, engine, cases, file.tolerance)
     timed = {size: subject.example(size, seed=3) for size in sizes}
-    return report, engine_report.against_eager(engine, asked.subject(device), timed, device)
+    with precision("float32"):
+        return report, engine_report.against_eager(engine, asked.subject(device), timed, device)
 
 
 if __name__ == "__main__":

@@ -163,10 +163,11 @@ def test_kernels_are_kept_by_an_export_and_handed_to_the_compiler(monkeypatch: p
     given = NormCase((2, 8, 5, 5), 2).arguments()
     with torch.no_grad(), ops.kernels("triton"):
         graph = make_fx(with_gradient(given), tracing_mode="fake", _allow_non_fake_inputs=True)(given["x"])
-        exported = torch.export.export(graph, (given["x"],), strict=False).module()
+        exported = torch.export.export(graph, (given["x"],), strict=False).graph_module
         assert own(graph) == own(exported) == KERNELS
         static = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(given["x"])
         compiled, _ = aot_export_module(graph, [static], trace_joint=False)
+    assert isinstance(compiled, GraphModule)
     calls = [node for node in compiled.graph.nodes if str(node.target) == "triton_kernel_wrapper_functional"]
     assert len(calls) == 2 and not own(compiled)
 
