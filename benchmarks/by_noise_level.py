@@ -36,7 +36,7 @@ def parity(at: Setting) -> Rows:
                 )
     for i, (what, truth) in enumerate((("call", calls), ("state", states))):
         for k, sigma in enumerate(truth):
-            yield {f"sigma, error of the {what}": sigma, **{name: found[i][k] for name, found in errors.items()}}
+            yield {f"sigma, error of the {what}": sigma, **{name: pair[i][k] for name, pair in errors.items()}}
 
 
 def _calls(

@@ -83,8 +83,9 @@ def onnx(at: Setting) -> Rows:
             yield {"step": "eager", "batch": size, **_measured(_eager(at), 0.0, size, at), "on a GPU": ""}
             for variant in VARIANTS:
                 path = files[size, variant.fused, variant.dtype]
-                found = _attempt(partial(_run, partial(OnnxEngine, path, at.device, cuda=variant.cuda), size, at))
-                yield {"step": variant.name, "batch": size, **found, "on a GPU": "never before" * variant.new}
+                opens = partial(OnnxEngine, path, at.device, cuda=variant.cuda)
+                figures = _attempt(partial(_run, opens, size, at))
+                yield {"step": variant.name, "batch": size, **figures, "on a GPU": "never before" * variant.new}
 
 
 def tensorrt(at: Setting) -> Rows:
@@ -101,8 +102,8 @@ def tensorrt(at: Setting) -> Rows:
         yield None
         for dtype, engine in ready.items():
             for size in dict.fromkeys(at.batch(size) for size in (1, 64, 512)):
-                found = engine if isinstance(engine, dict) else _attempt(partial(_measured, engine, 0.0, size, at))
-                yield {"step": f"TensorRT {dtype}", "batch": size, **found}
+                figures = engine if isinstance(engine, dict) else _attempt(partial(_measured, engine, 0.0, size, at))
+                yield {"step": f"TensorRT {dtype}", "batch": size, **figures}
 
 
 def _model(at: Setting, batch: int, **options: bool) -> Any:
@@ -152,8 +153,8 @@ def _inputs(at: Setting, batch: int, device: torch.device) -> dict[str, Tensor]:
     networks = workload.load(_HOST, torch.float32)
     levels = guided_levels(workload, networks, _HOST)
     x, sigma, labels = noise_at([levels[k % len(levels)] for k in range(batch)], networks, range(batch), device)
-    given = {"x": x.float(), "sigma": sigma.float(), "class_labels": labels}
-    return {name: value for name, value in given.items() if value is not None}
+    tensors = {"x": x.float(), "sigma": sigma.float(), "class_labels": labels}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 @cache
@@ -178,8 +179,8 @@ def _run(opens: Callable[[], Runs], batch: int, at: Setting) -> Row:
 
 def _measured(run: Runs, opening: float, batch: int, at: Setting) -> Row:
     inputs = _inputs(at, batch, at.device)
-    wanted, found = _eager(at)(inputs), run(inputs)
-    error = relative_error([found[name].to(value.device) for name, value in wanted.items()], list(wanted.values()))
+    exact, results = _eager(at)(inputs), run(inputs)
+    error = relative_error([results[name].to(value.device) for name, value in exact.items()], list(exact.values()))
     taken = at.milliseconds(synchronised(lambda: list(run(inputs).values()), at.device), 10)
     return {"opened in, s": opening, "ms": taken, "images/s": 1e3 * batch / taken, "error": error, "ended": "ok"}
 

@@ -92,7 +92,7 @@ def _grey_levels(one: Path, other: Path) -> str:
     images = [[np.load(file)["images"] for file in sorted(folder.glob("images-*.npz"))] for folder in (one, other)]
     if not all(images):
         return ""
-    a, b = (np.concatenate(found).astype(int) for found in images)
+    a, b = (np.concatenate(files).astype(int) for files in images)
     return str(abs(a - b).max())
 
 

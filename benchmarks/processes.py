@@ -89,11 +89,11 @@ class Running:
 
     def record(self) -> dict[str, Any]:
         """What is known of it: how it ended, seconds, rows; of one that did not end well its last output."""
-        found = {
+        known = {
             "status": self.status, "ready_seconds": self.ready_seconds, "turn_seconds": self.turn_seconds,
             "rows": self.rows(),
         }  # fmt: skip
-        return found if self.status == "ok" else found | {"output": self._log.read_text(errors="replace")[-_TAIL:]}
+        return known if self.status == "ok" else known | {"output": self._log.read_text(errors="replace")[-_TAIL:]}
 
     def rows(self) -> list[Row]:
         """What is on disk; the last line may be half written."""

@@ -91,8 +91,10 @@ def _proved(path: Path, subject: Subject, batch: int | None, dtype: str, target:
         rows = list(_signature_rows(engine, subject, batch)) or value_rows(engine, subject, batch, dtype)
         if dtype != "float32" and not any(row.problem for row in rows):
             rounded = OnnxEngine(_on_a_cpu(readable, Path(folder, "rounded"), round_on_a_cpu))
-            found = value_rows(rounded, subject, batch, dtype)
-            rows += [replace(row, case=f"{row.case}, rounded as on a GPU") for row in found]
+            rows += [
+                replace(row, case=f"{row.case}, rounded as on a GPU")
+                for row in value_rows(rounded, subject, batch, dtype)
+            ]
     device = "cpu" if target != FUSED else "cuda" if torch.cuda.is_available() else None
     report = Report(rows, {} if target != FUSED else {"compared": "a copy in ONNX's operators", "run on": device})
     if report.passed:

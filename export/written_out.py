@@ -29,7 +29,7 @@ def _group_norm(graph: Any, node: Any) -> list[Any]:
     from onnx import helper, numpy_helper
 
     x, gamma, beta, *skip = node.input
-    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    options = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     nodes: list[Any] = []
 
     def constant(values: Any, dtype: Any) -> str:
@@ -45,11 +45,11 @@ def _group_norm(graph: Any, node: Any) -> list[Any]:
     if skip:
         x = add("Add", x, add("Unsqueeze", skip[0], constant([1, 2], np.int64)))
     first = add("Transpose", x, perm=[0, 3, 1, 2])
-    ones, zeros = (constant([value] * given["groups"], np.float32) for value in (1, 0))
-    rows = add("Reshape", first, constant([0, given["groups"], -1], np.int64))
-    normal = add("InstanceNormalization", rows, ones, zeros, epsilon=given["epsilon"])
+    ones, zeros = (constant([value] * options["groups"], np.float32) for value in (1, 0))
+    rows = add("Reshape", first, constant([0, options["groups"], -1], np.int64))
+    normal = add("InstanceNormalization", rows, ones, zeros, epsilon=options["epsilon"])
     last = add("Transpose", add("Reshape", normal, add("Shape", first)), perm=[0, 2, 3, 1])
     y = add("Add", add("Mul", last, gamma), beta)
-    last_step = ("Mul", y, add("Sigmoid", y)) if given["activation"] else ("Identity", y)
+    last_step = ("Mul", y, add("Sigmoid", y)) if options["activation"] else ("Identity", y)
     add(*last_step, output=node.output[0])
     return nodes

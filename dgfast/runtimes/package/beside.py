@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -35,7 +36,9 @@ def compile_all(graphs: Sequence[tuple[GraphModule, Sequence[Tensor | None], Pat
         for graph, example, path in graphs:
             path.parent.mkdir(parents=True, exist_ok=True)
             folder = Path(stack.enter_context(TemporaryDirectory(prefix=".writing-", dir=path.parent)))
-            torch.export.save(exported(graph, example), folder / _PROGRAM)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, of its own code
+                torch.export.save(exported(graph, example), folder / _PROGRAM)
             (folder / _SETTINGS).write_text(json.dumps(settings(example, None)))
             pool.submit(_compile_elsewhere, folder, path, environment)
 

@@ -127,11 +127,16 @@ def _weights(graph: GraphModule) -> dict[str, Tensor]:
 
 
 def _named_by_place(graph: GraphModule) -> GraphModule:
-    copy, weights = Graph(), _weights(graph)
+    copy, weights = Graph(), {name: _whole(x) for name, x in _weights(graph).items()}
     copy.output(copy.graph_copy(graph.graph, {}))
     for node, name in zip(copy.find_nodes(op="get_attr"), weights, strict=True):
         node.target = name
     return GraphModule(weights, copy)
+
+
+def _whole(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where it is a part of a larger tensor, which could be saved but whole."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
 def add(path: Path, members: Mapping[str, bytes]) -> None:
