@@ -170,6 +170,9 @@ def test_kernels_are_kept_by_an_export_and_handed_to_the_compiler(monkeypatch: p
     assert isinstance(compiled, GraphModule)
     calls = [node for node in compiled.graph.nodes if str(node.target) == "triton_kernel_wrapper_functional"]
     assert len(calls) == 2 and not own(compiled)
+    handed: list[Any] = [call.kwargs["kwargs"] for call in calls]
+    floats = {name for arguments in handed for name, value in arguments.items() if isinstance(value, float)}
+    assert floats == {"EPS"}, "inductor hands numbers over in float64, unless they are constants of the kernel"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: the file would be compared with the kernels")
