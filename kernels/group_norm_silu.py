@@ -45,7 +45,7 @@ def group_norm_silu_kernel(
     scale_stride: int,
     shift_stride: int,
     channel_bias_stride: int,
-    eps: float,
+    EPS: tl.constexpr,  # a number, which inductor would hand over in float64, and the kernel then compute in it
     SILU: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,  # channels a group
@@ -83,7 +83,7 @@ def group_norm_silu_kernel(
     b_mean = group_sum(tl.sum(b_lane_mean * b_count, axis=0), o_c, D, TILE_C) / (D * HW)
     b_delta = tl.where(m_c[None, :], b_lane_mean - b_mean[None, :], 0.0)
     b_lane_m2 += b_count * b_delta * b_delta
-    b_rstd = tl.rsqrt(group_sum(tl.sum(b_lane_m2, axis=0), o_c, D, TILE_C) / (D * HW) + eps)
+    b_rstd = tl.rsqrt(group_sum(tl.sum(b_lane_m2, axis=0), o_c, D, TILE_C) / (D * HW) + EPS)
     o_g = i_b * (C // D) + i_c // D
     m_g = m_c & (i_c % D == 0)
     tl.store(mean + o_g, b_mean, mask=m_g)
@@ -122,7 +122,7 @@ def group_norm_silu(
     rows, strides = channel_rows(x, scale, shift, channel_bias)
     grid, fixed = launch_options(x, num_groups, silu, FORWARD)
     with on_device_of(x):
-        wrap_triton(group_norm_silu_kernel)[grid](x, weight, bias, *rows, y, mean, rstd, *strides, eps, **fixed)
+        wrap_triton(group_norm_silu_kernel)[grid](x, weight, bias, *rows, y, mean, rstd, *strides, EPS=eps, **fixed)
     return y, mean, rstd
 
 

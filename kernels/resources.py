@@ -71,7 +71,7 @@ def _group_norm_cases(dtype: torch.dtype, channels: int, side: int) -> Iterator[
     name = f"{str(dtype).removeprefix('torch.')} {channels} x {side} x {side}"
     big, rows = ("x", "y", "grad", "dx"), ("weight", "bias", "scale", "shift", "channel_bias")
     pointers = dict.fromkeys(big + rows, dtype) | dict.fromkeys(("mean", "rstd"), torch.float32)
-    scalars = {"scale_stride": 2 * channels, "shift_stride": 2 * channels, "channel_bias_stride": channels, "eps": 1e-5}
+    scalars = {"scale_stride": 2 * channels, "shift_stride": 2 * channels, "channel_bias_stride": channels, "EPS": 1e-5}
     for kernel, limits in ((group_norm_silu_kernel, FORWARD), (group_norm_silu_backward_kernel, BACKWARD)):
         fixed = options((1, channels, side, side), 32, dtype.itemsize, True, True, limits)
         warps = fixed.pop("num_warps")
@@ -107,7 +107,7 @@ def _source(case: Case) -> Any:
         if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
-        kind = _POINTERS[value] if isinstance(value, torch.dtype) else "i32" if isinstance(value, int) else "fp32"
+        kind = _POINTERS[value] if isinstance(value, torch.dtype) else "i32"
         signature[parameter.name] = kind
         if kind.startswith("*") or (kind == "i32" and value % 16 == 0):
             hints[(index,)] = [["tt.divisibility", 16]]

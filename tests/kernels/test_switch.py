@@ -170,6 +170,25 @@ def test_kernels_are_kept_by_an_export_and_handed_to_the_compiler(monkeypatch: p
     assert isinstance(compiled, GraphModule)
     calls = [node for node in compiled.graph.nodes if str(node.target) == "triton_kernel_wrapper_functional"]
     assert len(calls) == 2 and not own(compiled)
+    handed: list[Any] = [call.kwargs["kwargs"] for call in calls]
+    floats = {name for arguments in handed for name, value in arguments.items() if isinstance(value, float)}
+    assert floats == {"EPS"}, "inductor hands numbers over in float64, unless they are constants of the kernel"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: the file would be compared with the kernels")
+def test_kernels_are_in_no_onnx_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    pytest.importorskip("onnxruntime")
+    from dgfast.runtimes.onnx.build import build
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)  # or they leave tensors on the CPU alone
+    given = NormCase((2, 8, 5, 5), 2).arguments()
+    function, x = with_gradient(given), given["x"].contiguous()
+    with ops.kernels("triton"), torch.no_grad():
+        results = build(function, (x,))(x)
+    with ops.kernels("reference"), torch.no_grad():
+        for value, truth in zip(results, function(x), strict=True):
+            torch.testing.assert_close(value, truth, rtol=1e-4, atol=1e-4)
 
 
 @runs_kernels
