@@ -27,7 +27,7 @@ class OnGpu:
     def __init__(self, on_cpu: Any) -> None:
         self._on_cpu = on_cpu
         self.options: list[dict[str, Any]] = []
-        self.refuses_graphs = self.fails_to_capture = False
+        self.refuses_graphs = self.fails_to_capture = self.lacks_libraries = False
         self.bound: list[tuple[int, ...]] = []
         self.severities: list[int] = []
 
@@ -39,7 +39,7 @@ class OnGpu:
             raise RuntimeError("This session cannot use the CUDA graph feature\nand more")
         inner = self._on_cpu(path, options, providers=["CPUExecutionProvider"])
         return SimpleNamespace(
-            get_providers=lambda: list(wanted), get_inputs=inner.get_inputs, get_outputs=inner.get_outputs,
+            get_providers=lambda: ["CPUExecutionProvider"] if self.lacks_libraries else list(wanted), get_inputs=inner.get_inputs, get_outputs=inner.get_outputs,
             get_modelmeta=inner.get_modelmeta, io_binding=lambda: Binding(self, inner),
             run_with_iobinding=lambda binding: binding.run(captures),
         )  # fmt: skip
@@ -198,14 +198,15 @@ def test_onnx_warning_reaches_a_user_who_set_up_no_logging() -> None:
     assert log.name == "dgfast" and log.isEnabledFor(logging.WARNING)
 
 
-@pytest.mark.usefixtures("gpu")
-def test_onnx_runtime_is_never_the_cpu_in_disguise() -> None:
+def test_onnx_runtime_is_never_the_cpu_in_disguise(gpu: OnGpu, tmp_path: Path) -> None:
     options = CudaOptions(graph=False)
     first, second = session.providers("tensorrt", torch.device("cuda", 1), options)
     assert first == (TENSORRT, {"device_id": 1}) and second == (CUDA, {"device_id": 1} | options.provider_options())
     assert session.providers("cpu", torch.device("cpu"), options) == [(PROVIDERS["cpu"], {})]
+    gpu.lacks_libraries = True
     with pytest.raises(UserError, match="CUDAExecutionProvider of ONNX Runtime did not start, only CPUExecution"):
-        session._require_started(CUDA, ["CPUExecutionProvider"])
+        OnnxEngine(doubling(tmp_path / "f.onnx"), provider="cuda")
+    assert len(gpu.options) == 1  # nor is a CUDA graph blamed for it
 
 
 @pytest.mark.parametrize(
