@@ -15,7 +15,8 @@ from dgfast.errors import REFUSED, TIME_LIMIT, UserError
 from dgfast.job_folder import JobFolder
 from dgfast.one_step import OneStep
 from dgfast.ops import Choice, kernels
-from dgfast.outputs import Fetcher
+from dgfast.outputs import Drawn, Fetcher
+from dgfast.plan import Step
 from dgfast.progress import Progress, say
 from dgfast.ranges import Ranges
 from dgfast.sampler import Sampler
@@ -152,13 +153,13 @@ def _draw(drawing: Drawing, sampler: Sampler | OneStep, missing: Ranges, static:
     team, folder = drawing.team, drawing.folder
     progress = Progress(folder.chunks.images(missing), len(sampler.steps)) if team.rank == 0 else None
 
-    def add(drawn: Any) -> None:
+    def add(drawn: Drawn) -> None:
         folder.add(drawn)
         total = team.count("images", len(drawn.chunk.seeds))
         if progress is not None:
             progress.drawn(total)
 
-    def on_step(step: Any, x: torch.Tensor, denoised: torch.Tensor, log_ratio: torch.Tensor) -> None:
+    def on_step(step: Step, x: torch.Tensor, denoised: torch.Tensor, log_ratio: torch.Tensor) -> None:
         if progress is not None:
             progress.step(len(x))
 

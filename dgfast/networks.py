@@ -157,7 +157,7 @@ def one_hot(labels: Sequence[int] | Tensor, classes: int, count: int, device: to
     return F.one_hot(indices, classes).float()
 
 
-def _time(score: Any, trunk: EncoderUNetModel | None, schedule: str | None) -> Callable[[Tensor], Tensor]:
+def _time(score: object, trunk: EncoderUNetModel | None, schedule: str | None) -> Callable[[Tensor], Tensor]:
     """t(sigma) of that schedule: a discrete-time score network's own where it has the same, as in ADM's code."""
     if isinstance(score, DDPMPrecond) and schedule in (None, score.noise_schedule):
         return score.time

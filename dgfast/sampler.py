@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import fields
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -275,7 +274,9 @@ class Sampler:
     ) -> Function:
         """(x_hat, t_hat, t_next, class_labels, *more) -> (x_next, denoised, log_ratio)."""
 
-        def advance(x_hat: Tensor, t_hat: Tensor, t_next: Tensor, labels: Tensor | None, *more: Tensor) -> Any:
+        def advance(
+            x_hat: Tensor, t_hat: Tensor, t_next: Tensor, labels: Tensor | None, *more: Tensor
+        ) -> tuple[Tensor, ...]:
             predict = self._call(step.predictor, labels, step.carried[0], carried)
             correct = None
             if step.corrector is not None:

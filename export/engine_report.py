@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -52,10 +51,10 @@ def against_eager(engine: Runs, subject: Subject, inputs: Mapping[int, Tensors],
         example = tuple(given[name].to(device) for name in subject.inputs)
         built = RUNTIMES["compiled"].whole(subject.function, example)
 
-        def run(inputs: Tensors, function: Any = built) -> Any:
+        def run(inputs: Tensors, function: Callable[..., object] = built) -> object:
             return function(*(inputs[name] for name in subject.inputs))
 
-        def eager(inputs: Tensors) -> Any:
+        def eager(inputs: Tensors) -> object:
             with torch.no_grad():
                 return subject.function(*(inputs[name] for name in subject.inputs))
 

@@ -116,7 +116,7 @@ class Report:
         ]
         return "\n".join([*(f"{key}: {value}" for key, value in self.about.items()), *text]) + "\n"
 
-    def write(self, path: Path, metadata: Mapping[str, str], **about: Any) -> None:
+    def write(self, path: Path, metadata: Mapping[str, str], **about: object) -> None:
         """Write it beside an exported file, as JSON and as text, with what is known of the file."""
         said = ("bundle", "what", "weights_sha256", "commit")
         self.about.update({key: metadata[key] for key in said if key in metadata}, **about)

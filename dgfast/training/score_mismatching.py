@@ -131,10 +131,11 @@ class Game:
 
 
 @torch.no_grad()
-def write_sheet(generator: Any, path: Path, images: int = 100) -> None:
+def write_sheet(generator: nn.Module, path: Path, images: int = 100) -> None:
     """A grid of the same latents and classes each time, to see how the generator gets on: losses do not tell."""
+    net: Any = generator  # torch types no attributes of a module
     device = next(generator.parameters()).device
-    latents = SeedStreams(range(images)).normal((generator.latent_dim,), torch.float32, device)
-    classes = generator.label_dim
+    latents = SeedStreams(range(images)).normal((net.latent_dim,), torch.float32, device)
+    classes = net.label_dim
     rows = F.one_hot(torch.arange(images, device=device) % classes, classes).float() if classes else None
     save_grid(to_uint8(generator(latents, rows)), path)
