@@ -1,8 +1,5 @@
 """Compiled code returns what eager does, keeps nothing, and serves other weights."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,14 +8,11 @@ import torch
 
 from dgfast.errors import UserError
 from dgfast.graph import Function
-from dgfast.graph.lower import lower
-from dgfast.graph.trace import trace
 from dgfast.guidance import DiscriminatorGuidance, guided_denoiser
 from dgfast.nets.discriminator import Discriminator
 from dgfast.runtimes.cpu import build as cpu
 from dgfast.runtimes.cpu import onednn
 from dgfast.runtimes.cpu.native import library
-from dgfast.runtimes.cuda.build import by_inductor
 from tests.support.runtimes import FLOAT32_TOL, LEVELS, WINDOW, NetFactory, at_levels, largest_error
 
 Build = Callable[[float, str], tuple[Function, Function]]
@@ -104,39 +98,3 @@ def test_runtimes_compiling_without_a_compiler_says_what_to_install(
     message = str(error.value.message)
     assert "needs a C++ compiler" in message and "apt install g++" in message and "--compile=try" in message
     assert "\n" not in message
-
-
-def test_runtimes_inductor_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA a broken compiler shows in the first call, and `--compile=try` waits for a user's error."""
-
-    def broken(graph: object, example: object) -> None:
-        raise RuntimeError("ptxas died")
-
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda graph, **keywords: compile_(graph, backend=broken, **keywords))
-    graph = lower(trace(lambda x: (x * 2,), [torch.ones(2)]), [torch.ones(2)])
-    with pytest.raises(UserError, match=r"torch.compile failed: .*; run without --compile, or with --compile=try"):
-        by_inductor(graph)(torch.ones(2))
-
-
-_ON_CUDA = """
-import torch
-from dgfast.errors import UserError
-from dgfast.runtimes import RUNTIMES
-
-class OnCuda:  # all that `build` asks of its example before it asks for Triton
-    device = torch.device("cuda")
-
-try:
-    RUNTIMES["compiled"].build(lambda x: (x,), [OnCuda()])
-except UserError as error:
-    print(error.message)
-"""
-
-
-def test_runtimes_compiled_on_cuda_asks_for_triton_in_a_fresh_process() -> None:
-    """Here other tests have imported what torch itself leaves out; a user's process has not."""
-    without_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    made = subprocess.run([sys.executable, "-c", _ON_CUDA], capture_output=True, text=True, env=without_gpu)
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.startswith("--compile on CUDA needs Triton")

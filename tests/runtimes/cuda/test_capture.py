@@ -1,59 +1,26 @@
 """A captured function reads and writes at fixed addresses: what is asked of it must be what it was captured for."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.networks import Networks
 from dgfast.runtimes import RUNTIMES, Runtime
 from dgfast.runtimes.cuda.capture import capture
 from dgfast.sampler import Sampler
+from tests.support.pretended_cuda import STREAMS
 from tests.support.runtimes import NetFactory, one_hot
-
-
-class Graph(TorchDispatchMode):
-    """In the place of a CUDA graph: the operations with their tensors, which it computes again where they lie."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves its constructor untyped
-        self.recorded: list[Callable[[], None]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-
-        def again() -> None:
-            for old, new in zip(tree_leaves(made), tree_leaves(func(*args, **(kwargs or {}))), strict=True):
-                if isinstance(old, Tensor):
-                    old.copy_(new)
-
-        self.recorded.append(again)
-        return made
-
-    def replay(self) -> None:
-        for again in self.recorded:
-            again()
-
-
-class Stream:
-    def wait_stream(self, other: "Stream") -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA graphs on the CPU."""
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    for name, stands_in in STREAMS.items():
+        monkeypatch.setattr(torch.cuda, name, stands_in)
 
 
 def function(x: Tensor, shift: Tensor | None) -> tuple[Tensor, ...]:

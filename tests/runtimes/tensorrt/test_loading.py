@@ -1,6 +1,5 @@
 """Engines on disk and in memory: what is refused before it is loaded, and what is called afterwards."""
 
-import ctypes
 import dataclasses
 import json
 import subprocess
@@ -9,7 +8,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -155,59 +153,3 @@ def test_trt_self_test_allows_what_float32_leaves_open_of_a_predicted_noise(engi
         else:
             assert "output denoised is off" in refused(lambda: tensorrt.check_values(predicts, inputs, made, expected))  # noqa: B023
         assert "output denoised is off" in refused(lambda: tensorrt.check_values(engine, inputs, made, expected))  # noqa: B023
-
-
-class MemoryContext:
-    """An execution context that computes twice the float32 input x from nothing but addresses and shapes."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.addresses = most, dict[str, int]()
-        self.shape: tuple[int, ...] = (0,)
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shape = shape
-        return len(shape) == 2 and shape[1] == 3
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.shape
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self.addresses[name] = address
-        return True
-
-    def execute_async_v3(self, stream: int) -> bool:
-        count = int(np.prod(self.shape))
-        x, y = ((ctypes.c_float * count).from_address(self.addresses[name]) for name in ("x", "y"))
-        y[:] = [2 * value for value in x]
-        return stream == 7
-
-
-class MemoryEngine:
-    num_io_tensors = 2
-
-    def create_execution_context(self) -> MemoryContext:
-        return MemoryContext(8)
-
-    def get_tensor_name(self, index: int) -> str:
-        return "xy"[index]
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (-1, 3)
-
-    def get_tensor_dtype(self, name: str) -> Any:
-        return TRT.DataType.FLOAT
-
-    def get_tensor_mode(self, name: str) -> Any:
-        return TRT.TensorIOMode.INPUT if name == "x" else TRT.TensorIOMode.OUTPUT
-
-
-def test_trt_engine_binds_tensors_by_address(engine: EngineFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=7))
-    loaded = tensorrt.TensorRTEngine(TRT, MemoryEngine(), engine, torch.device("cpu"))
-    assert loaded.inputs == {"x": (("batch", 3), torch.float32)} and loaded.batch is None
-    x = torch.arange(6, dtype=torch.float64).view(3, 2).T  # neither float32 nor contiguous
-    made = loaded({"x": x})
-    assert list(made) == ["y"] and made["y"].dtype == torch.float32 and torch.equal(made["y"], 2 * x.float())
-    assert "its inputs are x, not z" in refused(lambda: loaded({"z": x}))
-    assert "takes batches of 1 to 8 images, not 9" in refused(lambda: loaded({"x": torch.ones(9, 3)}))
-    assert "x has shape [2, 4], not ['batch', 3]" in refused(lambda: loaded({"x": torch.ones(2, 4)}))
