@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from dgfast import ops
+from dgfast.devices import arithmetic, precision
 from dgfast.runtimes.package.file import compile, exported, settings
 
 _POLL = 0.1  # seconds
@@ -43,7 +44,7 @@ def compile_all(graphs: Sequence[tuple[GraphModule, Sequence[Tensor | None], Pat
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, of its own code
                 torch.export.save(exported(graph, example), folder / _PROGRAM)
-            (folder / _SETTINGS).write_text(json.dumps(settings(example, None)))
+            (folder / _SETTINGS).write_text(json.dumps([arithmetic()["products"], settings(example, None)]))
             while sum(process.poll() is None for process in processes) == at_once:
                 time.sleep(_POLL)
             command = [sys.executable, "-m", __name__, str(folder)]
@@ -63,8 +64,9 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 def _compile(folder: Path) -> None:
     with suppress(ImportError):  # no Triton, then the program has none of its kernels
         ops.register("group_norm_silu")
-    told = json.loads((folder / _SETTINGS).read_text())
-    compile(lambda: torch.export.load(folder / _PROGRAM), told, folder / _PACKAGE)
+    rounding, told = json.loads((folder / _SETTINGS).read_text())
+    with precision(rounding):
+        compile(lambda: torch.export.load(folder / _PROGRAM), told, folder / _PACKAGE)
 
 
 if __name__ == "__main__":
