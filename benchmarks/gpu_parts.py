@@ -232,7 +232,7 @@ PARTS = {
         Part("two streams against one", partial(streams, batches=(1,)), 380, 4, new=True),
         Part("kernels against inductor", kernels, 150, 40, new=True),
         Part("ONNX Runtime", engines.onnx, 200, 90),
-        Part("parity by noise level", by_noise_level.parity, 300, 20, new=True),
+        Part("parity by noise level", by_noise_level.parity, 320, 0, new=True),
         Part("two streams, larger batches", partial(streams, batches=(8, 32, 64)), 1500, 10, new=True),
         Part("golden networks, compiled", partial(golden_networks, runtime="compiled"), 3000, 0, new=True),
         Part("TensorRT", engines.tensorrt, 200, 60, new=True),

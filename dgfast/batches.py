@@ -83,7 +83,7 @@ def _parts(
         size = batch if static else len(part.seeds)
         try:
             parts.append(_sampled(sampler, part, size, fetcher, on_step))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
             if size == 1:

@@ -32,7 +32,7 @@ from dgfast.options import WHAT, Group, GuidedCommand, option
 @option(
     "--dtype",
     group=Group.RUNTIME,
-    type=click.Choice(["float32", "bf16", "fp16"]),
+    type=click.Choice(["float32", "bf16"]),
     default="float32",
     show_default=True,
     help="Of the networks' weights.",

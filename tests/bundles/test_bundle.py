@@ -88,6 +88,9 @@ def test_bundle_of_defaults_stores_no_settings(tmp_path: Path) -> None:
     raw = json.loads((plain.folder / "bundle.json").read_text())
     assert raw["sampling"] == raw["guidance"] == {}
     assert bundles.read(plain.folder) == plain
+    assert plain.provenance == plain.license == ""
+    (plain.folder / "bundle.json").write_text('{"format": 1, "name": "plain", "nets": {}}')  # all that must be there
+    assert bundles.read(plain.folder) == plain
 
 
 def test_bundle_with_a_number_that_json_lacks_leaves_the_old_one(bundle: Bundle) -> None:
@@ -192,6 +195,7 @@ def test_bundle_description_that_is_none_is_refused(bundle: Bundle, text: str) -
         (lambda raw: raw.update(name=5), "name 5"),
         (lambda raw: raw.update(class_names=["a\nb"]), "class name .* can be shown"),
         (lambda raw: raw.update(license="\x1b[2J"), "license .* can be shown"),
+        (lambda raw: raw.update(provenance="\x1b[2J"), "provenance '.* can be shown"),
         (lambda raw: raw.update(metrics=_nested(30)), "nested too deeply"),
         (lambda raw: raw["sampling"].update(num_steps=10**9), "at most 10,000"),
         (lambda raw: raw["sampling"].update(M=10**9), "at most 10,000"),

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import tqdm
 from click.testing import CliRunner
+from torch import Tensor
 
 from dgfast import bundle as bundles
+from dgfast import devices
 from dgfast.evaluate import main
+from dgfast.nets.features import FeatureNet
 from dgfast.outputs import write_images
 from dgfast.training.data import load_images, split
 
@@ -86,6 +89,22 @@ def test_evaluate_orders_copies_training_digits_and_noise(tmp_path: Path, monkey
 def test_evaluate_keeps_its_bar_out_of_log_files(digits: Callable[..., str], real: str) -> None:
     result = CliRunner().invoke(main, [digits(7), "--data", real, "--holdout", "30", "--device", "cpu"])
     assert result.exit_code == 0 and result.stderr == "" and len(result.stdout.splitlines()) == 3, result.output
+
+
+def test_evaluate_judges_in_strict_float32(
+    digits: Callable[..., str], real: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[dict[str, str]] = []
+    features = FeatureNet.features
+
+    def spied(net: FeatureNet, images: Tensor) -> Tensor:
+        held.append(devices.arithmetic())
+        return features(net, images)
+
+    monkeypatch.setattr(FeatureNet, "features", spied)
+    result = CliRunner().invoke(main, [digits(7), "--data", real, "--holdout", "30", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert held and all(set(how.values()) == {"float32"} for how in held)
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from benchmarks.workloads import WORKLOADS
 from dgfast.graph.lower import lower
 from dgfast.graph.trace import trace
 from dgfast.runtimes.cpu.fusion import regions
+from dgfast.runtimes.cpu.native import library
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,7 @@ def test_graph_has_no_more_to_compile_than_it_had(
         texts.extend(different)
         return {}
 
-    monkeypatch.setattr(regions.library, "load", load)
+    monkeypatch.setattr(library, "load", load)
     chosen = WORKLOADS[workload]()
     networks = chosen.load(CPU, torch.float32)
     arguments = noise_at([guided_levels(chosen, networks, CPU)[0]] * 2, networks, range(2), CPU)

@@ -116,6 +116,8 @@ def test_outputs_keep_every_image_with_its_label(tmp_path: Path, name: str, chan
     if name == "png":  # as EDM's generator names them
         paths = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
         assert paths[:3] == ["000000/000998.png", "000000/000999.png", "001000/001000.png"] and len(paths) == 9
+        with Image.open(tmp_path / paths[2]) as file:
+            assert file.info == {"class_label": "2"}  # which earlier versions wrote, and later ones look for
     else:
         with np.load(tmp_path / "images-00001.npz") as shard:
             assert shard["seeds"].tolist() == [1003, 1004, 1005, 1006] and shard["images"].dtype == np.uint8
@@ -163,9 +165,19 @@ def test_outputs_adm_may_be_larger_than_a_plain_zip(monkeypatch: pytest.MonkeyPa
 
 
 def test_outputs_unlabelled_images_say_minus_one(tmp_path: Path) -> None:
-    write_images(tmp_path / "new", _images(2), [5, 6], None)
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["images-00000.npz"]
-    assert read_images(tmp_path / "new")[1].tolist() == [-1, -1]
+    folder = tmp_path / "deep" / "new"
+    for _ in range(2):
+        write_images(folder, _images(2), [5, 6], None)
+    assert [path.name for path in folder.iterdir()] == ["images-00000.npz"]
+    assert read_images(folder)[1].tolist() == [-1, -1]
+
+
+def test_outputs_formats_say_what_they_keep() -> None:
+    assert [format.keeps for format in FORMATS.values()] == [
+        "images-*.npz: all images with their seeds and labels",
+        "*/*.png: all images by seed",
+        "latents-*.npz: all latents with their seeds and labels",
+    ]
 
 
 def test_outputs_shards_are_read_in_their_order(tmp_path: Path) -> None:

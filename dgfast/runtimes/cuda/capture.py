@@ -28,7 +28,8 @@ def capture(function: Function, example: Sequence[Tensor | None]) -> Function:
             function(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
+    # Other threads go on: one fetches the images of the last batch meanwhile, and waits for an event.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"), torch.no_grad():
         results = function(*inputs)
 
     def replay(*arguments: Tensor | None) -> tuple[Tensor, ...]:

@@ -7,9 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from dgfast import ops
+from dgfast.devices import arithmetic, precision
 from dgfast.runtimes.package.file import compile, exported, settings
 
+_POLL = 0.1  # seconds
 _PROGRAM, _SETTINGS, _PACKAGE = "program.pt2", "settings.json", "package.pt2"
 
 
@@ -32,28 +34,39 @@ def compile_all(graphs: Sequence[tuple[GraphModule, Sequence[Tensor | None], Pat
     cores = os.cpu_count() or 1
     at_once = min(len(graphs), max(1, cores // 2))
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores // at_once))}
-    with ExitStack() as stack, ThreadPoolExecutor(at_once) as pool:
+    with ExitStack() as stack:
+        processes: list[subprocess.Popen[bytes]] = []
+        stack.callback(_end, processes)  # also when the user has stopped this one
+        made: list[tuple[Path, Path]] = []
         for graph, example, path in graphs:
             path.parent.mkdir(parents=True, exist_ok=True)
             folder = Path(stack.enter_context(TemporaryDirectory(prefix=".writing-", dir=path.parent)))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, of its own code
                 torch.export.save(exported(graph, example), folder / _PROGRAM)
-            (folder / _SETTINGS).write_text(json.dumps(settings(example, None)))
-            pool.submit(_compile_elsewhere, folder, path, environment)
+            (folder / _SETTINGS).write_text(json.dumps([arithmetic()["products"], settings(example, None)]))
+            while sum(process.poll() is None for process in processes) == at_once:
+                time.sleep(_POLL)
+            command = [sys.executable, "-m", __name__, str(folder)]
+            processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
+            made.append((folder / _PACKAGE, path))
+        for process, (package, path) in zip(processes, made, strict=True):
+            if process.wait() == 0:
+                package.replace(path)
 
 
-def _compile_elsewhere(folder: Path, path: Path, environment: dict[str, str]) -> None:
-    done = subprocess.run([sys.executable, "-m", __name__, str(folder)], env=environment, stderr=subprocess.DEVNULL)
-    if done.returncode == 0:
-        (folder / _PACKAGE).replace(path)
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def _compile(folder: Path) -> None:
     with suppress(ImportError):  # no Triton, then the program has none of its kernels
         ops.register("group_norm_silu")
-    told = json.loads((folder / _SETTINGS).read_text())
-    compile(lambda: torch.export.load(folder / _PROGRAM), told, folder / _PACKAGE)
+    rounding, told = json.loads((folder / _SETTINGS).read_text())
+    with precision(rounding):
+        compile(lambda: torch.export.load(folder / _PROGRAM), told, folder / _PACKAGE)
 
 
 if __name__ == "__main__":

@@ -220,15 +220,15 @@ class Package:
         Raises:
             UserError: it is damaged, or made for another PyTorch, processor or GPU.
         """
-        self.path, self.device, self.metadata = path, device, metadata(path)
-        if self.metadata[MADE_FOR] != machine(device):
-            raise UserError(
-                f"{path} was made for {self.metadata[MADE_FOR]}, and here is {machine(device)}; make it anew here"
-            )
+        self.device = torch.empty(0, device=device).device  # with its number
+        self.path, self.metadata = path, metadata(path)
+        here = machine(self.device)
+        if self.metadata[MADE_FOR] != here:
+            raise UserError(f"{path} was made for {self.metadata[MADE_FOR]}, and here is {here}; make it anew here")
         try:
             self.forms = [Form(tuple(f["shape"]), tuple(f["stride"]), f["dtype"]) for f in self._arguments()]
             # Threads that share it would have to be told apart by events, which a CUDA graph cannot record.
-            at = -1 if device.index is None else device.index
+            at = -1 if self.device.index is None else self.device.index
             package = AOTIModelPackageLoader(str(path), _NAME, True, 1, at)
             # The code has their addresses alone, so they are held here.
             held = _weights(weights) if weights else {}

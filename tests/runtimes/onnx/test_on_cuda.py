@@ -38,8 +38,9 @@ class OnGpu:
         if captures and self.refuses_graphs:
             raise RuntimeError("This session cannot use the CUDA graph feature\nand more")
         inner = self._on_cpu(path, options, providers=["CPUExecutionProvider"])
+        started = ["CPUExecutionProvider"] if self.lacks_libraries else list(wanted)
         return SimpleNamespace(
-            get_providers=lambda: ["CPUExecutionProvider"] if self.lacks_libraries else list(wanted), get_inputs=inner.get_inputs, get_outputs=inner.get_outputs,
+            get_providers=lambda: started, get_inputs=inner.get_inputs, get_outputs=inner.get_outputs,
             get_modelmeta=inner.get_modelmeta, io_binding=lambda: Binding(self, inner),
             run_with_iobinding=lambda binding: binding.run(captures),
         )  # fmt: skip

@@ -1,9 +1,14 @@
 """Compiled code kept across runs: found again, made anew where it is damaged, and never another function's."""
 
 import copy
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +123,25 @@ def test_package_runtime_compiles_several_functions_side_by_side(
     assert written == []
     monkeypatch.setattr(build, "compile_all", lambda graphs: pytest.fail("they were there"))
     RUNTIMES["package"].prepare(functions)
+
+
+def test_package_runtime_ends_its_processes_when_it_is_stopped(
+    written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
+        if started:
+            raise KeyboardInterrupt
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(600)"], **settings))
+        return started[0]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    with pytest.raises(KeyboardInterrupt):
+        RUNTIMES["package"].prepare([(job.generator(_net(seed)), LATENTS) for seed in (0, 1)])
+    assert started[0].returncode == -signal.SIGKILL and not [*cache_folder("packages").iterdir()]
 
 
 def test_package_runtime_leaves_what_fails_beside_to_its_builder(
