@@ -69,7 +69,7 @@ class Stream:
 
 class _OnCuda(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == Tensor.device.__get__:  # type: ignore[attr-defined]  # a getter of C
+        if func == Tensor.device.__get__:  # a getter of C
             device = func(*args)
             return device if device.type != "cpu" or _traces() else CUDA
         if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
@@ -131,6 +131,6 @@ def pretended_cuda() -> Iterator[None]:
     with (
         mock.patch.multiple(torch.cuda, **STREAMS, **_GPU),
         mock.patch.object(FakeTensorMode, "from_tensor", _faked),
-        _OnCuda(),  # type: ignore[no-untyped-call]
+        _OnCuda(),
     ):
         yield

@@ -165,7 +165,7 @@ class Config:
     """In place of the builder's configuration, with a timing cache as TensorRT itself has one."""
 
     def __init__(self, takes: bool = True) -> None:
-        self.flags, self._takes = set[Any](), takes
+        self.flags, self._takes, self.hardware_compatibility_level = set[Any](), takes, None
 
     def set_flag(self, flag: Any) -> None:
         self.flags.add(flag)
@@ -219,7 +219,7 @@ def test_trt_builder_is_told_every_option(tmp_path: Path, monkeypatch: pytest.Mo
     built = build_with(monkeypatch, file, options, config)
     flags = TRT.BuilderFlag
     assert config.flags == {flags.TF32, flags.REFIT, flags.VERSION_COMPATIBLE}
-    assert config.hardware_compatibility_level == TRT.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert config.hardware_compatibility_level is TRT.HardwareCompatibilityLevel.AMPERE_PLUS
     assert (config.cache, cache.read_bytes()) == (b"", b" and more")
     assert (built.plan, built.obstacles, built.parsed_layers, built.batch) == (file.plan(), [], 5, (2, 2, 2))
     assert [layer.kind for layer in built.layers] == ["gemm"]
