@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import dgfast
-from dgfast.devices import pick_device
+from dgfast import sample
+from dgfast.devices import describe, pick_device, seconds_of
 from dgfast.errors import UserError
+from tests.support.pretended_cuda import CUDA, NAME, pretended_cuda
 
 
 @pytest.fixture
@@ -34,3 +36,24 @@ def test_a_sampler_refuses_a_device_without_float64(request: pytest.FixtureReque
     request.getfixturevalue("without_float64")
     with pytest.raises(UserError, match="has no float64"):
         dgfast.Sampler(networks, device="mps")
+
+
+def test_a_gpu_is_taken_where_there_is_one() -> None:
+    assert pick_device(None).type == "cpu" or torch.cuda.is_available()
+    with pretended_cuda():
+        assert describe(pick_device(None)) == f"cuda ({NAME})"
+
+
+def test_seconds_on_a_gpu_are_those_until_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append(f"waited for {device}"))
+    assert seconds_of(lambda: events.append("called"), CUDA) >= 0
+    assert events == ["called", "waited for cuda:0"] * 2
+
+
+def test_processes_on_one_machine_share_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended_cuda():
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert [sample._device_and_dtype(None, "float32", rank)[0].index for rank in range(4)] == [0, 1, 0, 1]
+        assert sample._device_and_dtype("cuda:1", "bf16", 0) == (torch.device("cuda", 1), torch.bfloat16)
+        monkeypatch.undo()

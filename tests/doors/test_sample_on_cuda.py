@@ -10,8 +10,9 @@ from click.testing import CliRunner
 
 from dgfast.bundle import Bundle
 from dgfast.sample import main
+from dgfast.sampler import Sampler
 from tests.support.paths import ROOT
-from tests.support.pretended_cuda import NAME
+from tests.support.pretended_cuda import NAME, pretended_cuda
 from tests.support.sample import images_of, manifest_of
 
 # AOTInductor alone is stood in for: its code of a graph for the CPU would take a minute to compile.
@@ -20,6 +21,7 @@ from contextlib import ExitStack
 from unittest import mock
 
 from dgfast.sample import main
+from dgfast.sampler import Sampler
 from tests.support.pretended_cuda import compiled, pretended_cuda
 
 made = []
@@ -61,3 +63,22 @@ def test_sample_on_a_gpu_draws_the_images_of_a_cpu(
     (ran,) = manifest_of(tmp_path / on_cuda)["runs"]
     assert (ran["device"], ran["runtime"]) == (f"cuda:0 ({NAME})", "compiled")
     assert done.stdout.splitlines()[-1] == str(parts)
+
+
+def test_sample_on_a_gpu_is_estimated_by_its_own_batch(
+    small_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere by a smaller one, because a call of it takes long."""
+    batches: list[int] = []
+
+    def a_second(sampler: Sampler, batch: int) -> float:
+        batches.append(batch)
+        return 1.0
+
+    monkeypatch.setattr(Sampler, "estimate", a_second)
+    job = ["--bundle", str(small_bundle.folder), "--seeds", "0-99", "--batch", "50", "--dry-run", "--out"]
+    assert CliRunner().invoke(main, [*job, str(tmp_path), "--device", "cpu"]).exit_code == 0
+    with pretended_cuda():
+        done = CliRunner().invoke(main, [*job, str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert batches[0] < batches[1] == 50

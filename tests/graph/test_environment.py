@@ -53,6 +53,15 @@ def test_graph_cache_misses_other_kernels(tiny: Nets, monkeypatch: pytest.Monkey
         assert before != key(guided(tiny)) is not None
 
 
+def test_graph_cache_misses_other_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for name, version in (("H100", 91000), ("H200", 91000), ("H200", 92000), ("H200", 92000)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        made.append(environment.environment(torch.device("cuda", 0)))
+    assert made[0] != made[1] != made[2] == made[3]
+
+
 def test_graph_cache_misses_other_sources(tiny: Nets, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(guided(tiny))
     monkeypatch.setattr(environment, "_hash", lambda *_: "another")

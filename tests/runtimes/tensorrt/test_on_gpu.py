@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dgfast import ops
+from dgfast.bundle import Bundle
 from dgfast.export import self_test, to_trt
 from dgfast.runtimes import RUNTIMES
+from dgfast.runtimes.cuda import build as cuda_build
 from dgfast.runtimes.onnx.file import save
 from dgfast.runtimes.onnx.writer import convert
 from dgfast.runtimes.tensorrt import build as trt_build
@@ -24,7 +27,7 @@ from dgfast.runtimes.tensorrt import library
 from dgfast.runtimes.tensorrt.builder import Options
 from dgfast.runtimes.tensorrt.file import EXECUTED, EngineFile
 from tests.support import tensorrt_on_gpu as pretended
-from tests.support.pretended_cuda import CUDA, NAME, pretended_cuda
+from tests.support.pretended_cuda import CUDA, NAME, compiled, pretended_cuda
 from tests.support.tensorrt import FLAVOR, TRT, refused, run
 
 
@@ -142,6 +145,18 @@ def test_trt_script_executes_its_engine_on_the_gpu(file: Path, tmp_path: Path) -
     assert (made.parity, made.gpu, made.capability) == (EXECUTED, NAME, "8.9") and max(made.errors.values()) < 1e-6
     assert json.loads((tmp_path / "parity.json").read_text())
     assert "| batch | engine, ms |" in done.output
+
+
+def test_trt_script_compares_the_engine_of_a_bundle_with_eager_and_compiled(
+    small_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_build, "compiled", compiled)
+    monkeypatch.setattr(cuda_build, "has_triton", lambda: True)
+    with ops.kernels("reference"):
+        done = run("--bundle", str(small_bundle.folder), "--what", "generator", "--batch", "2", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert engine_file.read(tmp_path).parity == EXECUTED
+    assert "| batch | eager, ms | compiled, ms | engine, ms |" in done.output
 
 
 def test_trt_script_removes_an_engine_that_is_wrong(
