@@ -90,6 +90,8 @@ def test_cuda_build_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "has_triton", lambda: False)
     missing = RUNTIMES["compiled"].missing(torch.device("cuda"))
     assert missing and missing.startswith("--compile on CUDA needs Triton: pip install 'dgfast[triton]'")
+    with pytest.raises(UserError, match="needs Triton"):
+        build.prepare([(two_networks, [image(0)])])
 
 
 def test_cuda_build_with_an_inductor_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from dgfast.networks import Networks
 from dgfast.runtimes import RUNTIMES, Runtime
 from dgfast.runtimes.cuda.capture import capture
 from dgfast.sampler import Sampler
-from tests.support.pretended_cuda import STREAMS
+from tests.runtimes.cuda.test_streams import Recorder
+from tests.support.pretended_cuda import STREAMS, Graph
 from tests.support.runtimes import NetFactory, one_hot
 
 
@@ -50,6 +51,24 @@ def test_capture_refuses_what_it_was_not_captured_for(arguments: tuple[Tensor, T
     without = capture(function, (torch.ones(2, 3), None))
     with pytest.raises(AssertionError, match=r"captured for .*None.* called with "):
         without(torch.ones(2, 3), torch.ones(3))
+
+
+def test_capture_warms_up_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made lazily must be there before, and other threads must not end a capture that they know nothing of."""
+    recorder, settings = Recorder(monkeypatch), list[str]()
+
+    def graph(graph: Graph, capture_error_mode: str) -> Graph:
+        settings.append(capture_error_mode)
+        return graph
+
+    def noted(x: Tensor) -> tuple[Tensor, ...]:
+        recorder.events.append((recorder.current, "runs"))
+        return (x + 1,)
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    capture(noted, [torch.ones(2)])
+    warm_up = [("side1", "waits for", "main"), *3 * [("side1", "runs")], ("main", "waits for", "side1")]
+    assert recorder.events == [*warm_up, ("main", "runs")] and settings == ["thread_local"]
 
 
 def captured() -> Runtime:
