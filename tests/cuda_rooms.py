@@ -1,7 +1,7 @@
 """The rooms that only CUDA enters: of each file at least 95 % of the lines are executed by their tests, on a CPU.
 
-python -m tests.cuda_rooms, after pytest --cov=dgfast/runtimes as `make test` runs it, prints each and fails where one is
-left to a user's GPU.
+python -m tests.cuda_rooms, after pytest --cov=dgfast/runtimes as `make test` runs it, prints each and fails where one
+is left to a user's GPU.
 """
 
 import sys
