@@ -232,7 +232,7 @@ def test_sampler_runs_in_the_runtime_that_it_is_given(tiny_net: NetFactory) -> N
     assert torch.equal(Sampler(networks, config, runtime=RUNTIMES["eager"]).integrate(latents), plain)
     zeros = Sampler(networks, config, runtime=lambda f, example: lambda *x: tuple(0 * y for y in f(*x)))
     assert zeros.integrate(latents).abs().max() < 1e-12
-    with pytest.raises(UserError, match="no runtime tvm: there are eager, compiled, onnx, tensorrt"):
+    with pytest.raises(UserError, match="no runtime tvm: there are eager, compiled, onnx, package, tensorrt"):
         Sampler(networks, config, runtime="tvm")
 
 

@@ -1,4 +1,4 @@
-"""A function in a package, such as `export/to_package.py` writes."""
+"""A function in a package, such as `python -m dgfast.export.to_package` writes."""
 
 import io
 from collections.abc import Mapping
