@@ -27,13 +27,15 @@ _PROGRAM, _SETTINGS, _PACKAGE = "program.pt2", "settings.json", "package.pt2"
 
 
 def compile_all(graphs: Sequence[tuple[GraphModule, Sequence[Tensor | None], Path]]) -> None:
-    """Compile each graph for its example to its file, without weights.
+    """Compile each graph for its example to its file, without weights, where there are the cores for it.
 
     One that fails leaves no file: whoever needs it compiles it in the usual way, which says why.
     """
     cores = os.cpu_count() or 1
-    at_once = min(len(graphs), max(1, cores // 2))
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores // at_once))}
+    at_once = min(len(graphs), cores // 2)
+    if at_once < 2:
+        return
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(cores // at_once)}
     with ExitStack() as stack:
         processes: list[subprocess.Popen[bytes]] = []
         stack.callback(_end, processes)  # also when the user has stopped this one
