@@ -61,6 +61,8 @@ def main(
 ) -> None:  # fmt: skip
     began = time.time()
     asked = [PARTS[name] for name in names or PARTS]
+    if minutes != minutes:
+        raise click.BadParameter("not a number", param_hint="--minutes")
     chosen = asked if small or names else fitting(asked, 60 * minutes, cores)
     if listing:
         click.echo(_listed(asked, chosen, cores))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -19,33 +20,36 @@ def export(
     subject: Subject, reference: Subject, path: Path, *, batch: int, dtype: str, device: torch.device,
     metadata: Mapping[str, str],
 ) -> Report:  # fmt: skip
-    """Compile `subject` into a package, compare it with `reference`, and leave the file there only if it is right.
+    """Compile `subject` into a package, compare it with `reference`, and put it there only if it is right.
+
+    What lay there before stays if it is stopped, or cannot be compiled.
 
     Args:
         subject: the function on that device, its networks in `dtype`. reference: the same in float32 on the CPU.
 
     Raises:
-        ParityError: what is wrong with the file, which is then gone; its report stays.
+        ParityError: what is wrong with the file, which is then not there; its report is.
         UserError: the function does not trace, or a compiler fails.
     """
     example = subject.example(batch, seed=1)
     said = {INPUTS: json.dumps(subject.inputs), OUTPUTS: json.dumps(subject.outputs), "dtype": dtype}
     said[TOLERANCE] = str(TOLERANCES[dtype])
     arguments = [example[name].to(device) for name in subject.inputs]
-    try:
-        write(lowered(subject.function, arguments), arguments, path, {**metadata, **said})
-        engine = PackageEngine(path, device)
+    with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+        new = Path(folder, path.name)
+        write(lowered(subject.function, arguments), arguments, new, {**metadata, **said})
+        engine = PackageEngine(new, device)
 
         def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: x.float().cpu() for name, x in engine(inputs).items()}
 
         report = Report(value_rows(run, reference, batch, dtype))
+        if not report.passed:
+            path.unlink(missing_ok=True)  # the report beside it is that of another
         report.write(path, metadata, dtype=dtype)
         report.check()
         inputs = reference.cases(batch)[-1].inputs  # its weights are such that no branch is idle
-        add_self_test(path, inputs, run(inputs))
-        PackageEngine(path, device).self_test()
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+        add_self_test(new, inputs, run(inputs))
+        PackageEngine(new, device).self_test()
+        new.replace(path)
     return report

@@ -21,6 +21,7 @@ from dgfast.export.onnx_file import OPSET, export
 from dgfast.export.subject import Joint, Subject
 from dgfast.graph.agreement import PREDICTS_NOISE
 from dgfast.networks import load
+from dgfast.runtimes.onnx.cuda import FUSED
 
 _SAMPLING = ("solver", "eta", "clip_denoised")  # what an exported function depends on beside guidance
 
@@ -76,7 +77,8 @@ class Request:
             ParityError, UserError: see `onnx_file.export`.
         """
         subject, size = self.subject(), "dynamic" if batch is None else f"b{batch}"
-        path = out / f"{self.bundle.name}-{subject.what}-{size}-{dtype}.onnx"
+        kind = f"{dtype}-cuda" if target == FUSED else dtype
+        path = out / f"{self.bundle.name}-{subject.what}-{size}-{kind}.onnx"
         report = export(
             subject, path, batch=batch, dtype=dtype, opset=opset, target=target,
             metadata=self.describe(subject), say=click.echo,

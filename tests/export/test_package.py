@@ -64,7 +64,11 @@ def test_package_draws_without_python(step_package: Path, tmp_path: Path) -> Non
     subprocess.run(run, env={}, check=True)
     with Image.open(picture) as image:
         assert image.size == (80, 32) and np.asarray(image).std() > 1
-    assert subprocess.run(run[:1], env={}, capture_output=True, check=False).returncode == 2
+    damaged = tmp_path / "damaged.pt2"
+    damaged.write_bytes(step_package.read_bytes()[:3000])
+    for arguments in ([], [str(damaged), str(picture)], [str(step_package), str(tmp_path / "none/digits.pgm")]):
+        done = subprocess.run([run[0], *arguments], env={}, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_package_as_engine_samples_the_images_of_eager(tmp_path: Path) -> None:
@@ -119,8 +123,25 @@ def test_package_notices_that_it_computes_something_else(step_package: Path, tmp
         PackageEngine(path).self_test()
 
 
+def test_package_that_was_there_stays_when_its_successor_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "f.pt2"
+    path.write_bytes(b"proved before")
+    monkeypatch.setattr(package_file, "write", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        package_file.export(
+            subject(), subject(), path, batch=3, dtype="float32", device=CPU, metadata=dict(ABOUT, what="denoiser")
+        )
+    assert path.read_bytes() == b"proved before" and [*tmp_path.iterdir()] == [path]
+
+
 def test_package_that_is_wrong_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "f.pt2"
+    path.write_bytes(b"another's report would lie beside it")
     reference = subject(lambda x, sigma, weight: (weight.view(-1, 1, 1, 1) * x, 0 * sigma))
     with pytest.raises(ParityError):
         package_file.export(

@@ -39,6 +39,9 @@ class PackageEngine:
             names, self.outputs = (bounds.parse_json(self.metadata[key]) for key in (INPUTS, OUTPUTS))
             self.inputs = {name: (form.shape, form.dtype) for name, form in zip(names, forms, strict=True)}
             self.batch = forms[0].shape[0]
+            self._tolerance = float(self.metadata[TOLERANCE])
+            if not 0 < self._tolerance < 1 or not self.outputs:
+                raise ValueError("no outputs, or a tolerance that allows anything")
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"{path} does not say what its arguments are; make it anew") from error
 
@@ -59,7 +62,10 @@ class PackageEngine:
                 )
             if size != shape:
                 raise UserError(f"{self.path}: {name} has shape {list(size)}, not {list(shape)}")
-        return dict(zip(self.outputs, self._package(*(arguments[name] for name in self.inputs)), strict=True))
+        results = self._package(*(arguments[name] for name in self.inputs))
+        if len(results) != len(self.outputs):
+            raise UserError(f"{self.path} returns {len(results)} tensors, and names {len(self.outputs)}; make it anew")
+        return dict(zip(self.outputs, results, strict=True))
 
     def self_test(self) -> None:
         """Run the case that is stored in the file.
@@ -72,16 +78,15 @@ class PackageEngine:
                 arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
             inputs = {name: arrays[f"{INPUTS}/{name}"] for name in self.inputs}
             expected = {name: arrays[f"{OUTPUTS}/{name}"] for name in self.outputs}
-            tolerance = float(self.metadata[TOLERANCE])
         except (KeyError, TypeError, ValueError, EOFError, BadZipFile) as error:
-            raise UserError(f"{self.path}: no self-test of dgfast in it ({one_line(error)}); make it anew") from error
+            raise UserError(f"{self.path}: its self-test cannot be read ({one_line(error)}); make it anew") from error
         least = least_sizes(self.metadata.get(PREDICTS_NOISE) == "true", inputs)
         for name, result in self(inputs).items():
             off = relative_error(result, expected[name], least.get(name))
-            if not off <= tolerance:
+            if not off <= self._tolerance:
                 raise UserError(
                     f"{self.path}: its self-test fails here: output {name} differs by {off:.1e} of its largest value "
-                    f"(allowed {tolerance:.0e}); make it anew on this machine"
+                    f"(allowed {self._tolerance:.0e}); make it anew on this machine"
                 )
 
 

@@ -33,6 +33,8 @@ MADE_FOR, ARGUMENTS = "made_for", "arguments"
 """Keys of what a file says of itself: `machine`, and the forms of its arguments, as JSON."""
 OURS = "dgfast"
 """Folder in the archive for what is no part of the code."""
+_DTYPES = ("float64", "float32", "bfloat16", "float16", "int64")
+_LARGEST = 2**28  # numbers of an argument, a batch of images: a file may lie
 _NAME = "model"  # of the function in the archive, AOTInductor's default
 
 
@@ -47,6 +49,23 @@ class Form:
     @classmethod
     def of(cls, x: Tensor) -> "Form":
         return cls(tuple(x.shape), x.stride(), str(x.dtype).removeprefix("torch."))
+
+    @classmethod
+    def read(cls, said: Mapping[str, Any]) -> "Form":
+        """
+        Raises:
+            KeyError, TypeError, ValueError: it is no form, or one of a tensor that reads one number twice.
+        """
+        form = cls(tuple(said["shape"]), tuple(said["stride"]), said["dtype"])
+        sizes = sorted((step, size) for step, size in zip(form.stride, form.shape, strict=True) if size > 1)
+        reach = 1
+        for step, size in sizes:
+            if not isinstance(step, int) or not isinstance(size, int) or step < reach:
+                raise ValueError("numbers of an argument overlap")
+            reach = step * size
+        if form.dtype not in _DTYPES or reach > _LARGEST or not all(size > 0 for size in form.shape):
+            raise ValueError(f"an argument of type {form.dtype} and shape {list(form.shape)}")
+        return form
 
     def laid_out(self, x: Tensor, device: torch.device) -> Tensor:
         """`x` in this form on that device; itself, if it is.
@@ -122,12 +141,16 @@ def compile(program: "Callable[[], ExportedProgram]", settings: dict[str, Any], 
 
 
 def _weights(graph: GraphModule) -> dict[str, Tensor]:
-    """By names that are the same whether a graph was traced or read from its file."""
-    return {f"weight_{i}": constant(graph, node) for i, node in enumerate(graph.graph.find_nodes(op="get_attr"))}
+    """By names that are the same whether a graph was traced or read from its file; each with memory of its own.
+
+    A part of a larger tensor would be saved with the whole, and come back with other strides than the code reads by.
+    """
+    nodes = enumerate(graph.graph.find_nodes(op="get_attr"))
+    return {f"weight_{i}": _whole(constant(graph, node)) for i, node in nodes}
 
 
 def _named_by_place(graph: GraphModule) -> GraphModule:
-    copy, weights = Graph(), {name: _whole(x) for name, x in _weights(graph).items()}
+    copy, weights = Graph(), _weights(graph)
     copy.output(copy.graph_copy(graph.graph, {}))
     for node, name in zip(copy.find_nodes(op="get_attr"), weights, strict=True):
         node.target = name
@@ -135,7 +158,6 @@ def _named_by_place(graph: GraphModule) -> GraphModule:
 
 
 def _whole(x: Tensor) -> Tensor:
-    """`x`, or a copy of it where it is a part of a larger tensor, which could be saved but whole."""
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
@@ -180,8 +202,10 @@ def metadata(path: Path) -> dict[str, str]:
             raise UserError(f"{path} is damaged (in {one_line(damaged)}); make it anew")
         for member in archive.namelist():
             if member.endswith("_metadata.json"):
-                said |= bounds.parse_json(archive.read(member).decode())
-    if not said.keys() >= {MADE_FOR, ARGUMENTS} or not all(isinstance(text, str) for text in said.values()):
+                found = bounds.parse_json(archive.read(member).decode())
+                said |= found if isinstance(found, dict) else {}
+    printable = all(isinstance(text, str) and text.replace("\n", "").isprintable() for text in said.values())
+    if not said.keys() >= {MADE_FOR, ARGUMENTS} or not printable or "\n" in said[MADE_FOR]:
         raise UserError(f"{path} is not a package of dgfast; make one with python -m dgfast.export.to_package")
     return said
 
@@ -226,7 +250,7 @@ class Package:
         if self.metadata[MADE_FOR] != here:
             raise UserError(f"{path} was made for {self.metadata[MADE_FOR]}, and here is {here}; make it anew here")
         try:
-            self.forms = [Form(tuple(f["shape"]), tuple(f["stride"]), f["dtype"]) for f in self._arguments()]
+            self.forms = [Form.read(form) for form in bounds.parse_json(self.metadata[ARGUMENTS])]
             # Threads that share it would have to be told apart by events, which a CUDA graph cannot record.
             at = -1 if self.device.index is None else self.device.index
             package = AOTIModelPackageLoader(str(path), _NAME, True, 1, at)
@@ -238,9 +262,6 @@ class Package:
         except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: PyTorch does not load it ({one_line(error)}); make it anew") from error
         self._run = package.run
-
-    def _arguments(self) -> list[dict[str, Any]]:
-        return bounds.parse_json(self.metadata[ARGUMENTS])
 
     @torch.no_grad()
     def __call__(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:

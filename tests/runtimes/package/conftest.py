@@ -16,19 +16,23 @@ Example = tuple[Tensor, None, Tensor]
 
 
 class Slope(nn.Module):
-    """The input gradient of a convolution's score, times a number a sample; its bias is short, its last filter zero."""
+    """The input gradient of a convolution's score, times a number a sample.
+
+    Its filters are every second of more, as attention takes keys and values apart; its bias is short, its last filter
+    zero.
+    """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(torch.randn(4, 2, 3, 3, generator=generator), requires_grad=False)
+        self.weights = nn.Parameter(torch.randn(8, 2, 3, 3, generator=generator), requires_grad=False)
         self.bias = nn.Parameter(torch.randn(4, generator=generator), requires_grad=False)
         self.last = nn.Parameter(torch.zeros(4, 4, 1, 1) + seed, requires_grad=False)
 
     def forward(self, x: Tensor, nothing: None, sigma: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            hidden = F.silu(F.conv2d(x, self.weight, self.bias, padding=1))
+            hidden = F.silu(F.conv2d(x, self.weights[::2], self.bias, padding=1))
             (gradient,) = torch.autograd.grad((hidden + F.conv2d(hidden, self.last)).square().sum(), x)
         return sigma.view(-1, 1, 1, 1) * gradient, hidden.detach().sum((1, 2, 3)), torch.full_like(sigma, 7.0)
 

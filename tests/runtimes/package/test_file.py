@@ -46,9 +46,9 @@ def test_package_reads_the_weights_where_they_lie(package_file: Path) -> None:
     graph = graph_of(0)
     package = Package(package_file, CPU, graph)
     before = package(*arguments(1))
-    held = next(x for x in (*graph.parameters(), *graph.buffers()) if x.shape == (4, 2, 3, 3) and x.abs().sum() > 0)
     with torch.no_grad():
-        held.mul_(2)
+        for held in (*graph.parameters(), *graph.buffers()):
+            held.mul_(2)
     assert not _agree(package(*arguments(1)), before)
 
 
@@ -144,3 +144,27 @@ def test_package_says_what_the_compiler_says(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="AOTInductor failed"):
         write(graph, (x, x), tmp_path / "f.pt2")
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"dtype": "save"}, {"dtype": "nonsense"}, {"stride": [0, 0]}, {"stride": [1, 1]}, {"stride": ["a", 1]},
+        {"stride": [3]}, {"shape": [0, 3]}, {"shape": [2**20, 2**20], "stride": [2**20, 1]}, {"shape": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_package_form_that_no_package_has_is_refused(form: dict[str, Any]) -> None:
+    usual = {"shape": [2, 3], "stride": [3, 1], "dtype": "float32"}
+    assert file.Form.read(usual) == file.Form.of(torch.zeros(2, 3))
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        file.Form.read(usual | form)
+
+
+@pytest.mark.parametrize("said", ["[1, 2]", '{"made_for": "one\\nline", "arguments": "[]"}', '{"made_for": 1}'])
+def test_package_that_says_nothing_of_itself_is_refused(said: str, tmp_path: Path) -> None:
+    path = tmp_path / "f.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("f/data/aotinductor/model/x_metadata.json", said)
+    with pytest.raises(UserError, match="is not a package of dgfast"):
+        metadata(path)
