@@ -34,7 +34,7 @@ int main(int argc, char** argv) try {
   const Texts weights = all(said.at("weights"), NAME), values = all(said.at("weights"), NUMBER);
   const c10::InferenceMode no_gradients;
   Loader step(argv[1]);
-  at::globalContext().defaultGenerator(at::kCPU).set_current_seed(0);
+  at::manual_seed(0);
   at::Tensor x = std::stod(levels[0]) * at::randn({batch, 1, side, side});
   for (size_t i = 0; i + 1 < levels.size(); ++i) {
     std::unordered_map<std::string, at::Tensor> named{{"x", x}};
