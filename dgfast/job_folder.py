@@ -71,13 +71,21 @@ class JobFolder:
         damaged: how many of these were there, and are not what they were. manifest: see `Manifest`.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, Any], chunks: Chunks, formats: Sequence[str], rank: int = 0):
+    def __init__(
+        self,
+        path: Path,
+        job: Mapping[str, Any],
+        chunks: Chunks,
+        formats: Sequence[str],
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
         """
         Args:
             formats: names of `config.KEPT` and `config.PRODUCTS`.
-            rank: of this process; the one of rank 0 opens the folder, others only add to it.
+            rank: of this process; the one of rank 0 opens the folder, others only add to it. processes: all of them.
         """
-        self.path, self.chunks, self._rank = path, chunks, rank
+        self.path, self.chunks, self._rank, self._processes = path, chunks, rank, processes
         self.manifest = Manifest(path, {**job, "formats": sorted(formats)}, len(chunks.seeds))
         kept = [FORMATS[name] for name in formats if name in FORMATS]
         self._passing = not kept  # products alone are made of shards, which go once they are there
@@ -144,9 +152,12 @@ class JobFolder:
                     self.path.rmdir()
 
     def _leave(self) -> None:
-        """Save the manifest; or remove that of a first run that drew nothing, as if there had been none."""
+        """Save the manifest; or remove that of a first run that drew nothing, as if there had been none.
+
+        Another process may still be writing its last chunk, which would be somebody else's without the manifest.
+        """
         self.manifest.take_up()
-        if self.manifest.chunks or len(self.manifest.runs) > 1 or self.manifest.products:
+        if self._processes > 1 or self.manifest.chunks or len(self.manifest.runs) > 1 or self.manifest.products:
             self.manifest.save()
         else:
             self.manifest.path.unlink()

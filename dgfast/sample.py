@@ -222,7 +222,9 @@ def _main(options: dict[str, Any], began: float) -> None:
     _check_labels(make("eager"), options["labels"])
     chunks = _chunks(options, engine)
     drawing = Drawing(
-        folder=JobFolder(options["out"], _job(bundle, settings, options, runtime), chunks, formats, team.rank),
+        folder=JobFolder(
+            options["out"], _job(bundle, settings, options, runtime), chunks, formats, team.rank, team.size
+        ),
         team=team, make=make, runtime=runtime, fetcher=fetcher, kernels=options["kernels"], facts=_facts(device, team),
         may_fall_back=options["compiled"] == "try", time_limit=options["time_limit"], began=began,
     )  # fmt: skip

@@ -33,6 +33,7 @@ from dgfast.errors import INTERRUPTED, UserError
 from dgfast.sample import main as sample
 from dgfast.sampler import Sampler
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 IMAGES = 60
 _BATCH = 4
 _KEYWORDS = {
@@ -118,11 +119,14 @@ class Job:
         self, out: Path, environment: dict[str, str], change: Callable[[], None] = lambda: None, output: str = ""
     ) -> int:
         options = ["--bundle", str(self.scratch / "bundle"), "--seeds", f"0-{IMAGES - 1}", "--batch", str(_BATCH)]
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # Python's own hooks after a fork would swallow them
         child = os.fork()
         if child:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
             return child
         code = 1
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
             os.environ |= environment
             log = os.open(output or self.scratch / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)

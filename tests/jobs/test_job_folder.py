@@ -23,9 +23,9 @@ JOB = {"bundle": "b", "sampling": {"num_steps": 18, "S_max": float("inf")}, "see
 
 
 def _folder(
-    path: Path, formats: Sequence[str] = ("npz", "grid"), job: dict[str, Any] = JOB, rank: int = 0
+    path: Path, formats: Sequence[str] = ("npz", "grid"), job: dict[str, Any] = JOB, rank: int = 0, processes: int = 1
 ) -> JobFolder:
-    return JobFolder(path, job, Chunks(Ranges([(0, 9)]), None, 4), formats, rank)
+    return JobFolder(path, job, Chunks(Ranges([(0, 9)]), None, 4), formats, rank, processes)
 
 
 def _drawn(folder: JobFolder, index: int) -> Drawn:
@@ -246,6 +246,18 @@ def test_a_run_that_draws_nothing_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError
     assert _names(tmp_path / "out") == {"images-00001.npz", "manifest.json", ".journal-0"}
     assert [*_manifest(tmp_path / "out")["chunks"]] == ["1"]
+
+
+def test_a_run_of_several_processes_that_draws_nothing_still_knows_what_comes_late(tmp_path: Path) -> None:
+    """All are stopped at once, and one of them writes its last chunk after the first has left the folder."""
+    first, second = (_folder(tmp_path, rank=rank, processes=2) for rank in (0, 1))
+    with pytest.raises(KeyboardInterrupt), first.opened({}):
+        raise KeyboardInterrupt
+    _draw(second, [1])
+    with (again := _folder(tmp_path)).opened({}):
+        assert str(again.missing) == "0,2"
+        _draw(again)
+        again.finish()
 
 
 # What the system refuses ----------------------------------------------------------------------------------------------
