@@ -268,6 +268,18 @@ def _guidance_options(exported: bool) -> Iterator[Option]:
             yield Option([name], group=sections[one.name], help=one.help, **kind | choices)
 
 
+EXPORTED_BUNDLE = option(
+    "--bundle", group=Group.INPUT, default=_BUNDLE, show_default=True,
+    help="Folder, or name of a bundle that comes along.",
+)  # fmt: skip
+"""Of which bundle to export a function."""
+
+EXPORTED_OUT = option(
+    "--out", group=Group.OUTPUT, type=click.Path(path_type=Path), default="exported", show_default=True,
+    help="A folder.",
+)  # fmt: skip
+"""Where to leave the file."""
+
 WHAT = option(
     "--what", group=Group.INPUT, type=click.Choice(["denoiser", "posterior", "step", "generator"]),
     help="The guided denoiser; what the ddpm solver calls in its place; a whole step of the solver; the one-step "

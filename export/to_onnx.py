@@ -14,7 +14,7 @@ import click
 if __name__ == "__main__" and not __package__:  # run by its path: no file here stands in for a package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dgfast.options import WHAT, Group, GuidedCommand, option
+from dgfast.options import EXPORTED_BUNDLE, EXPORTED_OUT, WHAT, Group, GuidedCommand, option
 
 
 class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
@@ -31,13 +31,7 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in c
 
 
 @click.command(cls=GuidedCommand, exported=True, help=__doc__)
-@option(
-    "--bundle",
-    group=Group.INPUT,
-    default="mnist32",
-    show_default=True,
-    help="Folder, or name of a bundle that comes along.",
-)
+@EXPORTED_BUNDLE
 @option(
     "--batch",
     group=Group.OUTPUT,
@@ -55,14 +49,7 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in c
     "TensorRT builds.",
 )  # fmt: skip
 @WHAT
-@option(
-    "--out",
-    group=Group.OUTPUT,
-    type=click.Path(path_type=Path),
-    default="exported",
-    show_default=True,
-    help="A folder.",
-)
+@EXPORTED_OUT
 def main(bundle: str, batch: int | None, dtype: str, opset: int, target: str, out: Path, **options: Any) -> None:
     from dgfast.extras import require
 

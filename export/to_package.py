@@ -16,17 +16,11 @@ import click
 if __name__ == "__main__" and not __package__:  # run by its path: no file here stands in for a package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dgfast.options import WHAT, Group, GuidedCommand, option
+from dgfast.options import EXPORTED_BUNDLE, EXPORTED_OUT, WHAT, Group, GuidedCommand, option
 
 
 @click.command(cls=GuidedCommand, exported=True, help=__doc__)
-@option(
-    "--bundle",
-    group=Group.INPUT,
-    default="mnist32",
-    show_default=True,
-    help="Folder, or name of a bundle that comes along.",
-)
+@EXPORTED_BUNDLE
 @WHAT
 @option("--device", group=Group.RUNTIME, metavar="NAME", help="What to compile for.  [default: a GPU if there is one]")
 @option(
@@ -38,14 +32,7 @@ from dgfast.options import WHAT, Group, GuidedCommand, option
     help="Of the networks' weights.",
 )
 @option("--batch", group=Group.OUTPUT, type=click.IntRange(min=1), default=64, show_default=True, help="Images a call.")
-@option(
-    "--out",
-    group=Group.OUTPUT,
-    type=click.Path(path_type=Path),
-    default="exported",
-    show_default=True,
-    help="A folder.",
-)
+@EXPORTED_OUT
 def main(bundle: str, device: str | None, dtype: str, batch: int, out: Path, **options: Any) -> None:
     from dgfast.devices import pick_device
     from dgfast.export import request

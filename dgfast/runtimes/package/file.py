@@ -221,6 +221,7 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise ValueError("it is compressed, as no package is")
             yield archive
+    # NotImplementedError is what zipfile raises for a version or a compression that it does not know.
     except (zipfile.BadZipFile, ValueError, EOFError, OSError, RecursionError, NotImplementedError) as error:
         if isinstance(error, UserError):
             raise
