@@ -143,7 +143,8 @@ def compile(program: "Callable[[], ExportedProgram]", settings: dict[str, Any], 
 def _weights(graph: GraphModule) -> dict[str, Tensor]:
     """By names that are the same whether a graph was traced or read from its file; each with memory of its own.
 
-    A part of a larger tensor would be saved with the whole, and come back with other strides than the code reads by.
+    PyTorch saves the part of a larger tensor with the whole, and warns of that off the CPU. The code reads by the
+    strides that it was compiled for: whoever compiles and whoever opens take them from here.
     """
     nodes = enumerate(graph.graph.find_nodes(op="get_attr"))
     return {f"weight_{i}": _whole(constant(graph, node)) for i, node in nodes}

@@ -1,5 +1,6 @@
 """A package returns what its graph returns, reads weights where they lie, and opens only where it may run."""
 
+import os
 import platform
 import shutil
 import zipfile
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dgfast.errors import UserError
 from dgfast.runtimes.package import file
+from dgfast.runtimes.package.beside import compile_all
 from dgfast.runtimes.package.file import Package, add, metadata, read, write
 from tests.runtimes.package.conftest import Slope, arguments, graph_of
 
@@ -168,3 +170,14 @@ def test_package_that_says_nothing_of_itself_is_refused(said: str, tmp_path: Pat
         archive.writestr("f/data/aotinductor/model/x_metadata.json", said)
     with pytest.raises(UserError, match="is not a package of dgfast"):
         metadata(path)
+
+
+def test_package_compiled_in_another_process_reads_weights_as_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its filters are every second of more, and on their way to the process they go through a file."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    paths = [tmp_path / f"{seed}.pt2" for seed in (0, 1)]
+    compile_all([(graph_of(seed), arguments(0), path) for seed, path in enumerate(paths)])
+    for seed, path in enumerate(paths):
+        assert _agree(Package(path, CPU, graph_of(seed))(*arguments(1)), Slope(seed)(*arguments(1)))
