@@ -1,0 +1,58 @@
+"""What the preconditioners share.
+
+    D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)
+
+Every denoiser here takes clean-image coordinates plus noise of standard deviation sigma (pixels in about [-1, 1]),
+computes its coefficients in float32, runs F in the dtype of F's weights and returns float32.
+"""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Preconditioner(nn.Module, ABC):
+    """What the preconditioners share; `model` is the raw network, under EDM's state-dict name.
+
+    Attributes:
+        sigma_min, sigma_max: noise levels for which the network was trained.
+        img_resolution, img_channels, label_dim: shape of its images and number of its classes (0: none).
+    """
+
+    sigma_min: float
+    sigma_max: float
+
+    def __init__(self, model: nn.Module, img_resolution: int, img_channels: int, label_dim: int) -> None:
+        super().__init__()
+        self.model = model
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+
+    @abstractmethod
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor | float, Tensor, Tensor | float, Tensor]:
+        """c_skip, c_out, c_in, c_noise for sigma [B, 1, 1, 1]."""
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest noise level that the network knows: sigma itself, but for discrete-time networks."""
+        return sigma
+
+    def forward(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        """Denoised images.
+
+        Args:
+            x: noisy images [B, C, H, W].
+            sigma: standard deviation of their noise, [B] or a scalar tensor.
+            class_labels: one row a sample, [B, label_dim]; a row of zeros, or None, is the unknown class.
+            augment_labels: EDM's augmentation parameters [B, augment_dim]; None means no augmentation.
+        """
+        x = x.float()
+        sigma = sigma.float().reshape(-1, 1, 1, 1)
+        if self.label_dim == 0:
+            class_labels = None
+        elif class_labels is None:
+            class_labels = x.new_zeros(1, self.label_dim)
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
+        dtype = next(self.model.parameters()).dtype
+        out = self.model((c_in * x).to(dtype), c_noise.flatten(), class_labels, augment_labels)
+        return c_skip * x + c_out * out[:, : self.img_channels].float()
