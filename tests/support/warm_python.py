@@ -94,11 +94,11 @@ def _attended(connection: socket.socket) -> _Command:
     """The command that a stand-in sends, in a fork that its sender is told the exit code of."""
     length, files, _, _ = socket.recv_fds(connection, 8, 3)
     with connection.makefile("rb") as stream:
-        said = json.loads(stream.read(int.from_bytes(length, "big")))
+        arguments, folder, variables = json.loads(stream.read(int.from_bytes(length, "big")))
     child = os.fork()
     if not child:
         connection.close()
-        return _Command(*said, files)
+        return _Command(arguments, folder, variables, files)
     for file in files:
         os.close(file)
     done, status = 0, 0
