@@ -103,7 +103,7 @@ def test_perturbed_layers_by_default_are_the_networks_middle(filled_net: Callabl
 
 def test_perturbed_attention_is_the_identity_for_a_matrix_of_attention() -> None:
     block = AttentionBlock(64, num_heads=2)
-    torch.nn.init.normal_(block.proj_out.weight, std=0.1)
+    torch.nn.init.normal_(block.proj_out.weight, std=0.1)  # type: ignore[arg-type]
     x = images(2, 64, 4, 4).float()
     block.attend = values
     v = block.qkv(block.norm(x).flatten(2)).unflatten(1, (2, 3, 32))[:, :, 2].flatten(1, 2)
@@ -170,14 +170,11 @@ def test_perturbed_guidances_are_the_same_in_every_runtime(runtime: str, song: A
 
 
 def test_an_exported_file_holds_the_shared_weights_once(perturbed_bundle: Bundle, tmp_path: Path) -> None:
-    sizes = []
-    for name, options in (("plain", ()), ("pag", ("--pag-scale", "2"))):
-        done = export("--bundle", str(perturbed_bundle.folder), "--out", str(tmp_path / name), *options)
-        assert done.exit_code == 0, done.output
-        (path,) = (tmp_path / name).glob("*.onnx")
-        sizes.append(path.stat().st_size)
+    done = export("--bundle", str(perturbed_bundle.folder), "--out", str(tmp_path), "--pag-scale", "2")
+    assert done.exit_code == 0, done.output
+    (path,) = tmp_path.glob("*.onnx")
     weights = (perturbed_bundle.folder / "score.safetensors").stat().st_size
-    assert sizes[1] - sizes[0] < weights / 2  # the second network's operations, and no second set of weights
+    assert weights < path.stat().st_size < 1.7 * weights  # both networks' operations, and one set of weights
 
 
 @pytest.mark.parametrize(
