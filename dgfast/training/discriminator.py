@@ -60,17 +60,18 @@ class Trial:
         def loss(net: nn.Module, batch: int) -> Tensor:
             x0, labels = _pick(self.real, batch)
             sigma = self._sigma(batch)
-            error = self.corrected_error(net, score, x0, sigma, labels)
+            error, correction = self.correction(net, score, x0, sigma, labels)
             weight = (sigma**2 + sd**2) / (sigma * sd) ** 2
-            return (weight.float().view(-1, 1, 1, 1) * error**2).mean()
+            return (weight.float().view(-1, 1, 1, 1) * (error + correction) ** 2).mean()
 
         return loss
 
-    def corrected_error(
-        self, net: nn.Module, score: ScoreNet, x0: Tensor, sigma: Tensor, labels: Tensor, weight: float = 1.0
-    ) -> Tensor:
-        """Error [B, C, H, W] of the denoiser under discriminator guidance of that weight on freshly noised x0."""
-        x = x0 + sigma.float().view(-1, 1, 1, 1) * torch.randn(x0.shape).to(x0.device)
+    def correction(
+        self, net: nn.Module, score: ScoreNet, x0: Tensor, sigma: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """On freshly noised x0, the denoiser's error D - x0 and what weight 1 adds to it: [B, C, H, W] each."""
+        scale = sigma.float().view(-1, 1, 1, 1)
+        x = x0 + scale * torch.randn(x0.shape).to(x0.device)
         rows = F.one_hot(labels, score.label_dim).float() if score.label_dim else None
         with torch.no_grad():
             denoised = score(x, sigma.to(x.dtype), rows)
@@ -78,7 +79,7 @@ class Trial:
             x = x.requires_grad_()
             logit = self.logit(net, vp_alpha(sigma).float().view(-1, 1, 1, 1) * x, sigma, labels)
             (gradient,) = torch.autograd.grad(logit.sum(), x, create_graph=net.training)
-        return denoised + weight * sigma.float().view(-1, 1, 1, 1) ** 2 * gradient - x0
+        return denoised - x0, scale**2 * gradient
 
     def logit(self, net: nn.Module, u: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         assert isinstance(net, EncoderUNetModel)
@@ -139,10 +140,9 @@ def _share_of_error(trial: Trial, net: nn.Module, score: ScoreNet, level: float,
     guided, unguided = 0.0, 0.0
     for images, labels in zip(*(part.split(batch) for part in trial.real), strict=True):
         sigma = torch.full((len(images),), level, dtype=torch.float64, device=images.device)
-        for weight in (0.0, 1.0):
-            with torch.random.fork_rng(devices=[]):
-                error = trial.corrected_error(net, score, images, sigma, labels, weight).detach().square().sum()
-            guided, unguided = guided + weight * float(error), unguided + (1 - weight) * float(error)
+        error, correction = trial.correction(net, score, images, sigma, labels)
+        unguided += float(error.square().sum())
+        guided += float((error + correction.detach()).square().sum())
     return guided / unguided
 
 
