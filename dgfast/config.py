@@ -21,6 +21,7 @@ DISCRETIZATIONS = ("edm", "vp", "ve", "iddpm")
 SCHEDULES = ("linear", "vp", "ve")
 SCALINGS = ("none", "vp")
 VARIANCES = ("small", "large")
+STATE_DTYPES = ("float64", "float32")
 MOST_LEVELS = 10_000
 """Noise levels of a grid or of a network, far more than any was trained with: a file may ask for a thousand million."""
 KEPT = ("npz", "png", "latents")
@@ -52,6 +53,8 @@ class SamplingConfig:
         alpha: Heun's second point, as a share of the step (1: trapezoidal, 1/2: midpoint).
         S_churn: noise added anew over the whole run; S_min, S_max: the noise levels between which; S_noise: its
             standard deviation, 1 for what the theory says.
+        state_dtype: type of the solver's state, its noise levels and the noise of its steps: "float64" as EDM's, or
+            "float32" as EDM2's; seeds give other noise in another type.
         epsilon_s: last time of the "vp" discretisation and schedule. C_1, C_2, M: iDDPM's grid.
     """
 
@@ -76,6 +79,7 @@ class SamplingConfig:
     clip_denoised: bool = False
     eta: float = 0.0
     fixed_variance: str = "small"
+    state_dtype: str = "float64"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -84,6 +88,7 @@ class SamplingConfig:
             ("schedule", SCHEDULES),
             ("scaling", SCALINGS),
             ("fixed_variance", VARIANCES),
+            ("state_dtype", STATE_DTYPES),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")

@@ -44,6 +44,11 @@ class Step:
     log_variances: tuple[float, float] = (-math.inf, -math.inf)
     carried: tuple[DiscriminatorGuidance | None, DiscriminatorGuidance | None] = (None, None)
 
+    @property
+    def churns(self) -> bool:
+        """Whether any sample's noise level may rise before it."""
+        return self.gamma > 0 or self.boost_gamma is not None
+
 
 def noise_grid(networks: Networks, config: SamplingConfig, sigma_min: float, sigma_max: float) -> Tensor:
     """The noise levels of `config`, highest first and without the final 0: [N].

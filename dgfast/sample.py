@@ -23,6 +23,7 @@ from dgfast.config import (
     PRODUCTS,
     SCALINGS,
     SCHEDULES,
+    STATE_DTYPES,
     VARIANCES,
     GuidanceConfig,
     SamplingConfig,
@@ -38,6 +39,7 @@ PROVIDERS = ("cpu", "cuda", "tensorrt")
 _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
     "S_churn", "S_min", "S_max", "S_noise", "respacing", "clip_denoised", "eta", "fixed_variance",
+    "state_dtype",
 )  # fmt: skip
 
 
@@ -123,7 +125,13 @@ _SAMPLING = (
     type=click.Choice(PRECISIONS),
     default="float32",
     show_default=True,
-    help="Of the networks; the solver's state stays float64.",
+    help="Of the networks.",
+)
+@option(
+    "--state-dtype",
+    group=Group.SOLVER,
+    type=click.Choice(STATE_DTYPES),
+    help="Of the solver's state, its noise levels and its noise.",
 )
 @option("--device", group=Group.RUNTIME, help="cpu, cuda, cuda:1, ...; default: what is there.")
 @option(

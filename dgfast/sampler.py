@@ -46,7 +46,7 @@ class Sampler:
         guidance: GuidanceConfig = GuidanceConfig(),  # noqa: B008 - frozen
         device: torch.device | str | None = None,
         runtime: RuntimeLike = "eager",
-        state_dtype: torch.dtype = torch.float64,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
@@ -54,7 +54,7 @@ class Sampler:
             runtime: what executes the guided denoiser: the name of one of `runtimes.RUNTIMES`; a `runtimes.Runtime`,
                 such as `engines.runtime_of` an opened engine file; or a function (function, example) -> function that
                 makes a faster callable of a pure one for arguments of the example's shapes.
-            state_dtype: type of the solver's state; float64 as EDM's.
+            state_dtype: type of the solver's state and noise levels; None: `sampling.state_dtype`.
 
         Raises:
             UserError: a guidance whose network is missing, a grid that does not exist, no runtime of that name, or a
@@ -65,8 +65,11 @@ class Sampler:
         self.job = job = Job(networks, sampling, guidance, self.device)
         self.networks, self.guidance, self.sampling = networks, guidance, job.sampling
         self.coordinates, self.steps, self.classes, self.shape = job.coordinates, job.steps, job.classes, job.shape
-        self.state_dtype, self._solver = state_dtype, job.solver
-        self._churns = bool(job.sampling.S_churn or guidance.boosting)
+        self.state_dtype: torch.dtype = state_dtype or getattr(torch, sampling.state_dtype)
+        self._solver = job.solver
+        every_step = getattr(networks.denoiser, "draws_every_step", True)
+        churns = bool(job.sampling.S_churn or guidance.boosting)
+        self._churning = [churns and (every_step or step.churns) for step in self.steps]
         self._runtime = chosen(runtime)
         self._capture = self._runtime.capture(self.device)
         self._functions = Kept()
@@ -106,7 +109,7 @@ class Sampler:
         latents = streams.normal(self.shape, torch.float32, self.device)
         drawn = streams.labels(self.classes) if self.classes else None
         class_labels = self.class_labels(drawn if labels is None else labels, len(latents))
-        draws = len(self.steps) * (self._churns + ("noise" in self._solver.inputs))
+        draws = sum(self._churning) + len(self.steps) * ("noise" in self._solver.inputs)
         with closing(streams.normals(draws, self.shape, self.state_dtype, self.device)) as noises:
             return self.integrate(latents, class_labels, noises.__next__, on_step).float()
 
@@ -139,8 +142,8 @@ class Sampler:
         Args:
             latents: unit normal noise [B, C, H, W].
             class_labels: rows [B, label_dim] or None.
-            noise: called once a step, gives unit normal noise [B, C, H, W]; needed with churn, boosting, eta
-                and the ddpm solver alone.
+            noise: gives unit normal noise [B, C, H, W]; needed with churn, boosting, eta and the ddpm solver alone.
+                Called once a step, but for the steps without churn of networks that do not draw in every step.
             on_step: called after each step with the step, the state x [B, C, H, W] that it arrived at, and the
                 denoised images and log-ratios [B] that it set out from (`guidance.OUTSIDE_WINDOW` where no
                 discriminator was asked). A state that it returns takes the place of x.
@@ -154,7 +157,7 @@ class Sampler:
         batch = len(latents)
         times = self._uploaded([(step.t, step.t_next) for step in self.steps], batch).view(-1, 2, batch, 1, 1, 1)
         log_variances = self._uploaded([step.log_variances for step in self.steps], batch)
-        log_ratio = torch.full((batch,), torch.inf, dtype=torch.float64, device=latents.device)
+        log_ratio = torch.full((batch,), torch.inf, dtype=self.state_dtype, device=latents.device)
         first_bad = torch.full((), len(self.steps), device=latents.device)  # on the device: looking would wait for it
         last = torch.zeros_like(latents, dtype=self.state_dtype), torch.full_like(times[0, 0], torch.inf)
         carried = CarriedGradient(self.guidance.dg_reuse) if self.guidance.dg_every > 1 else None
@@ -188,8 +191,8 @@ class Sampler:
 
     def first_state(self, latents: Tensor) -> Tensor:
         """The state [B, C, H, W] in `state_dtype` at the highest noise level, of unit normal latents [B, C, H, W]."""
-        t = torch.full((len(latents), 1, 1, 1), self.steps[0].t, dtype=torch.float64, device=latents.device)
-        return latents.to(self.state_dtype) * self._solver.scale_of_first_state(t).to(self.state_dtype)
+        t = torch.full((len(latents), 1, 1, 1), self.steps[0].t, dtype=self.state_dtype, device=latents.device)
+        return latents.to(self.state_dtype) * self._solver.scale_of_first_state(t)
 
     def _accepted(self, changed: Tensor, x: Tensor) -> Tensor:
         """What `on_step` returned in the place of the state x, as such a state."""
@@ -235,13 +238,13 @@ class Sampler:
     def _example(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         x = torch.zeros((batch, *self.shape), dtype=self.state_dtype, device=self.device)
         labels = self.class_labels([0] * batch, batch) if self.classes else None
-        return x, torch.ones(batch, dtype=torch.float64, device=self.device), labels
+        return x, torch.ones(batch, dtype=self.state_dtype, device=self.device), labels
 
     def _churn(
         self, step: Step, x: Tensor, t: Tensor, log_ratio: Tensor, noise: Callable[[], Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """Time and state after the step's churn; without churn in the whole run, those given."""
-        if not self._churns:
+        """Time and state after the step's churn; those given where no noise is drawn for it."""
+        if not self._churning[step.index]:
             return t, x
         assert noise is not None, "churn and boosting need noise"
         gamma = torch.full_like(t, step.gamma)
@@ -266,8 +269,8 @@ class Sampler:
         return tuple(values[name] for name in names)
 
     def _uploaded(self, pairs: Sequence[tuple[float, float]], batch: int) -> Tensor:
-        """The pairs for every sample, float64 [pairs, 2, B]: all at once, for an upload waits for the device."""
-        return torch.tensor(pairs, dtype=torch.float64).to(self.device).view(-1, 2, 1).repeat(1, 1, batch)
+        """The pairs for every sample, in `state_dtype` [pairs, 2, B]: all at once, for an upload waits for the device."""
+        return torch.tensor(pairs, dtype=self.state_dtype).to(self.device).view(-1, 2, 1).repeat(1, 1, batch)
 
     def _step_function(
         self, step: Step, example: tuple[Tensor | None, ...], carried: CarriedGradient | None

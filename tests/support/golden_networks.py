@@ -1,5 +1,6 @@
 """The judges of the official networks, and of the gradients of guidance."""
 
+import copy
 import re
 from collections.abc import Iterator
 from types import ModuleType
@@ -14,10 +15,12 @@ from dgfast import nets
 from dgfast import noise_levels as nl
 from dgfast.bundle import load_state
 from dgfast.checkpoints import nvidia_pickle
+from dgfast.denoiser import EDM2Precond
 from dgfast.guidance import DiscriminatorGuidance
 from dgfast.nets.discriminator import Discriminator, NoisyClassifier
 from tests.support.golden import (
     NET_TOL,
+    NO_LABEL_CALL,
     NO_LABEL_SIGMA,
     SIGMA_TOL,
     TABLE_TOL,
@@ -28,8 +31,21 @@ from tests.support.golden import (
 
 
 # Denoisers ------------------------------------------------------------------------------------------------------------
+KINDS = {"Precond": "EDM2Precond"}
+"""Our names of the official classes that have others."""
+
+
 def judge_denoiser(golden: Golden) -> None:
-    net = golden.net(golden.meta["cls"], "config", "prefix", "state_dict")
+    net = golden.net(KINDS.get(golden.meta["cls"], golden.meta["cls"]), "config", "prefix", "state_dict")
+    judge_denoised(golden, net)
+    if isinstance(net, EDM2Precond):  # as bundles give it
+        net = copy.deepcopy(net)
+        net.fold()
+        judge_denoised(golden, net)
+    judge_noise_levels_of_net(golden, net)
+
+
+def judge_denoised(golden: Golden, net: Any) -> None:
     x_base, labels = golden.tensor("x_base"), golden.labels()
     augment = golden.tensor("augment_labels") if "augment_labels" in golden.arrays else None
     calls = {"D": list(zip(golden.tensor("x_scale"), golden.tensor("sigma"), strict=True))}
@@ -38,9 +54,12 @@ def judge_denoiser(golden: Golden) -> None:
     for base, inputs in calls.items():
         for suffix, conditions in (("", (labels,)), ("_nolabel", ()), ("_augment", (labels, augment))):
             if golden.wants(base + suffix):
-                outputs = [net(scale * x_base, sigma, *conditions) for scale, sigma in inputs]
-                golden.judge_all(base + suffix, torch.stack(outputs) if base == "D" else outputs[0], NET_TOL)
-    judge_noise_levels_of_net(golden, net)
+                outputs = torch.stack([net(scale * x_base, sigma, *conditions) for scale, sigma in inputs])
+                one = base == "D_vec" or (suffix == "_nolabel" and isinstance(net, EDM2Precond))
+                golden.judge_all(base + suffix, outputs[NO_LABEL_CALL if base == "D" else 0] if one else outputs, NET_TOL)
+    for key, levels in (("logvar", golden.tensor("sigma")[:, None]), ("logvar_vec", golden.arrays.get("sigma_vec"))):
+        if key in golden.arrays:
+            golden.judge(key, net.log_variance(torch.as_tensor(levels).flatten()).view(levels.shape), NET_TOL)
 
 
 def level_tol(net: nn.Module, discretization: str = "edm") -> float:
