@@ -24,6 +24,7 @@ from dgfast.nets.adm_unet import PUBLISHED
 from dgfast.nets.discriminator import Discriminator, NoisyClassifier
 from dgfast.nets.dit import PRESETS
 from dgfast.vp import TIME_SCHEDULES
+from dgfast.weights import placed
 
 _SEED = 0
 _GPU_BATCHES = (512, 1, 64)  # throughput, latency, and what lies between: in the order of interest
@@ -64,7 +65,7 @@ class RandomNetworks:
         score = fill_(nets.build(**self.score), generator)
         trunk = fill_(nets.build(**self.trunk), generator)
         head = fill_(nets.build(**self.head, in_channels=trunk.feature_channels), generator)
-        score, trunk, head = (_placed(net, device, dtype) for net in (score, trunk, head))
+        score, trunk, head = (placed(net, device, dtype) for net in (score, trunk, head))
         time = score.time if isinstance(score, DDPMPrecond) else TIME_SCHEDULES[self.time_schedule]
         return Networks(score, Discriminator(trunk, head).eval(), NoisyClassifier(trunk).eval(), time=time)
 
@@ -102,14 +103,6 @@ class _NoModules(ModuleTracker):
 
     def __exit__(self, *exception: object) -> None:
         return None
-
-
-def _placed(net: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The net as a bundle would give it: frozen, weights in `dtype`, buffers in float32, channels-last."""
-    net.eval().requires_grad_(False)
-    for parameter in net.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return net.to(device, memory_format=torch.channels_last)
 
 
 def _classifier(image_size: int, depth: int, **keywords: Any) -> dict[str, Any]:

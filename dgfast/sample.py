@@ -408,7 +408,7 @@ def _job(
     method = (
         {"one_step": True} if settings is None else {"sampling": asdict(settings[0]), "guidance": asdict(settings[1])}
     )
-    decoding = options["vae"] or (bundle.vae and asdict(bundle.vae))
+    decoding = options["vae"] or (bundle.vae and bundle.vae.described())
     return {
         "bundle": bundle.name,
         "weights": bundle.fingerprint(["generator"] if settings is None else roles(bundle, settings[1])),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from dgfast import presets
 from dgfast.bundle import Bundle, VaeSpec
 from dgfast.checkpoints import DENOISERS
 from dgfast.checkpoints.account import Assumed
@@ -13,19 +14,36 @@ from dgfast.vp import adm_time_schedule
 
 _DIT_WINDOW = (0.1011, 2.0)  # DiT-G++ guides at timesteps above 100: tau is 0.1006 at 100, 0.1016 at 101, 1.0034 at 999
 _LATENT_CHANNELS = 4
+EDM2_VAE = VaeSpec(
+    "stabilityai/sd-vae-ft-mse",
+    scale=tuple(0.5 / std for std in (4.17, 4.62, 3.71, 3.28)),
+    bias=tuple(-0.5 * mean / std for mean, std in zip((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), strict=True)),
+    pixels="unit",
+)
+"""What EDM2's snapshots say of their latents (arXiv 2312.02696, appendix B.1), for networks in files that say nothing."""
 _OF_TIME = ("noise_schedule", "steps", "predict_xstart", "rescale_timesteps")  # what networks of one bundle share
 
 
-def beside_score(
-    bundle: Bundle, kind: str, keywords: Mapping[str, Any], vae: str | None
-) -> tuple[Bundle, list[Assumed]]:
-    """The bundle, to which such a score network is to be added, with its authors' sampling, window and decoder."""
+def beside_score(bundle: Bundle, converted: Converted, vae: str | None) -> tuple[Bundle, list[Assumed]]:
+    """The bundle, to which such a score network is to be added, with its authors' sampling, window and decoder.
+
+    Args:
+        vae: as told; None: what the network's file says.
+    """
+    kind, keywords = converted.kind, converted.keywords
     assumed = _of_the_classifier(bundle, kind, keywords)
-    is_dit = keywords.get("model_type") == "DiT"
-    if vae:
-        bundle = replace(bundle, vae=VaeSpec(vae))
-        assumed.append(Assumed("vae.scale", VaeSpec(vae).scale, "Stable Diffusion's", "vae.scale in bundle.json"))
-    elif bundle.vae is None and is_dit and keywords["img_channels"] == _LATENT_CHANNELS:
+    is_dit, is_edm2 = keywords.get("model_type") == "DiT", kind == "EDM2Precond"
+    if converted.vae:
+        bundle = replace(bundle, vae=replace(converted.vae, source=vae or converted.vae.source))
+    elif vae:
+        spec, whose = (replace(EDM2_VAE, source=vae), "EDM2's") if is_edm2 else (VaeSpec(vae), "Stable Diffusion's")
+        bundle = replace(bundle, vae=spec)
+        assumed += [
+            Assumed(f"vae.{name}", list(value) if isinstance(value, tuple) else value, whose, "in bundle.json")
+            for name, value in spec.described().items()
+            if name != "source"
+        ]
+    elif bundle.vae is None and (is_dit or is_edm2) and keywords["img_channels"] == _LATENT_CHANNELS:
         assumed.append(Assumed("vae", "none", "it draws latents, which one decodes", "--vae"))
     if bundle.guidance == GuidanceConfig() and is_dit:
         bundle = replace(bundle, guidance=GuidanceConfig(dg_window=_DIT_WINDOW))
@@ -58,6 +76,12 @@ def like_its_sibling(bundle: Bundle, role: str, converted: Converted) -> Convert
 
 def _published_sampling(kind: str, keywords: Mapping[str, Any]) -> tuple[SamplingConfig, list[Assumed]]:
     """How the authors of such a score network sample from it."""
+    if kind == "EDM2Precond":
+        sampling = SamplingConfig(num_steps=presets.STEPS, state_dtype="float32")
+        return sampling, [
+            Assumed("num_steps", sampling.num_steps, "EDM2's", "dgfast sample --steps"),
+            Assumed("state_dtype", sampling.state_dtype, "EDM2's", "dgfast sample --state-dtype"),
+        ]
     if kind != "DDPMPrecond":
         small = keywords["img_resolution"] < 64
         steps, because = (18, "EDM's for images below 64 px") if small else (40, "EDM's for images of 64 px and more")

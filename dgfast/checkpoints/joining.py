@@ -47,7 +47,7 @@ def join(
             time_schedule, entries = defaults.classifier_time(bundle, converted.keywords["image_size"], time_schedule)
             assumed += entries
         if role == "score":
-            bundle, entries = defaults.beside_score(bundle, converted.kind, converted.keywords, vae)
+            bundle, entries = defaults.beside_score(bundle, converted, vae)
             assumed += entries
         bundle = replace(
             bundle,

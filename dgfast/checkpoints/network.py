@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from dgfast import nets, weights
-from dgfast.checkpoints import DENOISERS, ENCODERS, dit, nvidia_pickle, one_line, openai_pt
+from dgfast.checkpoints import DENOISERS, ENCODERS, dit, edm2, nvidia_pickle, one_line, openai_pt
 from dgfast.checkpoints.account import Assumed, listed
 from dgfast.checkpoints.foreign import file_format, require_own_names
 from dgfast.checkpoints.wrappers import StateDict
 from dgfast.denoiser import PRECONDITIONERS
 from dgfast.errors import UserError
+from dgfast.latents import VaeSpec
 
 _ENCODER_KINDS = ("EncoderUNetModel", "create_classifier")
-_FORMATS = {"snapshot": "snapshot of EDM", "safetensors": "safetensors", "torch": "file of torch.save"}
+_FORMATS = {"snapshot": "snapshot of NVIDIA's", "safetensors": "safetensors", "torch": "file of torch.save"}
 _UNSEEN = {"num_heads", "num_head_channels", "use_new_attention_order"}  # raw networks' that change no tensor's shape
 
 
@@ -31,6 +32,7 @@ class Converted:
 
     Attributes:
         read: facts about the file, by what they are about. assumed: what it does not say.
+        vae: what decodes its images, where the file says that they are latents.
     """
 
     net: nn.Module
@@ -38,6 +40,7 @@ class Converted:
     keywords: dict[str, Any]
     read: dict[str, str]
     assumed: list[Assumed] = field(default_factory=list)
+    vae: VaeSpec | None = None
 
 
 def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: str | None) -> Converted:
@@ -51,10 +54,11 @@ def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: 
         UserError: unreadable, unsuited to the role, not finite, or of another shape than its keywords say.
     """
     form, told_kind = file_format(file), kind
+    encoder, vae = "", None
     if form == "snapshot":
         snapshot = nvidia_pickle.read(file)
         state, assumed = StateDict(snapshot.tensors), list[Assumed]()
-        kind, keywords = snapshot.kind, snapshot.keywords
+        kind, keywords, encoder, vae = snapshot.kind, snapshot.keywords, snapshot.encoder, snapshot.vae
     else:
         state = openai_pt.read(file, key)
         kind, keywords, assumed = _recognised(state.tensors, role, kind, told, file)
@@ -66,6 +70,7 @@ def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: 
     except UserError as error:
         raise UserError(f"{error.message}; mend its keywords with --set") if told_kind else error from error
     _require_finite(state.tensors, file)
+    edm2.require_own_size(file, kind, keywords)
     told_too = {name: value for name, value in keywords.items() if name in told}
     assumed_too = {entry.name for entry in assumed}
     seen = {name: value for name, value in keywords.items() if name not in told and name not in assumed_too}
@@ -74,8 +79,9 @@ def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: 
         "tensors": _counted(state.tensors),
         "in the file" if form == "snapshot" else "by shapes": listed(seen),
         "told": listed(told_too),
+        "encoder": encoder + (f" with {vae.source}, a scale and bias a channel" if vae else ""),
     }
-    return Converted(net, kind, keywords, facts, assumed)
+    return Converted(net, kind, keywords, facts, assumed, vae)
 
 
 def _recognised(
@@ -94,6 +100,9 @@ def _recognised(
             f"{file} is an upsampler of guided-diffusion: it also reads an image of lower resolution, which dgfast "
             "does not draw from"
         )
+    if kind in (None, "EDM2Precond") and edm2.is_edm2(tensors):
+        keywords = edm2.score_keywords(tensors, told, file)
+        return "EDM2Precond", keywords, _defaults("EDM2Precond", keywords)
     if kind == "DiT" or (kind in (None, "DDPMPrecond") and dit.is_dit(tensors)):
         keywords, assumed = dit.score_keywords(tensors, told, file)
     elif kind is None:
@@ -136,9 +145,12 @@ def _defaults(kind: str, keywords: Mapping[str, Any]) -> list[Assumed]:
 
 def _as_in_a_bundle(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     """A denoiser's tensors under its preconditioner's names; published ones are often of the raw network."""
-    if kind not in PRECONDITIONERS or any(name.startswith("model.") for name in tensors):
+    if kind not in PRECONDITIONERS:
         return tensors
-    return {f"model.{name}": value for name, value in tensors.items()}
+    raw = f"{PRECONDITIONERS[kind].raw_name}."
+    if any(name.startswith(raw) for name in tensors):
+        return tensors
+    return {f"{raw}{name}": value for name, value in tensors.items()}
 
 
 def _require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -1,7 +1,5 @@
 """Preconditioning: a raw network F becomes the denoiser D(x; sigma) (EDM, arXiv 2206.00364, section 5)."""
 
-from collections.abc import Callable
-
 from dgfast.denoiser.ddpm import DDPMPrecond
 from dgfast.denoiser.edm2 import EDM2Precond
 from dgfast.denoiser.edm import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
@@ -12,7 +10,7 @@ __all__ = [
     "iDDPMPrecond",
 ]  # fmt: skip
 
-PRECONDITIONERS: dict[str, Callable[..., Preconditioner]] = {
+PRECONDITIONERS: dict[str, type[Preconditioner]] = {
     "EDMPrecond": EDMPrecond,
     "VPPrecond": VPPrecond,
     "VEPrecond": VEPrecond,

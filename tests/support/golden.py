@@ -108,7 +108,7 @@ class Golden:
 
     def _record(self, key: str, error: float, tol: float) -> None:
         error = np.inf if np.isnan(error) else error
-        self.ratio, self.relative = max(self.ratio, error / tol), max(self.relative, error)
+        self.ratio, self.relative = max(self.ratio, error / tol if error else 0.0), max(self.relative, error)
         if error > tol:
             self.failures.append(f"{key}: error {error:.3g}, tolerance {tol:.3g}")
 

@@ -180,11 +180,35 @@ def judge_pickle(golden: Golden) -> None:
     net = nets.build(snapshot.kind, **snapshot.keywords).eval().requires_grad_(False)
     load_state(net, snapshot.tensors, pickle)
     recipe = golden.net(snapshot.kind, "config", "prefix").state_dict()
-    wrong = [name for name, value in net.state_dict().items() if not torch.equal(value, recipe[name])]
+    wrong = [
+        name for name, value in snapshot.tensors.items()
+        if not torch.equal(value, recipe[name].to(value.dtype)) or not torch.equal(net.state_dict()[name], value.float())
+    ]  # fmt: skip
     golden.failures += [f"weights: {', '.join(wrong)}"] if wrong else []
+    if isinstance(net, EDM2Precond):
+        judge_encoder_of(golden, snapshot)
+        if "D_as_loaded" in golden.arrays:
+            x, labels = golden.tensor("x_base"), golden.labels()
+            calls = zip(golden.tensor("x_scale"), golden.tensor("sigma"), strict=True)
+            outputs = torch.stack([net(scale * x, level, labels) for scale, level in calls])
+            golden.judge("D_as_loaded", outputs, golden.meta["tol_as_loaded"])
+        net.fold()
+        judge_denoised(golden, net)
+        return
     x, sigma, labels = golden.tensor("x_base"), golden.tensor("sigma"), golden.labels()
     if "D" in golden.arrays:
         calls = zip(golden.tensor("x_scale"), sigma, strict=True)
         golden.judge("D", torch.stack([net(scale * x, level, labels) for scale, level in calls]), NET_TOL)
     if "D_nolabel" in golden.arrays:
         golden.judge("D_nolabel", net(x, torch.tensor(NO_LABEL_SIGMA), None), NET_TOL)
+
+
+def judge_encoder_of(golden: Golden, snapshot: nvidia_pickle.Snapshot) -> None:
+    """What the pickle says of its encoder."""
+    found = {"encoder": snapshot.encoder, "encoder_vae_name": snapshot.vae and snapshot.vae.source}
+    for entry, value in found.items():
+        if golden.meta.get(entry) != value:
+            golden.failures.append(f"{entry}: {value!r}, not {golden.meta.get(entry)!r}")
+    for entry in ("scale", "bias"):
+        if f"encoder_{entry}" in golden.arrays:
+            golden.judge(f"encoder_{entry}", torch.tensor(getattr(snapshot.vae, entry)), 0.0, "absolute")
