@@ -2,15 +2,15 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from dgfast import nets, weights
-from dgfast.checkpoints import DENOISERS, ENCODERS, dit, edm2, nvidia_pickle, one_line, openai_pt
+from dgfast.checkpoints import DENOISERS, ENCODERS, dit, edm2, nvidia_pickle, one_line, openai_pt, phema
 from dgfast.checkpoints.account import Assumed, listed
 from dgfast.checkpoints.foreign import file_format, require_own_names
 from dgfast.checkpoints.wrappers import StateDict
@@ -54,34 +54,65 @@ def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: 
         UserError: unreadable, unsuited to the role, not finite, or of another shape than its keywords say.
     """
     form, told_kind = file_format(file), kind
-    encoder, vae = "", None
     if form == "snapshot":
-        snapshot = nvidia_pickle.read(file)
-        state, assumed = StateDict(snapshot.tensors), list[Assumed]()
-        kind, keywords, encoder, vae = snapshot.kind, snapshot.keywords, snapshot.encoder, snapshot.vae
-    else:
-        state = openai_pt.read(file, key)
-        kind, keywords, assumed = _recognised(state.tensors, role, kind, told, file)
-    kinds = tuple(PRECONDITIONERS) if role in DENOISERS else _ENCODER_KINDS
-    if kind not in kinds:
-        raise UserError(f"a {role} network cannot be of the kind {kind!r}; use {', '.join(kinds)}")
+        return _of_snapshot(nvidia_pickle.read(file), role, file)
+    state = openai_pt.read(file, key)
+    kind, keywords, assumed = _recognised(state.tensors, role, kind, told, file)
+    _require_kind(kind, role)
     try:
         net = weights.build(kind, keywords, _as_in_a_bundle(state.tensors, kind), file)
     except UserError as error:
         raise UserError(f"{error.message}; mend its keywords with --set") if told_kind else error from error
-    _require_finite(state.tensors, file)
-    edm2.require_own_size(file, kind, keywords)
+    _require_honest(state.tensors, kind, keywords, file)
     told_too = {name: value for name, value in keywords.items() if name in told}
     assumed_too = {entry.name for entry in assumed}
     seen = {name: value for name, value in keywords.items() if name not in told and name not in assumed_too}
     facts = {
         "file": _about(file, form, state, kind),
         "tensors": _counted(state.tensors),
-        "in the file" if form == "snapshot" else "by shapes": listed(seen),
+        "by shapes": listed(seen),
         "told": listed(told_too),
-        "encoder": encoder + (f" with {vae.source}, a scale and bias a channel" if vae else ""),
     }
-    return Converted(net, kind, keywords, facts, assumed, vae)
+    return Converted(net, kind, keywords, facts, assumed)
+
+
+def average(files: Sequence[Path], role: str, std: float, kimg: int | None) -> tuple[Converted, str]:
+    """An average over training that EDM2's snapshots make together, see `phema.reconstruct`, and how it was made.
+
+    Raises:
+        UserError: as `read` and `phema.reconstruct`.
+    """
+    snapshot, last, made = phema.reconstruct(files, std, kimg)
+    converted = _of_snapshot(snapshot, role, last)
+    return replace(converted, read={"average": made, **converted.read}), made
+
+
+def _of_snapshot(snapshot: nvidia_pickle.Snapshot, role: str, file: Path) -> Converted:
+    """The network of a snapshot, which says itself what it is."""
+    kind, keywords, tensors, vae = snapshot.kind, snapshot.keywords, snapshot.tensors, snapshot.vae
+    _require_kind(kind, role)
+    net = weights.build(kind, keywords, tensors, file)
+    _require_honest(tensors, kind, keywords, file)
+    facts = {
+        "file": _about(file, "snapshot", StateDict(tensors), kind),
+        "tensors": _counted(tensors),
+        "in the file": listed(keywords),
+        "encoder": snapshot.encoder + (f" with {vae.source}, a scale and bias a channel" if vae else ""),
+    }
+    return Converted(net, kind, keywords, facts, vae=vae)
+
+
+def _require_kind(kind: str, role: str) -> None:
+    """Raises UserError for a network that cannot have the role."""
+    kinds = tuple(PRECONDITIONERS) if role in DENOISERS else _ENCODER_KINDS
+    if kind not in kinds:
+        raise UserError(f"a {role} network cannot be of the kind {kind!r}; use {', '.join(kinds)}")
+
+
+def _require_honest(tensors: Mapping[str, Tensor], kind: str, keywords: Mapping[str, Any], file: Path) -> None:
+    """Raises UserError for weights that are not finite, and for others than the file's name says."""
+    _require_finite(tensors, file)
+    edm2.require_own_size(file, kind, keywords)
 
 
 def _recognised(

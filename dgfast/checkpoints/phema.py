@@ -5,6 +5,7 @@ profiles of snapshots, each cut off where it was saved, are a basis: the wanted 
 mean square, and the same sum of the snapshots is the wanted average, though it was never tracked.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ from dgfast.errors import UserError
 MOST_STD = 1 / math.sqrt(12)
 """The relative standard deviation of the mean over all of training, k = 0; no profile that ends now has more."""
 _NAME = re.compile(r"-(\d+)-(\d+\.\d+)\.pkl$")
-_FARTHEST = 0.1
-"""Of the profile, in the mean square. EDM2's own runs reach theirs to below 0.01; another average is meant beyond it."""
+_FARTHEST = 0.2
+"""A profile that is farther from the wanted one, as `distance` tells, is another average; EDM2's own are within 0.01."""
 
 
 # Profiles -------------------------------------------------------------------------------------------------------------
@@ -92,39 +93,55 @@ def average_of(path: Path) -> Average:
         raise UserError(
             f"{path}: a snapshot's name must end as EDM2's do, -KIMG-STD.pkl, such as network-snapshot-0008388-0.050.pkl"
         )
-    return Average(path, (int(found[1]) * 1000 + 999) // 1024 * 1024, float(found[2]))
+    return Average(path, _images(int(found[1])), float(found[2]))
 
 
-def reconstruct(paths: Sequence[Path], std: float) -> tuple[Snapshot, str]:
-    """The average of that relative standard deviation where the latest of the snapshots was saved.
+def _images(kimg: int) -> int:
+    """How many images are meant by so many thousands in a name: snapshots are saved at whole multiples of 1024."""
+    return (kimg * 1000 + 999) // 1024 * 1024
+
+
+def reconstruct(paths: Sequence[Path], std: float, kimg: int | None = None) -> tuple[Snapshot, Path, str]:
+    """The average of that relative standard deviation where one of the snapshots was saved; later ones are left out.
 
     Sums are of float32. A snapshot is read when its turn comes: memory holds two networks.
 
+    Args:
+        kimg: thousands of images seen then, as a name has them; None: the latest of the snapshots.
+
     Returns:
-        the network with float32 weights, and how it was made, in one line.
+        the network with float32 weights, the last snapshot that is in it, and how it was made, in one line.
 
     Raises:
-        UserError: a standard deviation that no average has, or that these snapshots do not come near; snapshots of
-            different networks, one given twice, or files that are none.
+        UserError: a standard deviation that no average has, or that these snapshots do not come near; no snapshot of
+            `kimg`; snapshots of different networks, one given twice, or files that are none.
     """
     if not 0 < std < MOST_STD:
         raise UserError(f"--phema-std {std:g}: an average over training has one above 0 and below {MOST_STD:.4f}")
     averages = sorted(map(average_of, paths), key=lambda average: (average.images, average.std))
-    for one, next_one in zip(averages, averages[1:], strict=False):
-        if (one.images, one.std) == (next_one.images, next_one.std):
-            raise UserError(f"{one.path} and {next_one.path} are the same average by their names: leave one out")
-    end = averages[-1].images
+    for one, other in itertools.pairwise(averages):
+        if (one.images, one.std) == (other.images, other.std):
+            raise UserError(f"{one.path} and {other.path} are the same average by their names: leave one out")
+    end = averages[-1].images if kimg is None else _images(kimg)
+    if end not in [average.images for average in averages]:
+        known = ", ".join(dict.fromkeys(_NAME.search(a.path.name)[1] for a in averages))  # type: ignore[index]
+        raise UserError(f"--phema-kimg {kimg}: no snapshot was saved then, only {one_line(known)}")
+    averages = [average for average in averages if average.images <= end]
     ends, stds = (np.array([getattr(a, name) for a in averages], dtype=np.float64) for name in ("images", "std"))
     weights = coefficients(ends, stds, end, np.array([std]))[:, 0]
     far = distance(ends, stds, end, std, weights)
     if not far <= _FARTHEST:
         raise UserError(
-            f"--phema-std {std:g} is out of reach: the nearest average of {len(paths)} snapshots differs from it by "
+            f"--phema-std {std:g} is out of reach: the nearest average of {len(averages)} snapshots differs from it by "
             f"{100 * far:.0f} %; give more snapshots, earlier ones and of both averages that training tracked"
         )
     first, tensors = _summed(averages, weights.tolist())
-    made = f"average of relative std {std:g} from {len(paths)} snapshots, its profile to {100 * far:.1g} %"
-    return Snapshot(first.kind, first.keywords, tensors, first.encoder, first.vae), made
+    last = averages[-1].path
+    made = (
+        f"average of relative std {std:g} as of {one_line(last.name)}, from {len(averages)} snapshots; "
+        f"its profile to {100 * far:.1g} %"
+    )
+    return Snapshot(first.kind, first.keywords, tensors, first.encoder, first.vae), last, made
 
 
 def _summed(averages: Sequence[Average], weights: Sequence[float]) -> tuple[Snapshot, dict[str, Tensor]]:
