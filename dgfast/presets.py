@@ -15,7 +15,8 @@ CHANNELS = {"xxs": 64, "xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl"
 _SHAPES = {"img512": (64, 4), "img64": (64, 3)}  # resolution and channels: of latents, of pixels
 _CLASSES = 1000
 _NAME = re.compile(r"edm2-(img512|img64)-(xxs|xs|s|m|l|xl|xxl)(-uncond)?(?:-(\d+)-(\d+\.\d+))?(?![\w-])")
-STEPS = 32
+SAMPLING: dict[str, Any] = {"num_steps": 32, "state_dtype": "float32"}
+"""How EDM2 samples, in the words of `SamplingConfig`; the rest is as in EDM."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,12 @@ def require_fit(name: str, nets: Mapping[str, tuple[str, Mapping[str, Any]]], bu
         UserError: the bundle lacks a network of the preset, or has one of another size.
     """
     files = preset(name).files
+    for role, file in files.items():
+        if role in nets and (wrong := file.contradiction(*nets[role])):
+            raise UserError(
+                f"preset {name} is of {file.name}, but the {role} network of bundle {bundle} has {wrong}; "
+                "use another --preset"
+            )
     lacking = [role for role in files if role not in nets]
     if lacking:
         commands = "; ".join(f"dgfast convert {files[role].name} --role {role} --out {bundle}" for role in lacking)
@@ -146,9 +153,15 @@ def require_fit(name: str, nets: Mapping[str, tuple[str, Mapping[str, Any]]], bu
             f"preset {name} needs {' and '.join(f'{file.name} as {role}' for role, file in files.items())}; "
             f"bundle {bundle} has no {' and no '.join(lacking)}: {commands}"
         )
-    for role, file in files.items():
-        if wrong := file.contradiction(*nets[role]):
-            raise UserError(
-                f"preset {name} is of {file.name}, but the {role} network of bundle {bundle} has {wrong}; "
-                "use another --preset"
-            )
+
+
+def other_files(name: str, provenance: str) -> Iterator[str]:
+    """A note for each network that a bundle with this provenance has of another published file than the preset's.
+
+    The same network averaged over another part of its training fits, but draws other images than the preset is for.
+    """
+    for part in provenance.split("; "):
+        role, _, origin = part.partition(": converted from ")
+        file, wanted = named(origin), preset(name).files.get(role)
+        if file and wanted and file.std and file != wanted:
+            yield f"preset {name} is meant for {wanted.name} as {role}, this bundle has {file.name}"

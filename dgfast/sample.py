@@ -69,6 +69,12 @@ _SAMPLING = (
     "--batch", group=Group.RUNTIME, type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time."
 )
 @option(
+    "--preset",
+    group=Group.INPUT,
+    metavar="NAME",
+    help="EDM2's sampling and guidance by its own names, such as edm2-img512-s-autog-fid; other options go over it.",
+)
+@option(
     "--one-step",
     group=Group.INPUT,
     is_flag=True,
@@ -258,7 +264,7 @@ def _formats(names: tuple[str, ...], seeds: Ranges) -> list[str]:
 
 
 def _settings(bundle: Any, given: dict[str, Any]) -> tuple[SamplingConfig, GuidanceConfig] | None:
-    """Sampling and guidance: the bundle's, under what the command line gives; None for a one-step generator.
+    """Sampling and guidance: the preset's or else the bundle's, under what the command line gives; None for a one-step generator.
 
     Raises:
         UserError: options that nothing takes, or that contradict one another.
@@ -266,12 +272,29 @@ def _settings(bundle: Any, given: dict[str, Any]) -> tuple[SamplingConfig, Guida
     if given["one_step"]:
         idle = {*_SAMPLING, *asdict(GuidanceConfig())} & {*given}
         context = click.get_current_context()
+        idle |= {"preset"} & {*given}
         names = [option.opts[0] for option in context.command.get_params(context) if option.name in idle]
         if names:
             raise UserError(f"--one-step has no solver and no guidance: leave out {', '.join(names)}, or --one-step")
         return None
-    guidance = replace(bundle.guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
-    return _sampling(bundle.sampling, given), guidance
+    sampling, guidance = _preset(bundle, given["preset"]) if "preset" in given else (bundle.sampling, bundle.guidance)
+    guidance = replace(guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
+    return _sampling(sampling, given), guidance
+
+
+def _preset(bundle: Any, name: str) -> tuple[SamplingConfig, GuidanceConfig]:
+    """Sampling and guidance of a preset.
+
+    Raises:
+        UserError: no such preset, or one of other networks than the bundle's.
+    """
+    from dgfast import presets
+
+    chosen = presets.preset(name)
+    presets.require_fit(name, {role: (net.kind, net.keywords) for role, net in bundle.nets.items()}, str(bundle.folder))
+    for note in presets.other_files(name, bundle.provenance):
+        click.echo(note, err=True)
+    return SamplingConfig(**presets.SAMPLING), GuidanceConfig(autoguidance=chosen.weight)
 
 
 def _sampling(bundled: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:

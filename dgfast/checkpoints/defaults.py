@@ -77,7 +77,7 @@ def like_its_sibling(bundle: Bundle, role: str, converted: Converted) -> Convert
 def _published_sampling(kind: str, keywords: Mapping[str, Any]) -> tuple[SamplingConfig, list[Assumed]]:
     """How the authors of such a score network sample from it."""
     if kind == "EDM2Precond":
-        sampling = SamplingConfig(num_steps=presets.STEPS, state_dtype="float32")
+        sampling = SamplingConfig(**presets.SAMPLING)
         return sampling, [
             Assumed("num_steps", sampling.num_steps, "EDM2's", "dgfast sample --steps"),
             Assumed("state_dtype", sampling.state_dtype, "EDM2's", "dgfast sample --state-dtype"),
