@@ -1,10 +1,10 @@
 """Put an official checkpoint into a bundle, without running code from it.
 
-FILE is a network snapshot of NVIDIA's EDM or EDM2 (.pkl), which says itself what it is, or a state dict, bare or in a training
-checkpoint (.pt, .pth, .ckpt, .bin, .safetensors), whose --role must be given. OpenAI's score networks and classifiers,
-DG's discriminators, EDM2 and DiT are known by their shapes; any other needs --kind and the constructor's keywords. What no
-file says is printed, and how to change it. Convert each file with the same --out to join them in one bundle. Several files are snapshots
-of one training of EDM2, of which --phema-std makes one average.
+FILE is a network snapshot of NVIDIA's EDM or EDM2 (.pkl), which says itself what it is, or a state dict, bare or in a
+training checkpoint (.pt, .pth, .ckpt, .bin, .safetensors), whose --role must be given. OpenAI's score networks and
+classifiers, DG's discriminators, EDM2 and DiT are known by their shapes; any other needs --kind and the constructor's
+keywords. What no file says is printed, and how to change it. Convert each file with the same --out to join them in one
+bundle. Several files are snapshots of one training of EDM2, of which --phema-std makes one average.
 """
 
 import json

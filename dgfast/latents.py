@@ -116,7 +116,8 @@ def decoder(bundle: "Bundle", channels: int, device: torch.device, source: str |
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        return torch.cat([told.as_pixels(vae.decode(part).sample) for part in told.raw(latents.float()).split(_AT_ONCE)])
+        parts = told.raw(latents.float()).split(_AT_ONCE)
+        return torch.cat([told.as_pixels(vae.decode(part).sample) for part in parts])
 
     return decode
 

@@ -18,7 +18,7 @@ SILU_GAIN = 1 / 0.596
 
 
 def normalise(x: Tensor, dim: int | Sequence[int]) -> Tensor:
-    """x over its root mean square along `dim`, which is taken in float32 (equation 49)."""
+    """x over its root mean square along `dim`, which is taken in float32."""
     dims = [dim] if isinstance(dim, int) else list(dim)
     count = math.prod(x.shape[d] for d in dims)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)

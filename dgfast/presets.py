@@ -1,6 +1,6 @@
 """EDM2's published files and presets, by its own names (arXiv 2312.02696, table 4; 2406.02507, table 1).
 
-A preset is a file, or two of which the one guides the other, and the weight of that guidance. Numbers are from NVlabs/edm2.
+A preset is a file, or two of which the one guides the other, and the weight of that guidance, as in NVlabs/edm2.
 """
 
 import re
@@ -56,7 +56,10 @@ def named(text: str) -> File | None:
 
 @dataclass(frozen=True)
 class Preset:
-    """Attributes: net: what draws. reference: what guides it, if anything does. weight: of that guidance, 1 for none."""
+    """
+    Attributes:
+        net: what draws. reference: what guides it, if anything does. weight: of that guidance, 1 for none.
+    """
 
     net: File
     reference: File | None = None

@@ -264,7 +264,7 @@ def _formats(names: tuple[str, ...], seeds: Ranges) -> list[str]:
 
 
 def _settings(bundle: Any, given: dict[str, Any]) -> tuple[SamplingConfig, GuidanceConfig] | None:
-    """Sampling and guidance: the preset's or else the bundle's, under what the command line gives; None for a one-step generator.
+    """Sampling and guidance: the preset's or the bundle's, under what the command line gives; None for a generator.
 
     Raises:
         UserError: options that nothing takes, or that contradict one another.

@@ -105,7 +105,7 @@ def check(kind: str, keywords: Mapping[str, Any], tensors: Mapping[str, Tensor],
         raise UserError(f"{source}: its tensors are views of the same few bytes; save them as tensors of their own")
 
 
-def placed(net: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+def placed(net: nn.Module, device: torch.device | str, dtype: torch.dtype) -> Any:  # the kind names the class
     """The net ready for sampling: frozen, in eval mode, folded, channels-last.
 
     Weights become `dtype`; buffers (frequencies, noise tables, filters) stay float32, where they must, and so do the

@@ -14,13 +14,14 @@ from dgfast.vp import adm_time_schedule
 
 _DIT_WINDOW = (0.1011, 2.0)  # DiT-G++ guides at timesteps above 100: tau is 0.1006 at 100, 0.1016 at 101, 1.0034 at 999
 _LATENT_CHANNELS = 4
+_MEANS, _STDS = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)  # of the VAE's latents on ImageNet
 EDM2_VAE = VaeSpec(
     "stabilityai/sd-vae-ft-mse",
-    scale=tuple(0.5 / std for std in (4.17, 4.62, 3.71, 3.28)),
-    bias=tuple(-0.5 * mean / std for mean, std in zip((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), strict=True)),
+    scale=tuple(0.5 / std for std in _STDS),
+    bias=tuple(-0.5 * mean / std for mean, std in zip(_MEANS, _STDS, strict=True)),
     pixels="unit",
 )
-"""What EDM2's snapshots say of their latents (arXiv 2312.02696, appendix B.1), for networks in files that say nothing."""
+"""What EDM2's snapshots say of their latents, for networks of EDM2 in files that say nothing."""
 _OF_TIME = ("noise_schedule", "steps", "predict_xstart", "rescale_timesteps")  # what networks of one bundle share
 
 

@@ -75,8 +75,8 @@ def read(path: Path) -> Snapshot:
         except MALFORMED as error:
             what = str(error) if isinstance(error, RefusedError) else f"broken pickle, {type(error).__name__}: {error}"
             raise UserError(
-                f"{path} is no network snapshot of EDM or EDM2: {one_line(what)}; nothing in it was run. Give a .pkl that "
-                "NVIDIA's code wrote, or the weights as .safetensors"
+                f"{path} is no network snapshot of EDM or EDM2: {one_line(what)}; nothing in it was run. Give a .pkl "
+                "that NVIDIA's code wrote, or the weights as .safetensors"
             ) from error
     weights.check(snapshot.kind, snapshot.keywords, snapshot.tensors, path)
     return snapshot

@@ -24,12 +24,12 @@ MOST_STD = 1 / math.sqrt(12)
 """The relative standard deviation of the mean over all of training, k = 0; no profile that ends now has more."""
 _NAME = re.compile(r"-(\d+)-(\d+\.\d+)\.pkl$")
 _FARTHEST = 0.2
-"""A profile that is farther from the wanted one, as `distance` tells, is another average; EDM2's own are within 0.01."""
+"""A profile farther from the wanted one, as `distance` tells, is another average; EDM2's own are within 0.01."""
 
 
 # Profiles -------------------------------------------------------------------------------------------------------------
 def relative_std(k: np.ndarray) -> np.ndarray:
-    """Standard deviation of the profile t^k on [0, T], over T (equation 126)."""
+    """Standard deviation of the profile t^k on [0, T], over T."""
     return np.sqrt((k + 1) / ((k + 2) ** 2 * (k + 3)))
 
 
@@ -40,15 +40,15 @@ def exponent(std: np.ndarray) -> np.ndarray:
     return np.array(list(roots)).reshape(inverse.shape)
 
 
-def decay(std: np.ndarray, images: np.ndarray, batch: np.ndarray) -> np.ndarray:
-    """How much of the average stays when a batch brings the number of images seen to `images` (equation 127)."""
+def decay(std: np.ndarray, images: np.ndarray | float, batch: np.ndarray | float) -> np.ndarray:
+    """How much of the average stays when a batch brings the number of images seen to `images`."""
     return (1 - batch / images) ** (exponent(std) + 1)
 
 
 def inner_products(ends_a: np.ndarray, stds_a: np.ndarray, ends_b: np.ndarray, stds_b: np.ndarray) -> np.ndarray:
-    """Integrals of the products of two profiles, each with the integral 1 up to its own end: [a, b] (equation 132)."""
-    t_a, k_a = np.float64(ends_a)[:, None], exponent(stds_a)[:, None]
-    t_b, k_b = np.float64(ends_b)[None, :], exponent(stds_b)[None, :]
+    """Integrals of the products of two profiles, each with the integral 1 up to its own end: [a, b]."""
+    t_a, k_a = np.asarray(ends_a, np.float64)[:, None], exponent(stds_a)[:, None]
+    t_b, k_b = np.asarray(ends_b, np.float64)[None, :], exponent(stds_b)[None, :]
     ratio = np.where(t_a < t_b, (t_a / t_b) ** k_b, (t_b / t_a) ** k_a)
     return (k_a + 1) * (k_b + 1) * ratio / ((k_a + k_b + 1) * np.maximum(t_a, t_b))
 
@@ -91,7 +91,8 @@ def average_of(path: Path) -> Average:
     found = _NAME.search(path.name)
     if not found or not 0 < float(found[2]) < MOST_STD or not int(found[1]):
         raise UserError(
-            f"{path}: a snapshot's name must end as EDM2's do, -KIMG-STD.pkl, such as network-snapshot-0008388-0.050.pkl"
+            f"{path}: a snapshot's name must end as EDM2's do, -KIMG-STD.pkl, "
+            "such as network-snapshot-0008388-0.050.pkl"
         )
     return Average(path, _images(int(found[1])), float(found[2]))
 

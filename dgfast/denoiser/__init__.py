@@ -1,8 +1,8 @@
 """Preconditioning: a raw network F becomes the denoiser D(x; sigma) (EDM, arXiv 2206.00364, section 5)."""
 
 from dgfast.denoiser.ddpm import DDPMPrecond
-from dgfast.denoiser.edm2 import EDM2Precond
 from dgfast.denoiser.edm import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
+from dgfast.denoiser.edm2 import EDM2Precond
 from dgfast.denoiser.preconditioner import Preconditioner
 
 __all__ = [

@@ -34,7 +34,7 @@ class EDM2Precond(EDMPrecond):
     def log_variance(self, sigma: Tensor) -> Tensor:
         """Logarithm of the network's expected loss at noise levels sigma [B], as training weighs it: [B]."""
         _, _, _, c_noise = self.coefficients(sigma.float())
-        return self.logvar_linear(self.logvar_fourier(c_noise.reshape(-1)))[:, 0]  # type: ignore[no-any-return]
+        return self.logvar_linear(self.logvar_fourier(c_noise.reshape(-1)))[:, 0]
 
     def fold(self) -> None:
         self.raw.fold()  # type: ignore[operator]

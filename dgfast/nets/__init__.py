@@ -54,10 +54,11 @@ def build(kind: str, **keywords: Any) -> nn.Module:
 
     Kinds: EDM's preconditioners `EDMPrecond`, `VPPrecond`, `VEPrecond` and `iDDPMPrecond`, whose keyword `model_type`
     names the raw network (SongUNet or DhariwalUNet) and which pass it what they do not use themselves; `DDPMPrecond`,
-    whose raw network is ADM's (create_model) or DiT; EDM2's `EDM2Precond`, which EDM2 calls Precond; ADM's `EncoderUNetModel` and `UNetModel`, and `create_classifier`
-    and `create_model`, the same from guided-diffusion's and DG's option names; `DiT`; and our own: `FeatureNet`
-    for the metrics, the one-step `Generator`, and the `NoisePredictor` that trains it. Where a constructor has a list
-    of numbers, one number and text such as "16,8" are taken too.
+    whose raw network is ADM's (create_model) or DiT; EDM2's, `EDM2Precond`, which its code calls Precond; ADM's
+    `EncoderUNetModel` and `UNetModel`, and `create_classifier` and `create_model`, the same from guided-diffusion's and
+    DG's option names; `DiT`; and our own: `FeatureNet` for the metrics, the one-step `Generator`, and the
+    `NoisePredictor` that trains it. Where a constructor has a list of numbers, one number and text such as "16,8" are
+    taken too.
 
     Raises:
         ValueError: unknown kind or model type, a keyword that the constructor does not know or misses, a

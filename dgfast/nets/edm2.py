@@ -100,14 +100,14 @@ class EDM2Block(nn.Module):
     def _attention(self, x: Tensor) -> Tensor:
         """Self-attention of queries, keys and values that are normalised over the channels of each head."""
         assert self.attn_qkv is not None and self.attn_proj is not None
-        weight = self.attn_qkv.weight
+        weight: Tensor = self.attn_qkv.weight
         if not self.attn_qkv.folded:
             weight = _deinterleaved(self.attn_qkv.effective_weight(), self.heads)
         tokens = x.flatten(2).transpose(1, 2)  # [B, HW, C]
         qkv = F.linear(tokens, weight.flatten(1).to(x.dtype)).unflatten(-1, (3, self.heads, -1))
         q, k, v = normalise(qkv, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, HW, C / heads]
         y = F.scaled_dot_product_attention(q, k, v).permute(0, 1, 3, 2).reshape(x.shape)
-        return self.attn_proj(y)  # type: ignore[no-any-return]
+        return self.attn_proj(y)
 
 
 def _deinterleaved(weight: Tensor, heads: int) -> Tensor:
@@ -198,7 +198,7 @@ class EDM2UNet(nn.Module):
         self.out_conv = Layer(cout, img_channels, [3, 3])
 
     def fold(self) -> None:
-        """Put all gains and normalisations into the weights. The state dict is no longer EDM2's then: gains are gone."""
+        """Put all gains and normalisations into the weights; the state dict is no longer EDM2's, which has gains."""
         for module in self.modules():
             if isinstance(module, EDM2Block):
                 module.fold()
@@ -226,4 +226,4 @@ class EDM2UNet(nn.Module):
             if "block" in name:
                 x = concatenated(x, skips.pop(), self.concat_balance)
             x = layer(x, emb)
-        return self.out_conv(x, self.out_gain)  # type: ignore[no-any-return]
+        return self.out_conv(x, self.out_gain)

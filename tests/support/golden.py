@@ -74,7 +74,7 @@ class Golden:
         """Whether the file records `base`, or a part or a summary of it."""
         return any(base + suffix in self.arrays for suffix in ("", *_SUMMARIES))
 
-    def judge(self, key: str, mine: Tensor | float, tol: float, how: str = "std") -> None:
+    def judge(self, key: str, mine: Tensor | np.ndarray | float, tol: float, how: str = "std") -> None:
         """Compare one output; `how` says what `tol` is a share of: "std", "relative" to each number, or "absolute"."""
         self.judged.add(key)
         reference = self.arrays[key]

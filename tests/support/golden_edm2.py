@@ -120,7 +120,7 @@ def _judge_tracked(golden: Golden) -> None:
     for step, w in enumerate(golden.tensor("w_steps")):
         seen = (step + 1) * batch
         for one, std in zip(ema, has["ema_stds"], strict=True):
-            one.lerp_(w, 1 - float(phema.decay(std, np.float64(seen), np.float64(batch))))
+            one.lerp_(w, 1 - float(phema.decay(std, seen, batch)))
         halflife = min(float(has["halflife_Mimg"]) * 1e6, seen * float(has["rampup_ratio"]))
         plain.lerp_(w, 1 - 0.5 ** (batch / halflife))
         averages.append(torch.stack(ema))

@@ -29,7 +29,6 @@ from tests.support.golden import (
     correction_of,
 )
 
-
 # Denoisers ------------------------------------------------------------------------------------------------------------
 KINDS = {"Precond": "EDM2Precond"}
 """Our names of the official classes that have others."""
@@ -56,10 +55,11 @@ def judge_denoised(golden: Golden, net: Any) -> None:
             if golden.wants(base + suffix):
                 outputs = torch.stack([net(scale * x_base, sigma, *conditions) for scale, sigma in inputs])
                 one = base == "D_vec" or (suffix == "_nolabel" and isinstance(net, EDM2Precond))
-                golden.judge_all(base + suffix, outputs[NO_LABEL_CALL if base == "D" else 0] if one else outputs, NET_TOL)
-    for key, levels in (("logvar", golden.tensor("sigma")[:, None]), ("logvar_vec", golden.arrays.get("sigma_vec"))):
+                call = NO_LABEL_CALL if base == "D" else 0
+                golden.judge_all(base + suffix, outputs[call] if one else outputs, NET_TOL)
+    for key, levels in (("logvar", "sigma"), ("logvar_vec", "sigma_vec")):
         if key in golden.arrays:
-            golden.judge(key, net.log_variance(torch.as_tensor(levels).flatten()).view(levels.shape), NET_TOL)
+            golden.judge(key, net.log_variance(golden.tensor(levels)).view(golden.arrays[key].shape), NET_TOL)
 
 
 def level_tol(net: nn.Module, discretization: str = "edm") -> float:
@@ -182,7 +182,8 @@ def judge_pickle(golden: Golden) -> None:
     recipe = golden.net(snapshot.kind, "config", "prefix").state_dict()
     wrong = [
         name for name, value in snapshot.tensors.items()
-        if not torch.equal(value, recipe[name].to(value.dtype)) or not torch.equal(net.state_dict()[name], value.float())
+        if not torch.equal(value, recipe[name].to(value.dtype))
+        or not torch.equal(net.state_dict()[name], value.float())
     ]  # fmt: skip
     golden.failures += [f"weights: {', '.join(wrong)}"] if wrong else []
     if isinstance(net, EDM2Precond):
