@@ -272,7 +272,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "edm2-img64-s": partial(_edm2, CHANNELS["s"], CHANNELS["xs"]),
     "tiny": _tiny,
     "edm2-tiny": partial(
-        _edm2, 16, 8, img_resolution=8, label_dim=3, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
+        _edm2, 16, 16, img_resolution=8, label_dim=3, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
         channels_per_head=8,
     ),
 }  # fmt: skip
