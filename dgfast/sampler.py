@@ -269,7 +269,7 @@ class Sampler:
         return tuple(values[name] for name in names)
 
     def _uploaded(self, pairs: Sequence[tuple[float, float]], batch: int) -> Tensor:
-        """The pairs for every sample, [pairs, 2, B] of the state's type: at once, for an upload waits for the device."""
+        """The pairs for every sample, [pairs, 2, B] of the state's type: at once, as an upload waits for it."""
         return torch.tensor(pairs, dtype=self.state_dtype).to(self.device).view(-1, 2, 1).repeat(1, 1, batch)
 
     def _step_function(

@@ -1,5 +1,6 @@
 """EDM2's files: snapshots, state dicts, averages over training, and names that say too much."""
 
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,11 @@ from torch import nn
 from dgfast import bundle as bundles
 from dgfast import nets, presets
 from dgfast.bundle import VaeSpec
-from dgfast.checkpoints import edm2, nvidia_pickle, phema
+from dgfast.checkpoints import edm2, network, nvidia_pickle, phema
 from dgfast.checkpoints.defaults import EDM2_VAE
 from dgfast.config import SamplingConfig
 from dgfast.errors import UserError
+from tests.support import mutations
 from tests.support.convert import convert, refused
 from tests.support.snapshots import Persistent, persistent, pickled
 
@@ -157,6 +159,16 @@ def test_edm2_network_of_latents_in_a_file_that_says_nothing_takes_edm2s_statist
     code, output = convert(tmp_path / "x.pt", *options, "--vae", "a/vae", "--out", tmp_path / "b")
     assert code == 0 and "vae.bias" in output, output
     assert bundles.read(tmp_path / "b").vae == VaeSpec("a/vae", EDM2_VAE.scale, EDM2_VAE.bias, "unit")
+
+
+def test_edm2_altered_snapshots_are_read_or_refused(own_golden_folder: Path, save: Callable[..., Path]) -> None:
+    content = (own_golden_folder / "edm2_tiny.pkl").read_bytes()
+    for seed in range(30):
+        path = save("x.pkl", mutations.pickle(random.Random(seed), content))
+        try:
+            network.read(path, "score", None, {}, None)
+        except UserError as error:
+            assert error.message.isprintable() and len(error.message) < 2000
 
 
 # Averages over training -----------------------------------------------------------------------------------------------
