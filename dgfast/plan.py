@@ -4,22 +4,28 @@ So a compiled function has no branch, and a guidance outside of its window, or o
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dgfast.config import VARIANCES, GuidanceConfig, SamplingConfig
+from dgfast.denoiser import FlowPrecond, Velocity
 from dgfast.errors import UserError
 from dgfast.guidance import DiscriminatorGuidance, Guidance
 from dgfast.guidance.declaration import guiding
 from dgfast.networks import Networks
 from dgfast.noise_levels import Coordinates, posterior_log_variances, respaced_levels, sigma_grid
-from dgfast.solvers import SOLVERS
+from dgfast.solvers import SOLVERS, FlowSolver
 
 # DG's boosting (arXiv 2211.17091, published code): every 5th step churns, every 2nd doubles the guidance.
 _BOOST_CHURN, _BOOST_CHURN_PERIOD = 4.0, 5
 _BOOST_WEIGHT, _BOOST_WEIGHT_PERIOD = 2.0, 2
+_FOR_FLOWS = ", ".join(
+    [*(name for name, solver in SOLVERS.items() if issubclass(solver, FlowSolver)), "heun, euler or dpmpp-2m"]
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,10 @@ def plan(
     solver = SOLVERS[config.solver]
     if (solver.unit_start and guidance.boosting) or (solver.function == "posterior" and guidance.dg_every > 1):
         raise UserError(f"boosting does not go with {config.solver}, nor dg_every above 1 with ddpm")
+    if solver.unit_start and hasattr(networks.denoiser, "path"):
+        raise UserError(
+            f"{config.solver} draws in discrete time, this network was trained by flow matching: use {_FOR_FLOWS}"
+        )
     net = networks.denoiser
     levels = net.round_sigma(sigmas).cpu()
     times = [*coordinates.sigma_inv(levels).tolist(), 0.0]
@@ -96,6 +106,32 @@ def plan(
     return _with_reuse(steps, guidance.dg_every)
 
 
+def flow_plan(
+    networks: Networks, config: SamplingConfig, guidance: GuidanceConfig, times: Sequence[float], path: Coordinates
+) -> tuple[Step, ...]:
+    """The steps through the times of a path, the last one's end included.
+
+    Raises:
+        UserError: a guidance whose network is missing or does not fit.
+    """
+    if guidance.boosting or guidance.dg_every > 1:
+        raise UserError(f"boosting and dg_every above 1 do not go with {config.solver}")
+    solver = SOLVERS[config.solver]
+    predictors, correctors = all_guidances(networks, guidance, solver.function)
+    sigmas = path.sigma(torch.tensor(times, dtype=torch.float64)).tolist()
+    calls = solver.evaluations(len(times) - 1)
+    steps = []
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        corrector = _seeing(correctors, sigmas[i + 1]) if solver.points == 2 and 2 * i + 1 < calls else None
+        steps.append(Step(i, t, t_next, sigmas[i], 0.0, None, _seeing(predictors, sigmas[i]), corrector))
+    return tuple(steps)
+
+
+def _seeing(guidances: list[Guidance], sigma: float) -> tuple[Guidance, ...]:
+    """Those that act there: a gradient at infinite noise, or at none, is of no use, see `guidance.velocity`."""
+    return tuple(g for g in _active(guidances, sigma, sigma) if not g.gradients or 0 < sigma < math.inf)
+
+
 def class_count(networks: Networks, guidance: GuidanceConfig) -> int:
     """Number of classes among which a label chooses: the score network's, or those of the classifier that guides it."""
     return networks.denoiser.label_dim or max(
@@ -115,12 +151,18 @@ def _log_variances(networks: Networks, config: SamplingConfig, levels: Tensor) -
     return [(fixed, fixed) for fixed in (*bounds[:-1, VARIANCES.index(config.fixed_variance)].tolist(), *last)]
 
 
-def all_guidances(networks: Networks, config: GuidanceConfig) -> tuple[list[Guidance], list[Guidance]]:
+def all_guidances(
+    networks: Networks, config: GuidanceConfig, function: str = "denoiser"
+) -> tuple[list[Guidance], list[Guidance]]:
     """The guidances at the solver's first and at its second point.
+
+    Args:
+        function: what the solver calls. Those that mix denoisers get velocities in their place for a "velocity".
 
     Raises:
         UserError: a guidance whose network is missing or does not fit.
     """
+    networks = _with_velocities(networks) if function == "velocity" else networks
     first: list[Guidance] = []
     second: list[Guidance] = []
     for kind in guiding(config):
@@ -128,6 +170,21 @@ def all_guidances(networks: Networks, config: GuidanceConfig) -> tuple[list[Guid
         first += [guidance] if kind.on(config) else []
         second += [guidance.at_second_point(config)] if kind.on(config, second=True) else []
     return first, second
+
+
+def _with_velocities(networks: Networks) -> Networks:
+    """The same networks, but velocities in the place of denoisers.
+
+    Raises:
+        UserError: a reference without a velocity, or on another path, whose velocities do not mix.
+    """
+    net, reference = networks.denoiser, networks.reference
+    assert isinstance(net, FlowPrecond), "the job has looked"
+    if reference is None:
+        return replace(networks, denoiser=Velocity(net))
+    if not isinstance(reference, FlowPrecond) or reference.path_name != net.path_name:
+        raise UserError("autoguidance along a path needs a reference of flow matching on the same path")
+    return replace(networks, denoiser=Velocity(net), reference=Velocity(reference))
 
 
 def boosted(guidances: list[Guidance]) -> list[Guidance]:

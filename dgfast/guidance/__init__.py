@@ -23,6 +23,7 @@ from dgfast.guidance.schedule import WeightSchedule
 if TYPE_CHECKING:
     from dgfast.guidance.compose import Denoiser, GuidedDenoiser, guided_denoiser, guided_posterior
     from dgfast.guidance.reuse import CarriedGradient, gradient_keeping_denoiser
+    from dgfast.guidance.velocity import guided_velocity
 
 __all__ = [
     "GUIDANCES",
@@ -41,6 +42,7 @@ __all__ = [
     "gradient_keeping_denoiser",
     "guided_denoiser",
     "guided_posterior",
+    "guided_velocity",
     "option",
 ]
 
@@ -48,5 +50,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:  # what needs torch, which the declarations do without
     if name not in __all__:
         raise AttributeError(f"module 'dgfast.guidance' has no attribute {name!r}")
-    home = "reuse" if name in ("CarriedGradient", "gradient_keeping_denoiser") else "compose"
-    return getattr(import_module(f"dgfast.guidance.{home}"), name)
+    homes = {"CarriedGradient": "reuse", "gradient_keeping_denoiser": "reuse", "guided_velocity": "velocity"}
+    return getattr(import_module(f"dgfast.guidance.{homes.get(name, 'compose')}"), name)

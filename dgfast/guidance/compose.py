@@ -54,9 +54,9 @@ def _guided_denoiser(
     denoiser: Denoiser, guidances: Sequence[Guidance], clip: bool, x: Tensor, sigma: Tensor, class_labels: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     plain = denoiser(x, sigma, class_labels).to(x.dtype)
-    denoised = _mixed(plain, guidances, x, sigma, class_labels, clip)
+    denoised = with_mixing(plain, guidances, x, sigma, class_labels, clip)
     mixed, log_ratio = denoised, torch.full_like(sigma, OUTSIDE_WINDOW)
-    for direction, gate, ratio in _gradients(mixed, guidances, x, sigma, class_labels):
+    for direction, gate, ratio in gradient_corrections(mixed, guidances, x, sigma, class_labels):
         denoised = corrected(denoised, direction, gate)
         log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
     return denoised, log_ratio
@@ -73,17 +73,17 @@ def _guided_posterior(
     else:
         plain, v = with_variance(x, sigma, class_labels)
     plain = plain.to(x.dtype)
-    denoised = _mixed(plain, guidances, x, sigma, class_labels, clip)
+    denoised = with_mixing(plain, guidances, x, sigma, class_labels, clip)
     variance = _variance(v, log_least, log_most).to(x.dtype).expand_as(x)
     shift, log_ratio = torch.zeros_like(x), torch.full_like(sigma, OUTSIDE_WINDOW)
-    for direction, gate, ratio in _gradients(denoised, guidances, x, sigma, class_labels):
+    for direction, gate, ratio in gradient_corrections(denoised, guidances, x, sigma, class_labels):
         weight = (gate / denoiser_gate(sigma)).view(-1, 1, 1, 1).to(x.dtype)
         shift = shift + variance * weight * direction
         log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
     return denoised, shift, variance, log_ratio
 
 
-def _mixed(
+def with_mixing(
     plain: Tensor, guidances: Sequence[Guidance], x: Tensor, sigma: Tensor, class_labels: Tensor | None, clip: bool
 ) -> Tensor:
     """The denoised images under the guidances that take no gradient."""
@@ -95,7 +95,7 @@ def _mixed(
     return denoised.clamp(-1, 1) if clip else denoised
 
 
-def _gradients(
+def gradient_corrections(
     denoised: Tensor, guidances: Sequence[Guidance], x: Tensor, sigma: Tensor, class_labels: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """What the gradient guidances say, all of them to the same denoised images."""
