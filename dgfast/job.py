@@ -15,7 +15,7 @@ from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.denoiser import FlowPrecond
 from dgfast.devices import device_of
 from dgfast.errors import UserError
-from dgfast.flow import flow_coordinates
+from dgfast.flow import FlowCoordinates, Path, flow_coordinates
 from dgfast.graph import Function
 from dgfast.guidance import (
     DiscriminatorGuidance,
@@ -122,6 +122,11 @@ class Job:
             self.coordinates = coordinates(sampling, low, high)
             self.solver = kind(self.sampling, self.coordinates)
             self.steps = plan(networks, self.sampling, guidance, grid, self.coordinates)
+
+    @property
+    def path(self) -> Path | None:
+        """The path along which its solver steps; None: it steps in sigma."""
+        return self.coordinates.path if isinstance(self.coordinates, FlowCoordinates) else None
 
     def called(self, guidances: Sequence[Guidance], keep_gradient: bool = False) -> PureFunction:
         """The function that the solver calls under these guidances: the guided denoiser, or posterior.
