@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dgfast.config import VARIANCES, GuidanceConfig, SamplingConfig
-from dgfast.denoiser import FlowPrecond, Velocity
+from dgfast.denoiser import FlowPrecond
 from dgfast.errors import UserError
-from dgfast.guidance import DiscriminatorGuidance, Guidance
+from dgfast.guidance import DiscriminatorGuidance, Guidance, of_velocities
 from dgfast.guidance.declaration import guiding
 from dgfast.networks import Networks
 from dgfast.noise_levels import Coordinates, posterior_log_variances, respaced_levels, sigma_grid
@@ -66,9 +66,13 @@ def noise_grid(networks: Networks, config: SamplingConfig, sigma_min: float, sig
 
 
 def plan(
-    networks: Networks, config: SamplingConfig, guidance: GuidanceConfig, sigmas: Tensor, coordinates: Coordinates
-) -> tuple[Step, ...]:
+    networks: Networks, config: SamplingConfig, guidance: GuidanceConfig, own: Sequence[Guidance], sigmas: Tensor,
+    coordinates: Coordinates,
+) -> tuple[Step, ...]:  # fmt: skip
     """The steps through the noise levels `sigmas` [N], highest first and without the final 0.
+
+    Args:
+        own: guidances besides those of the configuration.
 
     Raises:
         UserError: a guidance whose network is missing or does not fit.
@@ -83,7 +87,7 @@ def plan(
     net = networks.denoiser
     levels = net.round_sigma(sigmas).cpu()
     times = [*coordinates.sigma_inv(levels).tolist(), 0.0]
-    predictors, correctors = all_guidances(networks, guidance)
+    predictors, correctors = all_guidances(networks, guidance, own, [*levels.tolist(), 0.0])
     doubled = boosted(predictors)
     variances = _log_variances(networks, config, levels)
     steps = []
@@ -107,9 +111,10 @@ def plan(
 
 
 def flow_plan(
-    networks: Networks, config: SamplingConfig, guidance: GuidanceConfig, times: Sequence[float], path: Coordinates
-) -> tuple[Step, ...]:
-    """The steps through the times of a path, the last one's end included.
+    networks: Networks, config: SamplingConfig, guidance: GuidanceConfig, own: Sequence[Guidance],
+    times: Sequence[float], path: Coordinates,
+) -> tuple[Step, ...]:  # fmt: skip
+    """The steps through the times of a path, the last one's end included; `own` as in `plan`.
 
     Raises:
         UserError: a guidance whose network is missing or does not fit.
@@ -117,8 +122,8 @@ def flow_plan(
     if guidance.boosting or guidance.dg_every > 1:
         raise UserError(f"boosting and dg_every above 1 do not go with {config.solver}")
     solver = SOLVERS[config.solver]
-    predictors, correctors = all_guidances(networks, guidance, solver.function)
     sigmas = path.sigma(torch.tensor(times, dtype=torch.float64)).tolist()
+    predictors, correctors = all_guidances(networks, guidance, own, sigmas, solver.function)
     calls = solver.evaluations(len(times) - 1)
     steps = []
     for i, (t, t_next) in enumerate(pairwise(times)):
@@ -128,8 +133,8 @@ def flow_plan(
 
 
 def _seeing(guidances: list[Guidance], sigma: float) -> tuple[Guidance, ...]:
-    """Those that act there: a gradient at infinite noise, or at none, is of no use, see `guidance.velocity`."""
-    return tuple(g for g in _active(guidances, sigma, sigma) if not g.gradients or 0 < sigma < math.inf)
+    """Those that act there; at infinite noise and at none these are few, see `guidance.velocity`."""
+    return tuple(g for g in _active(guidances, sigma, sigma) if g.mixes_velocities or 0 < sigma < math.inf)
 
 
 def class_count(networks: Networks, guidance: GuidanceConfig) -> int:
@@ -152,39 +157,32 @@ def _log_variances(networks: Networks, config: SamplingConfig, levels: Tensor) -
 
 
 def all_guidances(
-    networks: Networks, config: GuidanceConfig, function: str = "denoiser"
+    networks: Networks,
+    config: GuidanceConfig,
+    own: Sequence[Guidance],
+    levels: Sequence[float],
+    function: str = "denoiser",
 ) -> tuple[list[Guidance], list[Guidance]]:
-    """The guidances at the solver's first and at its second point.
+    """The guidances at the solver's first and at its second point, on a plan of these noise levels, 0 last.
 
     Args:
-        function: what the solver calls. Those that mix denoisers get velocities in their place for a "velocity".
+        own: guidances besides those of the configuration. function: what the solver calls.
 
     Raises:
         UserError: a guidance whose network is missing or does not fit.
     """
-    networks = _with_velocities(networks) if function == "velocity" else networks
     first: list[Guidance] = []
     second: list[Guidance] = []
     for kind in guiding(config):
         guidance = kind.make(networks, config)
         first += [guidance] if kind.on(config) else []
         second += [guidance.at_second_point(config)] if kind.on(config, second=True) else []
-    return first, second
-
-
-def _with_velocities(networks: Networks) -> Networks:
-    """The same networks, but velocities in the place of denoisers.
-
-    Raises:
-        UserError: a reference without a velocity, or on another path, whose velocities do not mix.
-    """
-    net, reference = networks.denoiser, networks.reference
-    assert isinstance(net, FlowPrecond), "the job has looked"
-    if reference is None:
-        return replace(networks, denoiser=Velocity(net))
-    if not isinstance(reference, FlowPrecond) or reference.path_name != net.path_name:
-        raise UserError("autoguidance along a path needs a reference of flow matching on the same path")
-    return replace(networks, denoiser=Velocity(net), reference=Velocity(reference))
+    first, second = [*first, *own], [*second, *(guidance.at_second_point(config) for guidance in own)]
+    if function == "velocity":
+        net = networks.denoiser
+        assert isinstance(net, FlowPrecond), "the job has looked"
+        first, second = ([of_velocities(g, net) for g in guidances] for guidances in (first, second))
+    return [g.along(levels) for g in first], [g.along(levels[1:]) for g in second]
 
 
 def boosted(guidances: list[Guidance]) -> list[Guidance]:

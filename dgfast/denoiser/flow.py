@@ -73,6 +73,10 @@ class FlowPrecond(Preconditioner):
         noise = out if self.prediction == "noise" else -path.spread(t) * out
         return path.velocity_of_noise(x, noise, t).float()
 
+    def as_velocity(self) -> "Velocity":
+        """Its velocity, called as a denoiser is."""
+        return Velocity(self)
+
     def forward(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:

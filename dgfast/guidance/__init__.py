@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dgfast.guidance.autoguidance import Autoguidance
 from dgfast.guidance.classifier import ClassifierGuidance
 from dgfast.guidance.classifier_free import ClassifierFreeGuidance
-from dgfast.guidance.declaration import GUIDANCES, Guidance, option
+from dgfast.guidance.declaration import GUIDANCES, Guidance, Repair, option
 from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
 from dgfast.guidance.low_density import LowDensityGuidance
@@ -23,7 +23,7 @@ from dgfast.guidance.schedule import WeightSchedule
 if TYPE_CHECKING:
     from dgfast.guidance.compose import Denoiser, GuidedDenoiser, guided_denoiser, guided_posterior
     from dgfast.guidance.reuse import CarriedGradient, gradient_keeping_denoiser
-    from dgfast.guidance.velocity import guided_velocity
+    from dgfast.guidance.velocity import guided_velocity, of_velocities
 
 __all__ = [
     "GUIDANCES",
@@ -38,11 +38,13 @@ __all__ = [
     "GuidedDenoiser",
     "LowDensityGuidance",
     "PredictedCleanGuidance",
+    "Repair",
     "WeightSchedule",
     "gradient_keeping_denoiser",
     "guided_denoiser",
     "guided_posterior",
     "guided_velocity",
+    "of_velocities",
     "option",
 ]
 
@@ -50,5 +52,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:  # what needs torch, which the declarations do without
     if name not in __all__:
         raise AttributeError(f"module 'dgfast.guidance' has no attribute {name!r}")
-    homes = {"CarriedGradient": "reuse", "gradient_keeping_denoiser": "reuse", "guided_velocity": "velocity"}
+    homes = {
+        "CarriedGradient": "reuse",
+        "gradient_keeping_denoiser": "reuse",
+        "guided_velocity": "velocity",
+        "of_velocities": "velocity",
+    }
     return getattr(import_module(f"dgfast.guidance.{homes.get(name, 'compose')}"), name)

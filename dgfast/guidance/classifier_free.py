@@ -60,7 +60,7 @@ class ClassifierFreeGuidance(Guidance):
     formula = "D_u + s (D - D_u)"
     cost = "1 forward of the score net in the interval"
     use = "the same, without a classifier"
-    evaluations = 1
+    evaluations, mixes_velocities = 1, True
 
     @classmethod
     def check(cls, config: GuidanceConfig) -> None:

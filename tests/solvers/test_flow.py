@@ -14,8 +14,16 @@ from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.denoiser import FlowPrecond
 from dgfast.errors import UserError
 from dgfast.flow import PATHS, Path
-from dgfast.guidance import ClassifierFreeGuidance, DiscriminatorGuidance, guided_velocity
-from dgfast.guidance.autoguidance import Autoguidance
+from dgfast.guidance import (
+    Autoguidance,
+    ClassifierFreeGuidance,
+    DiscriminatorGuidance,
+    Guidance,
+    Repair,
+    guided_denoiser,
+    guided_velocity,
+    of_velocities,
+)
 from dgfast.networks import Networks
 from dgfast.sampler import Sampler
 from dgfast.solvers import DIFFUSIONS, ddim_step
@@ -173,6 +181,79 @@ def test_flow_gradient_guidance_is_a_change_of_velocity_that_stays_finite() -> N
     exact = torch.where((t > 0) & (t < 1), change, 0.0).view(-1, 1, 1, 1)
     torch.testing.assert_close(guided - plain, exact.expand_as(x), rtol=1e-5, atol=1e-6)
     assert log_ratio.isfinite().all() and log_ratio[0] == 1e7 == log_ratio[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Pull(Guidance):
+    """Toward 0 by half the squared denoised image, through the network."""
+
+    weight: float = 0.4
+    backwards = 1
+
+    def active(self, sigma_low: float, sigma_high: float) -> bool:
+        return True
+
+    def correct(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor) -> Any:
+        (gradient,) = torch.autograd.grad((denoised**2 / 2).sum(), x)
+        return -gradient, self.weight * sigma**2, None
+
+
+@dataclass(frozen=True, eq=False)
+class Brighter(Guidance):
+    """D' = D + 1/4."""
+
+    def active(self, sigma_low: float, sigma_high: float) -> bool:
+        return True
+
+    def correct(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor) -> Any:
+        return torch.ones_like(denoised), 0.25 * torch.ones_like(sigma), None
+
+
+@dataclass(frozen=True, eq=False)
+class Halved(Repair):
+    """Takes back half of what was mixed."""
+
+    def active(self, sigma_low: float, sigma_high: float) -> bool:
+        return True
+
+    def repaired(self, x: Tensor, sigma: Tensor, mixed: Tensor, plain: Tensor) -> Tensor:
+        return (mixed + plain) / 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", PATHS)
+def test_flow_guided_velocity_is_that_of_the_guided_denoiser(path: str) -> None:
+    """Whatever the guidances, in the middle of the path; with both its ends, all is finite."""
+    net, labels = net_of(path, label_dim=2), torch.eye(2)[[0, 1, 0, 1]]
+    discriminator = DiscriminatorGuidance(Slope(), weight=2.0, window=(0.0, math.inf))
+    kinds = [ClassifierFreeGuidance(net, 3.0), discriminator, Pull(), Brighter(), Halved()]
+    sigma = torch.tensor([30.0, 2.0, 0.5, 0.01], dtype=torch.float64)
+    image = sigma.view(-1, 1, 1, 1) * unit(4) + 0.2
+    t = net.path.sigma_inv(sigma).view(-1, 1, 1, 1)
+    for guidances in ([kind] for kind in kinds), [kinds]:
+        for chosen in guidances:
+            along = guided_velocity(net, [of_velocities(guidance, net) for guidance in chosen])
+            velocity, log_ratio = along(net.path.s(t) * image, sigma, labels)
+            denoised, ratio = guided_denoiser(net, chosen)(image, sigma, labels)
+            found = net.path.clean(net.path.s(t) * image, velocity, t)
+            torch.testing.assert_close(found, denoised, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(log_ratio, ratio, rtol=1e-4, atol=1e-4)
+            ends = net.path.sigma(torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64))
+            if path != "vp":  # whose velocity is infinite at t = 1
+                assert all(result.isfinite().all() for result in along(unit(4), ends, labels))
+
+
+def test_flow_takes_guidances_from_outside() -> None:
+    config, z = SamplingConfig(solver="flow-heun", num_steps=8), unit(4)
+    net = net_of(label_dim=2)
+    asked = Sampler(Networks(net), config, GuidanceConfig(cfg_scale=2.0)).integrate(z, torch.eye(2)[[0, 1, 0, 1]])
+    given = Sampler(Networks(net), config, [ClassifierFreeGuidance(net, 2.0)]).integrate(z, torch.eye(2)[[0, 1, 0, 1]])
+    assert torch.equal(asked, given)
+    brighter = Sampler(Networks(net_of()), config, [Brighter()])
+    assert [bool(step.predictor) for step in brighter.steps] == [False] + 7 * [True]  # nothing is seen at the beginning
+    assert brighter.integrate(z).mean() > Sampler(Networks(net_of()), config).integrate(z).mean() + 0.1
+    with pytest.raises(UserError, match="needs a network of flow matching on the same path, linear"):
+        Sampler(Networks(net), config, [ClassifierFreeGuidance(lambda x, sigma, labels: x, 2.0)])
 
 
 def test_flow_gradients_are_not_taken_where_they_say_nothing() -> None:
