@@ -19,6 +19,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 _DOUBLE = ("x", "sigma", "sigma_next", "noise", "log_least", "log_most", *LAST)
 _LEVELS = 80.0, 0.5, 5.0, 0.01, 0.1, 160.0, 1.0, 20.0, 0.002, 2.0  # the window is 0.0447 to 152 by default
 _MOST_STEPS = 40
+_LEAST_OF_EVEN_STEPS = 0.004  # of 250 in a path's time; a shorter one is lost in a float32 of t
 
 
 class Subject(Protocol):
@@ -139,7 +140,8 @@ class Joint:
 
     def cases(self, batch: int) -> list[Case]:
         """Noise levels inside and outside of the window; the guidance as it is and amplified."""
-        levels = [s for s in _LEVELS if s <= max(*self.sigmas, 160.0)]
+        least = _LEAST_OF_EVEN_STEPS if self.path and self.what == "step" else 0.0
+        levels = [s for s in _LEVELS if least <= s <= max(*self.sigmas, 160.0)]
         cases = []
         for i, start in enumerate(range(0, len(levels), max(batch, 2))):
             chosen = [levels[(start + k) % len(levels)] for k in range(batch)]
