@@ -35,13 +35,15 @@ ROOMS = {
     "kernels": (set(), {"torch", "triton"}),
     "ops": ({"errors", "extras", "kernels"}, {"torch"}),
     "solvers": ({"errors", "vp"}, {"torch"}),
-    "denoiser": ({"noise_levels"}, {"torch"}),
+    "flow": ({"noise_levels", "vp"}, {"torch"}),
+    "denoiser": ({"flow", "noise_levels"}, {"torch"}),
     "nets": ({"denoiser", "errors", "ops"}, {"torch", "numpy"}),
     "guidance": ({"errors", "vp"}, {"torch"}),
     "graph": ({"IMPORTED_AT", "errors", "ops"}, {"torch"}),
     "runtimes": ({"bounds", "devices", "errors", "extras", "graph", "ops"}, {"torch", "numpy", "onnx", "onnxruntime"}),
     "job": (
-        {"config", "devices", "errors", "graph", "guidance", "networks", "noise_levels", "plan", "solvers"},
+        {"config", "denoiser", "devices", "errors", "flow", "graph", "guidance", "networks", "noise_levels", "plan"}
+        | {"solvers"},
         {"torch"},
     ),
     "sampler": (
@@ -51,7 +53,7 @@ ROOMS = {
     ),
     "engines": ({"bundle", "config", "errors", "graph", "guidance", "job", "runtimes", "solvers"}, {"torch"}),
     "outputs": ({"errors", "files", "ranges"}, {"torch", "numpy", "PIL"}),
-    "plan": ({"config", "errors", "guidance", "networks", "noise_levels", "solvers"}, {"torch"}),
+    "plan": ({"config", "denoiser", "errors", "guidance", "networks", "noise_levels", "solvers"}, {"torch"}),
     "options": ({"__version__", "bounds", "config", "guidance", "ranges", "solvers"}, {"click"}),
     "one_step": (
         {"bundle", "devices", "errors", "graph", "guidance", "job", "networks", "plan", "randomness", "runtimes"}

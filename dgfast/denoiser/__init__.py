@@ -4,9 +4,20 @@ from collections.abc import Callable
 
 from dgfast.denoiser.ddpm import DDPMPrecond
 from dgfast.denoiser.edm import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
+from dgfast.denoiser.flow import FlowPrecond, Velocity
 from dgfast.denoiser.preconditioner import Preconditioner
 
-__all__ = ["PRECONDITIONERS", "DDPMPrecond", "EDMPrecond", "Preconditioner", "VEPrecond", "VPPrecond", "iDDPMPrecond"]
+__all__ = [
+    "PRECONDITIONERS",
+    "DDPMPrecond",
+    "EDMPrecond",
+    "FlowPrecond",
+    "Preconditioner",
+    "VEPrecond",
+    "VPPrecond",
+    "Velocity",
+    "iDDPMPrecond",
+]
 
 PRECONDITIONERS: dict[str, Callable[..., Preconditioner]] = {
     "EDMPrecond": EDMPrecond,
@@ -14,4 +25,5 @@ PRECONDITIONERS: dict[str, Callable[..., Preconditioner]] = {
     "VEPrecond": VEPrecond,
     "iDDPMPrecond": iDDPMPrecond,
     "DDPMPrecond": DDPMPrecond,
+    "FlowPrecond": FlowPrecond,
 }
