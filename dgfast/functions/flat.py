@@ -108,7 +108,7 @@ def _flattened(
     try:
         bound = _signature(function).bind(*arguments, **keywords)
     except TypeError as error:
-        raise UserError(f"the example does not fit the function: {error}") from error
+        raise UserError(f"the arguments do not fit the function: {error}") from error
     leaves, spec = tree_flatten_with_path(dict(bound.arguments))
     named = {_name(path, "input"): x for path, x in leaves}
     for name, x in named.items():
