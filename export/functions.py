@@ -1,6 +1,6 @@
 """Users' functions as files: the same proof as dgfast's own get, on inputs around the user's example.
 
-    dgfast.export_onnx(function, example, "forces.onnx")
+dgfast.export_onnx(function, example, "forces.onnx")
 """
 
 import json
@@ -115,10 +115,8 @@ def export_onnx(
     return _onnx(_subject(function, example, dynamic, others), Path(path), opset, "onnxruntime")
 
 
-def export_package(
-    function: Function, example: Example, path: str | Path, *, others: Sequence[Example] = ()
-) -> Report:
-    """The same as a package of machine code (.pt2), for the example's sizes, this PyTorch and this kind of processor or GPU.
+def export_package(function: Function, example: Example, path: str | Path, *, others: Sequence[Example] = ()) -> Report:
+    """The same as a package of machine code (.pt2), for the example's sizes, this PyTorch and this kind of processor.
 
     Raises:
         UserError: as `export_onnx`, or a compiler fails.

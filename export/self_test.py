@@ -21,7 +21,8 @@ MOST = len(_LEVELS)
 def case(onnx: OnnxEngine, batch: int, seed: int = 0) -> Case:
     """Inputs for an ONNX file by their names: noise levels, one-hot classes and weights; else noisy images.
 
-    Of a user's function, those of its self-test. Each weight is another one, and none of them off: two that were exchanged, or a branch that is broken, would show.
+    Each weight is another one, and none of them off: two that were exchanged, or a branch that is broken, would show.
+    Of a user's function, those of its self-test.
     """
     if onnx.metadata.get("what") == "function":  # whose inputs nobody could guess
         stored, said = onnx.stored_inputs(), onnx.stored_case()["least"]

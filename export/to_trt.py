@@ -32,7 +32,6 @@ from dgfast.runtimes.tensorrt.builder import HARDWARE, Built, Options, build, pa
 from dgfast.runtimes.tensorrt.file import EXECUTED, EngineFile
 from dgfast.runtimes.tensorrt.library import FLAVORS, find, layer_table
 
-
 _Subjects = Callable[[Any], Subject] | None
 
 
@@ -118,7 +117,7 @@ def main(bundle: str | None, onnx: Path | None, dtype: str, flavor: str | None, 
         count = parse(trt, source)
         click.echo(f"{source}: {trt.__name__} {trt.__version__} reads it: {count} layers, no error; nothing was built")
         return
-    built_of(reference, source, dtype, options, name, trt, out, asked and asked.subject)
+    built_of(reference, source, dtype, options, name, trt, out, asked.subject if asked else None)
 
 
 def built_of(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dgfast.errors import UserError
-from dgfast.functions.flat import Example, Flat, flat
+from dgfast.functions.flat import Example, Flat, call_of, flat
 from dgfast.functions.trials import Trial, trials
 from dgfast.graph.agreement import relative_error
 from dgfast.graph.trace import UntraceableError
@@ -15,10 +15,11 @@ from dgfast.runtimes import RUNTIMES
 
 DOUBLE = 1e-9
 """Most that a result in double precision may be off."""
+_ALLOWED = "compiled", "package"  # the others compute in single precision, and take the first size for the batch
 
 
 def compile(
-    function: Callable[..., Any], example: Example, *, others: Sequence[Example] = ()
+    function: Callable[..., Any], example: Example, *, others: Sequence[Example] = (), runtime: str = "compiled"
 ) -> Callable[..., Any]:
     """A pure function of tensors, which may take gradients inside, compiled for the example's shapes, types and device.
 
@@ -30,19 +31,22 @@ def compile(
             tuples, lists and dicts of them.
         example: a tensor, a tuple of arguments, or a dict of keyword arguments.
         others: further examples to compare on.
+        runtime: "compiled", or "package": AOTInductor's code, which takes half a minute and is quicker where a
+            function has many small operations.
 
     Raises:
         UserError: the function is not pure, does not trace or comes out otherwise; or there is no C++ compiler. The
             result raises it for arguments of other shapes, types or devices.
     """
-    of_tensors = flat(function, example)
-    runtime = RUNTIMES["compiled"]
+    if runtime not in _ALLOWED:
+        raise UserError(f"runtime {runtime!r}: a function is compiled by {' or '.join(_ALLOWED)}")
+    of_tensors, way = flat(function, example), RUNTIMES[runtime]
     try:
-        built = runtime.whole(of_tensors, list(of_tensors.example.values()))
+        built = way.whole(of_tensors, list(of_tensors.example.values()))
     except UntraceableError as error:
         raise UserError(untraceable(error)) from error
     for trial in trials(of_tensors, [named(of_tensors, other) for other in others], {}):
-        _require_agreement(of_tensors, built, trial, DOUBLE if in_double(of_tensors) else runtime.tolerance)
+        _require_agreement(of_tensors, built, trial, DOUBLE if in_double(of_tensors) else way.tolerance)
 
     def compiled(*arguments: Any, **keywords: Any) -> Any:
         return of_tensors.structured(built(*of_tensors.tensors(*arguments, **keywords)))
@@ -66,11 +70,8 @@ def untraceable(error: UntraceableError) -> str:
 
 def named(function: Flat, example: Example) -> dict[str, Tensor]:
     """A further example by the names of the function's inputs."""
-    arguments: tuple[Any, ...] = (example,) if isinstance(example, Tensor) else ()
-    if isinstance(example, dict):
-        tensors = function.tensors(**example)
-    else:
-        tensors = function.tensors(*(arguments or example))
+    arguments, keywords = call_of(example)
+    tensors = function.tensors(*arguments, **keywords)
     return dict(zip(function.inputs, tensors, strict=True))
 
 

@@ -37,7 +37,9 @@ class Flat:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Its results, which carry no gradient."""
-        leaves = [x.detach().requires_grad_(e.requires_grad) for x, e in zip(tensors, self.example.values(), strict=True)]
+        leaves = [
+            x.detach().requires_grad_(e.requires_grad) for x, e in zip(tensors, self.example.values(), strict=True)
+        ]
         call = inspect.BoundArguments(_signature(self.function), tree_unflatten(leaves, self._arguments))
         with torch.enable_grad():
             results, _ = tree_flatten(self.function(*call.args, **call.kwargs))
@@ -57,7 +59,7 @@ class Flat:
                 raise UserError(f"{name} is {_form(x)}, not {_form(e)} as in the example: build it for that form too")
         return list(named.values())
 
-    def structured(self, results: Sequence[Tensor]) -> Any:  # noqa: ANN401  # whatever the user's function returns
+    def structured(self, results: Sequence[Tensor]) -> Any:
         """Results in a row as the function returns them."""
         return tree_unflatten(results, self._results)
 
@@ -68,12 +70,14 @@ def flat(function: Callable[..., Any], example: Example) -> Flat:
     Raises:
         UserError: it is not, or arguments or results are no tensors; an error of the function comes as it is.
     """
-    arguments, keywords = _call(example)
+    arguments, keywords = call_of(example)
     named, spec = _flattened(function, arguments, keywords)
     if not named:
         raise UserError("the function takes no tensor: give an example of its arguments")
     if len({x.device for x in named.values()}) > 1:
-        raise UserError(f"arguments on {', '.join(sorted({str(x.device) for x in named.values()}))}: put all on one device")
+        raise UserError(
+            f"arguments on {', '.join(sorted({str(x.device) for x in named.values()}))}: put all on one device"
+        )
     example_of = {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in named.items()}
     call = inspect.BoundArguments(_signature(function), tree_unflatten(list(example_of.values()), spec))
     results = watched(lambda: function(*call.args, **call.kwargs), example_of)
@@ -88,7 +92,8 @@ def flat(function: Callable[..., Any], example: Example) -> Flat:
     return Flat(function, example_of, tuple(outputs), spec, result_spec)
 
 
-def _call(example: Example) -> tuple[Sequence[Any], Mapping[str, Any]]:
+def call_of(example: Example) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Positional and keyword arguments of an example."""
     if isinstance(example, Mapping):
         return (), example
     return ((example,) if isinstance(example, Tensor) else tuple(example)), {}
@@ -121,7 +126,7 @@ def _flattened(
 
 
 def _name(path: Sequence[Any], kind: str) -> str:
-    """"batch.positions" for a tensor in a dict, "output_0" for the first of a tuple."""
+    """ "batch.positions" for a tensor in a dict, "output_0" for the first of a tuple."""
     steps = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
     name = ".".join(steps)
     return name if name and not name[0].isdigit() else f"{kind}_{name}" if name else kind

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgfast.errors import UserError, one_line
 from dgfast.graph.agreement import relative_error
-from dgfast.graph.calls import modules_entered, named, source_line
+from dgfast.graph.calls import modules_entered, source_line
+from dgfast.graph.calls import named as named_module
 
 _SAME = 1e-4  # the most that two calls may differ: sums over indices have no fixed order on a GPU
 
@@ -19,7 +20,7 @@ class ImpureError(UserError):
     """A function that is not pure: what it does, and where."""
 
 
-def watched(call: Callable[[], Any], arguments: Mapping[str, Tensor]) -> Any:  # noqa: ANN401  # what a user returns
+def watched(call: Callable[[], Any], arguments: Mapping[str, Tensor]) -> Any:
     """What the call returns; it is made twice.
 
     Raises:
@@ -60,7 +61,9 @@ class _Watch(TorchDispatchMode):
         self._gradients: dict[nn.Parameter, tuple[str, Tensor | None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        named = func._schema.arguments
+        given = {a.name: a.default_value for a in named if a.has_default_value()}
+        given |= dict(zip((a.name for a in named), args, strict=False)) | (kwargs or {})
         for module in self._entered[-1:]:
             for name, parameter in module.named_parameters(recurse=False):
                 self._gradients.setdefault(parameter, (f"{type(module).__name__}.{name}", parameter.grad))
@@ -68,7 +71,7 @@ class _Watch(TorchDispatchMode):
             raise ImpureError(f"the function draws random numbers{self._place()}: {self._remedy('pass them in')}")
         if "batch_norm" in func.name() and given.get("training") and given.get("running_mean") is not None:
             raise ImpureError(f"the function updates running statistics{self._place()}: {self._remedy('freeze them')}")
-        for argument in func._schema.arguments:
+        for argument in named:
             x = given.get(argument.name)
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(x, Tensor):
                 self._require_own(x)
@@ -105,7 +108,7 @@ class _Watch(TorchDispatchMode):
         raise ImpureError(f"the function writes to {what}{self._place()}: {self._remedy('make a new tensor instead')}")
 
     def _place(self) -> str:
-        line, module = source_line(reversed(list(walk_stack(None)))), named(self._entered)
+        line, module = source_line(reversed(list(walk_stack(None)))), named_module(self._entered)
         return one_line((f" in {module}" if module else "") + (f" at {line}" if line else ""), 200).join((" ", ""))
 
     def _remedy(self, otherwise: str) -> str:

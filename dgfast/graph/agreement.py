@@ -8,7 +8,7 @@ from torch import Tensor
 PREDICTS_NOISE = "predicts_noise"
 """Key of an exported file's metadata: "true" or "false"."""
 LEAST = "least"
-"""The same: JSON, by output the size [] of `relative_error`, for the self-test of a function without samples."""
+"""The same: JSON, by output the size [] of `relative_error` in the self-test of a function without samples."""
 _SHARE_OF_NOISE = 0.01
 
 
@@ -19,7 +19,7 @@ def relative_error(result: Tensor, reference: Tensor, least: Tensor | None = Non
     anything is not a number.
 
     Args:
-        least: sizes [B] to take the share of where the reference's are smaller, see `least_sizes`; or one size [], for a
+        least: sizes [B] to take the share of where the reference's are smaller, see `least_sizes`; or one size [], of a
             result without samples, which is then judged by its own largest value.
     """
     if least is not None and not least.dim() and result.shape == reference.shape:

@@ -18,12 +18,16 @@ def modules_entered() -> Iterator[list[nn.Module]]:
     """The modules in whose forward the program is, outermost first, at every moment inside of `with`."""
     entered: list[nn.Module] = []
     enter = nn.modules.module.register_module_forward_pre_hook(lambda module, _: entered.append(module))
-    leave = nn.modules.module.register_module_forward_hook(lambda *_: entered.pop() and None, always_call=True)
+    leave = nn.modules.module.register_module_forward_hook(lambda *_: _leave(entered), always_call=True)
     try:
         yield entered
     finally:
         enter.remove()
         leave.remove()
+
+
+def _leave(entered: list[nn.Module]) -> None:
+    entered.pop()
 
 
 def named(entered: list[nn.Module]) -> str:

@@ -45,8 +45,8 @@ def trace(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
     the same at every batch size.
 
     Raises:
-        UntraceableError: the function branches on the value of a tensor, or calls what cannot be traced; names where. Errors
-            of dgfast itself, which are no matter of tracing, come as they are.
+        UntraceableError: the function branches on the value of a tensor, or calls what cannot be traced;
+            names where. Errors of dgfast itself, which are no matter of tracing, come as they are.
     """
     try:
         with torch.no_grad(), without_collecting():

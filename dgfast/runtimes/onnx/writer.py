@@ -104,7 +104,8 @@ class _Writer:
             elif node.op == "get_attr":
                 self.values[node] = self._constant(constant(self.one, node), constant(self.other, twin))
             elif node.op == "output":
-                return [self.values[result] for result in node.args[0]]
+                results: Any = node.args[0]
+                return [self.values[result] for result in results]
             else:
                 self.values[node] = self._call(node, twin)
         raise AssertionError("a graph without results")

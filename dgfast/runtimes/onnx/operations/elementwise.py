@@ -182,7 +182,7 @@ TABLE |= {
                 aten.empty_strided.default,
             ),
             (aten.ones.default, aten.ones_like.default, aten.new_ones.default),
-        ]  # fmt: skip
+        ]
     )
     for target in targets
 }

@@ -39,10 +39,14 @@ def _avg_pool_backward(
     if divisor is not None or ceil or (any(padding) and not with_padding):
         raise NoFormError("the gradient of mean pooling with a divisor that differs from window to window")
     share = 1 / math.prod(kernel)
-    fits = all(a * k == b for a, k, b in zip(grad.shape[2:], kernel, x.shape[2:], strict=True))
+    fits = _sides(x) == [side * k for side, k in zip(_sides(grad), kernel, strict=True)]
     if _is_by_blocks(kernel, stride, padding) and fits:
         return _repeat(g, g.mul(grad, g.constant(share, out.dtype)), x.shape, kernel)
     return _spread(g, g.mul(grad, g.constant(share, out.dtype)), x, kernel, list(stride or kernel), list(padding))
+
+
+def _sides(image: Value) -> list[int]:
+    return [elements([side]) for side in image.shape[2:]]
 
 
 def _times(size: Dim, count: int) -> Dim:
@@ -52,7 +56,7 @@ def _times(size: Dim, count: int) -> Dim:
 def _spread(g: OnnxGraph, grad: Value, x: Value, kernel: list[int], stride: list[int], padding: list[int]) -> Value:
     """Each number added to all of the window that it came from: a transposed convolution of each plane with ones."""
     planes = _times(x.shape[0], elements([x.shape[1]]))
-    sides = zip(x.shape[2:], grad.shape[2:], stride, padding, kernel, strict=True)
+    sides = zip(_sides(x), _sides(grad), stride, padding, kernel, strict=True)
     rest = [side - ((small - 1) * s - 2 * p + k) for side, small, s, p, k in sides]
     image, ones = g.reshape(grad, (planes, 1, *grad.shape[2:])), g.constant(np.ones((1, 1, *kernel)), grad.dtype)
     options = {"strides": stride, "pads": padding * 2, "output_padding": rest}
