@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import dgfast
 
-
 Guided = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

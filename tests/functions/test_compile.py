@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import hypothesis
@@ -86,7 +87,7 @@ def test_compile_takes_torchs_other_ways_to_derivatives() -> None:
         "func.grad": (torch.func.grad(lambda x: net(x).sum()), (points(0),)),
         "vmap of hessian": (torch.func.vmap(torch.func.hessian(lambda x: net(x).sum())), (points(0),)),
         "jvp": (lambda x, v: torch.func.jvp(net, (x,), (v,)), (points(0), points(1))),
-        "hessian-vector product": (lambda x, v: hessian_product(net, x, v), (points(0), points(1))),
+        "hessian-vector product": (partial(hessian_product, net), (points(0), points(1))),
         "an input that requires grad": (gradient, (wanting,)),
     }
     for name, (function, example) in ways.items():
