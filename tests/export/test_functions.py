@@ -153,10 +153,16 @@ def test_functions_become_engines(tmp_path: Path, capsys: pytest.CaptureFixture[
     except UserError:  # it has wheels for Linux on x86-64 only
         pytest.skip("TensorRT for RTX is not installed")
     net = network()
-    dgfast.export_tensorrt(lambda x, labels: guided(x, labels, net), batch(2), tmp_path, flavor="tensorrt-rtx")
+
+    def one_hot(x: Tensor, labels: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        chosen = (net(x).log_softmax(-1) * (labels[:, None] == torch.arange(4))).sum()
+        return torch.autograd.grad(chosen, x)[0]
+
+    dgfast.export_tensorrt(one_hot, batch(2), tmp_path, flavor="tensorrt-rtx")
     assert "model.engine" in capsys.readouterr().out and (tmp_path / "model.engine").is_file()
     with np.load(tmp_path / "self_test.npz") as stored:
-        assert stored["input/labels"].dtype == np.int64 and stored["output/x_out"].shape == (2, 3)
+        assert stored["input/labels"].dtype == np.int64 and stored["output/output"].shape == (2, 3)
 
 
 # Examples -------------------------------------------------------------------------------------------------------------
