@@ -82,11 +82,17 @@ def test_compile_takes_torchs_other_ways_to_derivatives() -> None:
     def gradient(x: Tensor) -> Tensor:
         return torch.autograd.grad(net(x).sum(), x)[0]
 
+    def jvp(x: Tensor, v: Tensor) -> Any:
+        return torch.func.jvp(net, (x,), (v,))
+
+    def energy(x: Tensor) -> Tensor:
+        return net(x).sum()
+
     wanting = points(0).requires_grad_()
     ways: dict[str, tuple[Callable[..., Any], Any]] = {
-        "func.grad": (torch.func.grad(lambda x: net(x).sum()), (points(0),)),
-        "vmap of hessian": (torch.func.vmap(torch.func.hessian(lambda x: net(x).sum())), (points(0),)),
-        "jvp": (lambda x, v: torch.func.jvp(net, (x,), (v,)), (points(0), points(1))),
+        "func.grad": (torch.func.grad(energy), (points(0),)),
+        "vmap of hessian": (torch.func.vmap(torch.func.hessian(energy)), (points(0),)),
+        "jvp": (jvp, (points(0), points(1))),
         "hessian-vector product": (partial(hessian_product, net), (points(0), points(1))),
         "an input that requires grad": (gradient, (wanting,)),
     }
