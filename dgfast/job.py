@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.denoiser import FlowPrecond
 from dgfast.devices import device_of
 from dgfast.errors import UserError
+from dgfast.flow import FlowCoordinates, Path, flow_coordinates
 from dgfast.graph import Function
 from dgfast.guidance import (
     DiscriminatorGuidance,
@@ -21,18 +23,28 @@ from dgfast.guidance import (
     gradient_keeping_denoiser,
     guided_denoiser,
     guided_posterior,
+    guided_velocity,
 )
 from dgfast.guidance.weights import weights, with_weights
 from dgfast.networks import Networks
-from dgfast.noise_levels import coordinates, sigma_bounds
-from dgfast.plan import all_guidances, boosted, class_count, noise_grid, plan
-from dgfast.solvers import LAST, SOLVERS, Call
+from dgfast.noise_levels import Coordinates, coordinates, sigma_bounds
+from dgfast.plan import all_guidances, boosted, class_count, flow_plan, noise_grid, plan
+from dgfast.solvers import LAST, SOLVERS, Call, FlowSolver, Solver
 
 _INPUTS = {
     "denoiser": ("x", "sigma", "class_labels"),
     "posterior": ("x", "sigma", "class_labels", "log_least", "log_most"),
+    "velocity": ("x", "sigma", "class_labels"),
 }
-_OUTPUTS = {"denoiser": ("denoised", "log_ratio"), "posterior": ("denoised", "shift", "variance", "log_ratio")}
+_OUTPUTS = {
+    "denoiser": ("denoised", "log_ratio"),
+    "posterior": ("denoised", "shift", "variance", "log_ratio"),
+    "velocity": ("velocity", "log_ratio"),
+}
+
+
+GuidanceLike = GuidanceConfig | Sequence[Guidance | GuidanceConfig]
+"""What a job takes for its guidance."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class PureFunction:
     """A pure function of tensors, and what it depends on.
 
     Attributes:
-        name: "denoiser", "posterior", "step" or "generator".
+        name: "denoiser", "posterior", "velocity", "step" or "generator".
         inputs, outputs: names of its arguments and results, in their order. An argument "class_labels" may be None.
         guidances: those inside of it. weights: of them, those that are inputs, and the job's own values for them; the
             others are constants.
@@ -76,6 +88,7 @@ class Job:
 
     Attributes:
         sampling: as asked for, with the number of noise levels that the grid has.
+        guidance: its configuration. own: guidances besides.
         steps: the plan. solver, coordinates: what steps, and where.
         classes: number of classes among which a label chooses, 0 for none. shape: of one image, [C, H, W].
     """
@@ -84,25 +97,42 @@ class Job:
         self,
         networks: Networks,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
-        guidance: GuidanceConfig = GuidanceConfig(),  # noqa: B008 - frozen
+        guidance: GuidanceLike = GuidanceConfig(),  # noqa: B008 - frozen
         device: torch.device | None = None,
     ) -> None:
         """
         Args:
+            guidance: a configuration; or a list of guidances of your own, which may hold a configuration too.
             device: of the denoiser's weights; None: look at them.
 
         Raises:
             UserError: a guidance whose network is missing, or a grid that does not exist.
         """
         net = networks.denoiser
-        low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
-        grid = noise_grid(networks, sampling, low, high).to(device or device_of(net))
-        self.networks, self.guidance, self.sampling = networks, guidance, replace(sampling, num_steps=len(grid))
-        self.coordinates = coordinates(sampling, low, high)
-        self.solver = SOLVERS[sampling.solver](self.sampling, self.coordinates)
-        self.classes = class_count(networks, guidance)
+        self.guidance, self.own = _split(guidance)
+        self.networks, self.classes = networks, class_count(networks, self.guidance)
         self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        self.steps = plan(networks, self.sampling, guidance, grid, self.coordinates)
+        self.coordinates: Coordinates
+        self.solver: Solver
+        kind, guided = SOLVERS[sampling.solver], (self.guidance, self.own)
+        if issubclass(kind, FlowSolver):
+            if not isinstance(net, FlowPrecond):
+                raise UserError(f"{kind.name} is for networks of flow matching such as SiT; use heun for this one")
+            self.coordinates, self.sampling = flow_coordinates(net.path), sampling
+            self.solver = flow = kind(sampling, self.coordinates)
+            self.steps = flow_plan(networks, sampling, *guided, flow.times(net.prediction), self.coordinates)
+        else:
+            low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
+            grid = noise_grid(networks, sampling, low, high).to(device or device_of(net))
+            self.sampling = replace(sampling, num_steps=len(grid))
+            self.coordinates = coordinates(sampling, low, high)
+            self.solver = kind(self.sampling, self.coordinates)
+            self.steps = plan(networks, self.sampling, *guided, grid, self.coordinates)
+
+    @property
+    def path(self) -> Path | None:
+        """The path along which its solver steps; None: it steps in sigma."""
+        return self.coordinates.path if isinstance(self.coordinates, FlowCoordinates) else None
 
     def called(self, guidances: Sequence[Guidance], keep_gradient: bool = False) -> PureFunction:
         """The function that the solver calls under these guidances: the guided denoiser, or posterior.
@@ -120,22 +150,30 @@ class Job:
         return PureFunction(name, function, _INPUTS[name], (*_OUTPUTS[name], "gradient"), guidances)
 
     def guided(self, name: str, guidances: Sequence[Guidance]) -> PureFunction:
-        """The "denoiser" or the "posterior" under these guidances."""
-        make = guided_posterior if name == "posterior" else guided_denoiser
-        function = make(self.networks.denoiser, guidances, self.sampling.clip_denoised)
+        """The "denoiser", the "posterior" or the "velocity" under these guidances."""
+        net, clip = self.networks.denoiser, self.sampling.clip_denoised
+        function: Function
+        if name == "velocity":
+            assert isinstance(net, FlowPrecond), "only a solver along a path asks for it"
+            function = guided_velocity(net, guidances)
+        else:
+            function = (guided_posterior if name == "posterior" else guided_denoiser)(net, guidances, clip)
         return PureFunction(name, function, _INPUTS[name], _OUTPUTS[name], tuple(guidances))
 
     def exported(self, name: str | None = None) -> PureFunction:
         """A function under all guidances of the job at once, whose weights are inputs: one for the whole plan.
 
         Args:
-            name: "denoiser", "posterior" or "step"; None: what the solver calls.
+            name: "denoiser", "posterior", "velocity" or "step"; None: what the solver calls.
 
         Raises:
-            UserError: a step, and a plan whose steps are not all alike.
+            UserError: a step, and a plan whose steps are not all alike; a velocity, and a solver that calls none.
         """
         name = name or self.solver.function
-        first, second = all_guidances(self.networks, self.guidance)
+        if (name == "velocity") != (self.solver.function == "velocity") and name != "step":
+            raise UserError(f"--what {name}: {self.solver.name} calls a {self.solver.function}; export that, or a step")
+        levels = [*(step.sigma for step in self.steps), 0.0]
+        first, second = all_guidances(self.networks, self.guidance, self.own, levels, self.solver.function)
         first = boosted(first) if self.guidance.boosting else first
         if name == "step":
             function = self._step(first, second)
@@ -162,14 +200,16 @@ class Job:
 
         def function(*arguments: Tensor) -> tuple[Tensor, ...]:
             named = dict(zip(names, arguments, strict=True))
-            t, t_next = (named[name].view(-1, 1, 1, 1) for name in ("sigma", "sigma_next"))
+            levels = (named[name].view(-1, 1, 1, 1) for name in ("sigma", "sigma_next"))
+            t, t_next = (self.coordinates.sigma_inv(level) for level in levels)
             more = {name: named[name] for name in solver.inputs}
             if remembers:
                 more[LAST[1]] = more[LAST[1]].view(-1, 1, 1, 1)
 
             def call(guidances: Sequence[Guidance]) -> Call:
                 guided = self.guided(solver.function, guidances)
-                return lambda x, t, *bounds: guided(x, t.flatten(), named["class_labels"], *bounds)
+                sigma = self.coordinates.sigma
+                return lambda x, t, *bounds: guided(x, sigma(t).flatten(), named["class_labels"], *bounds)
 
             correct = call(with_weights(second, named, second=True)) if two_points else None
             predict = call(with_weights(first, named))
@@ -186,6 +226,28 @@ class Job:
             raise UserError("boosting goes from step to step: leave it off, or export --what denoiser")
         if self.guidance.dg_every > 1:
             raise UserError("--what step computes every gradient: leave dg_every at 1, or export --what denoiser")
+
+
+def _split(guidance: GuidanceLike) -> tuple[GuidanceConfig, tuple[Guidance, ...]]:
+    """The configuration and the other guidances.
+
+    Raises:
+        UserError: something that is neither, or two configurations.
+    """
+    parts = [guidance] if isinstance(guidance, GuidanceConfig) else [*guidance]
+    configs = [one for one in parts if isinstance(one, GuidanceConfig)]
+    own = [one for one in parts if isinstance(one, Guidance)]
+    strange = next((one for one in parts if not isinstance(one, GuidanceConfig | Guidance)), None)
+    if strange is not None:
+        made = (
+            f"the class {strange.__name__}: make one of it"
+            if isinstance(strange, type)
+            else f"a {type(strange).__name__}"
+        )
+        raise UserError(f"guidance holds {made}; give a GuidanceConfig, or a list of guidances")
+    if len(configs) > 1:
+        raise UserError(f"guidance holds {len(configs)} GuidanceConfigs; put their options into one")
+    return configs[0] if configs else GuidanceConfig(), tuple(own)
 
 
 class GeneratorNet(Protocol):

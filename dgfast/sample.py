@@ -40,6 +40,7 @@ _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
     "S_churn", "S_min", "S_max", "S_noise", "respacing", "clip_denoised", "eta", "fixed_variance",
     "state_dtype",
+    "diffusion", "diffusion_norm", "last_step", "last_size",
 )  # fmt: skip
 
 
@@ -80,7 +81,7 @@ _SAMPLING = (
     is_flag=True,
     help="One forward of the bundle's generator, without solver and guidance.",
 )
-@option("--steps", "num_steps", group=Group.SOLVER, type=int, metavar="N", help="Noise levels above 0.")
+@option("--steps", "num_steps", group=Group.SOLVER, type=int, metavar="N", help="Steps: noise levels above 0.")
 @option(
     "--grid",
     "discretization",
@@ -125,6 +126,7 @@ _SAMPLING = (
 @option(
     "--fixed-variance", group=Group.SOLVER, type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none."
 )
+@option("--last-size", group=Group.SOLVER, type=NUMBER, metavar="t", help="Size of --last-step in the path's time.")
 @option(
     "--dtype",
     group=Group.RUNTIME,
@@ -215,6 +217,7 @@ def _main(options: dict[str, Any], began: float) -> None:
     from dgfast.drawing import Drawing, run
     from dgfast.estimate import estimate
     from dgfast.job_folder import JobFolder
+    from dgfast.ops import require_kernels
     from dgfast.team import Team
 
     bundle = bundles.read(options["bundle"])
@@ -223,12 +226,14 @@ def _main(options: dict[str, Any], began: float) -> None:
     team = Team.join()
     device, dtype = _device_and_dtype(options["device"], options["dtype"], team.local_rank)
     settings = _settings(bundle, set_options)
+    require_kernels(options["kernels"], device.type)
     networks = _networks(bundle, settings, device, dtype)
     fetcher = _fetcher(bundle, networks, device, options["vae"], formats)
     runtime, engine = _runtime(options), None
     if options["engine"]:
         engine = _engine(runtime, options["engine"], device, options["provider"])
         _require_fit(engine, bundle, settings)
+        options["dtype"] = _dtype_of(engine, options["dtype"])
 
     def make(runtime: str) -> Any:
         return _sampler(networks, settings, device, _executing(runtime, engine, options["provider"]))
@@ -359,6 +364,19 @@ def _require_fit(engine: Any, bundle: Any, settings: tuple[SamplingConfig, Guida
         require_generator(engine, bundle)
     else:
         require_fit(engine, bundle, *settings)
+
+
+def _dtype_of(engine: Any, asked: str) -> str:
+    """The type that the file computes in, which decides on the images whatever --dtype is by default.
+
+    Raises:
+        UserError: another was asked for.
+    """
+    said = str(engine.metadata.get("dtype", asked))
+    source = click.get_current_context().get_parameter_source("dtype")
+    if said != asked and source is not click.core.ParameterSource.DEFAULT:
+        raise UserError(f"--dtype {asked}: {engine.path} computes in {said}; leave --dtype out, or export another file")
+    return said
 
 
 def _device_and_dtype(name: str | None, dtype: str, local_rank: int) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from dgfast.devices import device_of, require_float64, seconds_of
 from dgfast.errors import UserError
 from dgfast.graph import Function
 from dgfast.guidance import CarriedGradient, DiscriminatorGuidance, Guidance
-from dgfast.job import Job
+from dgfast.job import GuidanceLike, Job
 from dgfast.networks import Networks, one_hot
 from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
@@ -35,7 +35,8 @@ class Sampler:
 
     Attributes:
         job: what it draws, with the functions that it calls. steps: the plan.
-        score_evaluations, guidance_gradients: network calls that one image costs.
+        score_evaluations, score_backwards, guidance_gradients: network calls that one image costs, and backward passes
+            through the score network.
         classes: number of classes among which a label chooses, 0 for none. shape: of one image, [C, H, W].
     """
 
@@ -43,13 +44,14 @@ class Sampler:
         self,
         networks: Networks,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
-        guidance: GuidanceConfig = GuidanceConfig(),  # noqa: B008 - frozen
+        guidance: GuidanceLike = GuidanceConfig(),  # noqa: B008 - frozen
         device: torch.device | str | None = None,
         runtime: RuntimeLike = "eager",
         state_dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
+            guidance: a configuration; or a list of guidances of your own, which may hold a configuration too.
             device: where to sample; None: where the denoiser's weights are.
             runtime: what executes the guided denoiser: the name of one of `runtimes.RUNTIMES`; a `runtimes.Runtime`,
                 such as `engines.runtime_of` an opened engine file; or a function (function, example) -> function that
@@ -63,23 +65,25 @@ class Sampler:
         self.device = device_of(networks.denoiser) if device is None else torch.device(device)
         require_float64(self.device)
         self.job = job = Job(networks, sampling, guidance, self.device)
-        self.networks, self.guidance, self.sampling = networks, guidance, job.sampling
+        self.networks, self.guidance, self.sampling = networks, job.guidance, job.sampling
         self.coordinates, self.steps, self.classes, self.shape = job.coordinates, job.steps, job.classes, job.shape
         self.state_dtype: torch.dtype = state_dtype or getattr(torch, sampling.state_dtype)
         self._solver = job.solver
         every_step = getattr(networks.denoiser, "draws_every_step", True)
-        churns = bool(job.sampling.S_churn or guidance.boosting)
+        churns = bool(job.sampling.S_churn or self.guidance.boosting)
         self._churning = [churns and (every_step or step.churns) for step in self.steps]
         self._runtime = chosen(runtime)
         self._capture = self._runtime.capture(self.device)
         self._functions = Kept()
         calls = [*self._guidances().elements()]
         self.score_evaluations = sum(1 + sum(guidance.evaluations for guidance in call) for call in calls)
+        self.score_backwards = sum(guidance.backwards for call in calls for guidance in call)
         self.guidance_gradients = sum(guidance.gradients for call in calls for guidance in call)
 
     def __repr__(self) -> str:
         """Two lines: solver and cost, guidance and device."""
-        weights = (f"{f.name}={getattr(self.guidance, f.name)!r}" for f in fields(self.guidance))
+        weights = [f"{f.name}={getattr(self.guidance, f.name)!r}" for f in fields(self.guidance)]
+        weights += [type(guidance).__name__ for guidance in self.job.own]
         unset = {f"{f.name}={f.default!r}" for f in fields(self.guidance)}
         return (
             f"Sampler: {self.sampling.solver}, {len(self.steps)} steps from sigma {self.steps[0].sigma:.4g}, "
@@ -105,6 +109,8 @@ class Sampler:
         """
         if not len(seeds):
             raise UserError("no seeds: give one an image")
+        if self.sampling.reverse:
+            raise UserError("reverse goes from images to noise: give them to integrate(), seeds have none")
         streams = SeedStreams(seeds)
         latents = streams.normal(self.shape, torch.float32, self.device)
         drawn = streams.labels(self.classes) if self.classes else None
@@ -140,10 +146,11 @@ class Sampler:
         """Run the solver from given latents.
 
         Args:
-            latents: unit normal noise [B, C, H, W].
+            latents: unit normal noise [B, C, H, W]; with `SamplingConfig.reverse` images, of which x is the noise.
             class_labels: rows [B, label_dim] or None.
-            noise: gives unit normal noise [B, C, H, W]; needed with churn, boosting, eta and the ddpm solver alone.
-                Called once a step, but for the steps without churn of networks that do not draw in every step.
+            noise: gives unit normal noise [B, C, H, W]; needed with churn, boosting, eta and the solvers ddpm and
+                flow-sde alone. Called once a step, but for the steps without churn of networks that do not draw in
+                every step.
             on_step: called after each step with the step, the state x [B, C, H, W] that it arrived at, and the
                 denoised images and log-ratios [B] that it set out from (`guidance.OUTSIDE_WINDOW` where no
                 discriminator was asked). A state that it returns takes the place of x.
@@ -263,7 +270,7 @@ class Sampler:
         """What the solver's step needs beyond state, times and labels: its `inputs`."""
         values, names = dict(zip(LAST, last, strict=True)), self._solver.inputs
         if "noise" in names:
-            assert noise is not None, "the ddpm solver and eta need noise"
+            assert noise is not None, "the solvers ddpm and flow-sde, and eta, need noise"
             values["noise"] = noise()
         values["log_least"], values["log_most"] = log_variances
         return tuple(values[name] for name in names)
@@ -305,7 +312,9 @@ class Sampler:
 
         def call(x: Tensor, t: Tensor, *bounds: Tensor) -> tuple[Tensor, ...]:
             sigma = coords.sigma(t).flatten()
-            arguments = (x / coords.s(t)).to(self.state_dtype), sigma, class_labels, *bounds
+            # A velocity is asked for at the path's own state: at its beginning s is 0.
+            seen = x if self._solver.function == "velocity" else (x / coords.s(t)).to(self.state_dtype)
+            arguments = seen, sigma, class_labels, *bounds
             results = self._function(guidances, arguments, carried is not None)(*arguments)
             if carried is None:
                 return results

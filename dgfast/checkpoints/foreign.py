@@ -37,6 +37,7 @@ _NAMES = (
     (r"^(diffusion_model|first_stage_model)", "a latent diffusion checkpoint, whose U-Net dgfast does not have"),
     (r"^input_blocks\.\d+\.\d+\.transformer_blocks\.", "a U-Net of latent diffusion, which dgfast does not have"),
     (r"^emb_noise\.", "the raw network of EDM2 alone: save the state dict of its Precond, which has logvar_linear too"),
+    (r"^lvl_embed\. ^word_embed\.", "a VAR, which predicts tokens and no score: dgfast does not have it"),
     (r"^(joint|double)_blocks\.", "an MMDiT (Stable Diffusion 3, FLUX), which dgfast does not have"),
 )
 

@@ -23,7 +23,7 @@ _FORMATS = {"snapshot": "snapshot of NVIDIA's", "safetensors": "safetensors", "t
 _UNSEEN = {"num_heads", "num_head_channels", "use_new_attention_order"}  # raw networks' that change no tensor's shape
 
 
-_OTHERS = {"linear": "cosine", "False": "true"}  # what else a keyword may be, by its value
+_OTHERS = {"noise_schedule": "cosine", "path": "gvp", "prediction": "noise"}  # what else a keyword may be
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,10 @@ def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: 
     if form == "snapshot":
         return _of_snapshot(nvidia_pickle.read(file), role, file)
     state = openai_pt.read(file, key)
-    kind, keywords, assumed = _recognised(state.tensors, role, kind, told, file)
+    own, repa = dit.without_training_parts(state.tensors)
+    left_out = (*state.left_out, *(["the projectors of its training"] if repa else []))
+    state = replace(state, tensors=own, left_out=left_out)
+    kind, keywords, assumed = _recognised(own, role, kind, told, repa, file)
     _require_kind(kind, role)
     try:
         net = weights.build(kind, keywords, _as_in_a_bundle(state.tensors, kind), file)
@@ -116,7 +119,7 @@ def _require_honest(tensors: Mapping[str, Tensor], kind: str, keywords: Mapping[
 
 
 def _recognised(
-    tensors: Mapping[str, Tensor], role: str, kind: str | None, told: Mapping[str, Any], file: Path
+    tensors: Mapping[str, Tensor], role: str, kind: str | None, told: Mapping[str, Any], repa: bool, file: Path
 ) -> tuple[str, dict[str, Any], list[Assumed]]:
     """The kind of network that has these tensors, its keywords, and which of them are assumed."""
     require_own_names(tensors, file)
@@ -134,9 +137,10 @@ def _recognised(
     if kind in (None, "EDM2Precond") and edm2.is_edm2(tensors):
         keywords = edm2.score_keywords(tensors, told, file)
         return "EDM2Precond", keywords, _defaults("EDM2Precond", keywords)
-    if kind == "DiT" or (kind in (None, "DDPMPrecond") and dit.is_dit(tensors)):
-        keywords, assumed = dit.score_keywords(tensors, told, file)
-    elif kind is None:
+    if kind == "DiT" or (kind in (None, "DDPMPrecond", "FlowPrecond") and dit.is_dit(tensors)):
+        kind, keywords, assumed = dit.kind_and_keywords(tensors, kind, told, repa, file)
+        return kind, keywords, assumed + _defaults(kind, keywords)
+    if kind is None:
         keywords, assumed = openai_pt.score_keywords(tensors, told, file)
     else:
         keywords, assumed = openai_pt.with_script_defaults(kind, told)
@@ -168,7 +172,7 @@ def _defaults(kind: str, keywords: Mapping[str, Any]) -> list[Assumed]:
         unseen.discard("num_head_channels")
     because = "dgfast's default" if kind == "EncoderUNetModel" else "its authors' default"
     return [
-        Assumed(name, value, because, f"--set {name}={_OTHERS.get(str(value), '...')}")
+        Assumed(name, value, because, f"--set {name}={'true' if value is False else _OTHERS.get(name, '...')}")
         for name, value in left_out.items()
         if name in unseen - {"learn_sigma"}  # which the last layer shows
     ]

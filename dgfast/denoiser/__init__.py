@@ -3,12 +3,21 @@
 from dgfast.denoiser.ddpm import DDPMPrecond
 from dgfast.denoiser.edm import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from dgfast.denoiser.edm2 import EDM2Precond
+from dgfast.denoiser.flow import FlowPrecond, Velocity
 from dgfast.denoiser.preconditioner import Preconditioner
 
 __all__ = [
-    "PRECONDITIONERS", "DDPMPrecond", "EDM2Precond", "EDMPrecond", "Preconditioner", "VEPrecond", "VPPrecond",
+    "PRECONDITIONERS",
+    "DDPMPrecond",
+    "EDM2Precond",
+    "EDMPrecond",
+    "FlowPrecond",
+    "Preconditioner",
+    "VEPrecond",
+    "VPPrecond",
+    "Velocity",
     "iDDPMPrecond",
-]  # fmt: skip
+]
 
 PRECONDITIONERS: dict[str, type[Preconditioner]] = {
     "EDMPrecond": EDMPrecond,
@@ -17,4 +26,5 @@ PRECONDITIONERS: dict[str, type[Preconditioner]] = {
     "iDDPMPrecond": iDDPMPrecond,
     "DDPMPrecond": DDPMPrecond,
     "EDM2Precond": EDM2Precond,
+    "FlowPrecond": FlowPrecond,
 }
