@@ -20,6 +20,7 @@ from dgfast.config import (
     DISCRETIZATIONS,
     GRID_IMAGES,
     KEPT,
+    NOISES,
     PRODUCTS,
     SCALINGS,
     SCHEDULES,
@@ -62,6 +63,14 @@ _SAMPLING = (
     group=Group.INPUT,
     type=IntegerRanges(),
     help="Classes, repeated over the seeds, or @FILE of them; default: drawn from the seeds.",
+)
+@option(
+    "--noise",
+    group=Group.INPUT,
+    type=click.Choice(NOISES),
+    default="cpu",
+    show_default=True,
+    help="Whose numbers a seed stands for: torch's on the CPU, or on CUDA, as in NVIDIA's published images; anywhere.",
 )
 @option(
     "--batch", group=Group.RUNTIME, type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time."
@@ -217,7 +226,7 @@ def _main(options: dict[str, Any], began: float) -> None:
         _require_fit(engine, bundle, settings)
 
     def make(runtime: str) -> Any:
-        return _sampler(networks, settings, device, _executing(runtime, engine, options["provider"]))
+        return _sampler(networks, settings, device, _executing(runtime, engine, options["provider"]), options["noise"])
 
     _check_labels(make("eager"), options["labels"])
     chunks = _chunks(options, engine)
@@ -352,12 +361,14 @@ def _networks(bundle: Any, settings: tuple[SamplingConfig, GuidanceConfig] | Non
 
 
 def _sampler(
-    networks: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, device: Any, runtime: Runtime
+    networks: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, device: Any, runtime: Runtime, noise: str
 ) -> Any:
     from dgfast.one_step import OneStep
     from dgfast.sampler import Sampler
 
-    return OneStep(networks, device, runtime) if settings is None else Sampler(networks, *settings, device, runtime)
+    if settings is None:
+        return OneStep(networks, device, runtime, noise)
+    return Sampler(networks, *settings, device, runtime, noise=noise)
 
 
 def _fetcher(bundle: Any, networks: Any, device: Any, vae: str | None, formats: list[str]) -> Any:
@@ -409,6 +420,7 @@ def _job(
         "labels": options["labels"] and str(options["labels"]),
         **({"vae": decoding} if decoding else {}),
         **({"engine": sha256(options["engine"])} if options["engine"] else {}),
+        **({"noise": options["noise"]} if options["noise"] != "cpu" else {}),
         "dtype": options["dtype"],
         "arithmetic": arithmetic(),
         "runtime": runtime,

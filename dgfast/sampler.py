@@ -1,5 +1,6 @@
 """Noise levels + guided denoiser + solver + runtime = a sampler."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -17,7 +18,7 @@ from dgfast.guidance import CarriedGradient, DiscriminatorGuidance, Guidance
 from dgfast.job import Job
 from dgfast.networks import Networks, one_hot
 from dgfast.plan import Step
-from dgfast.randomness import SeedStreams
+from dgfast.randomness import MakeStreams, source
 from dgfast.runtimes import Kept, RuntimeLike, chosen
 from dgfast.solvers import LAST, Call, churn
 
@@ -47,6 +48,7 @@ class Sampler:
         device: torch.device | str | None = None,
         runtime: RuntimeLike = "eager",
         state_dtype: torch.dtype = torch.float64,
+        noise: str | MakeStreams = "cpu",
     ) -> None:
         """
         Args:
@@ -55,10 +57,12 @@ class Sampler:
                 such as `engines.runtime_of` an opened engine file; or a function (function, example) -> function that
                 makes a faster callable of a pure one for arguments of the example's shapes.
             state_dtype: type of the solver's state; float64 as EDM's.
+            noise: which generator's numbers the seeds stand for: one of `config.NOISES`, torch's on the CPU or on CUDA,
+                wherever they are drawn; or a function that makes `randomness.Streams` of seeds.
 
         Raises:
-            UserError: a guidance whose network is missing, a grid that does not exist, no runtime of that name, or a
-                device without float64.
+            UserError: a guidance whose network is missing, a grid that does not exist, no runtime or source of noise of
+                that name, or a device without float64.
         """
         self.device = device_of(networks.denoiser) if device is None else torch.device(device)
         require_float64(self.device)
@@ -66,7 +70,8 @@ class Sampler:
         self.networks, self.guidance, self.sampling = networks, guidance, job.sampling
         self.coordinates, self.steps, self.classes, self.shape = job.coordinates, job.steps, job.classes, job.shape
         self.state_dtype, self._solver = state_dtype, job.solver
-        self._churns = bool(job.sampling.S_churn or guidance.boosting)
+        self._streams = source(noise, math.prod(self.shape))
+        self._noise_dtype = getattr(networks.denoiser, "noise_dtype", None) or state_dtype
         self._runtime = chosen(runtime)
         self._capture = self._runtime.capture(self.device)
         self._functions = Kept()
@@ -102,19 +107,19 @@ class Sampler:
         """
         if not len(seeds):
             raise UserError("no seeds: give one an image")
-        streams = SeedStreams(seeds)
+        streams = self._streams(seeds)
         latents = streams.normal(self.shape, torch.float32, self.device)
         drawn = streams.labels(self.classes) if self.classes else None
         class_labels = self.class_labels(drawn if labels is None else labels, len(latents))
-        draws = len(self.steps) * (self._churns + ("noise" in self._solver.inputs))
-        with closing(streams.normals(draws, self.shape, self.state_dtype, self.device)) as noises:
-            return self.integrate(latents, class_labels, noises.__next__, on_step).float()
+        draws = sum(step.draws + ("noise" in self._solver.inputs) for step in self.steps)
+        with closing(streams.normals(draws, self.shape, self._noise_dtype, self.device)) as noises:
+            return self.integrate(latents, class_labels, lambda: next(noises).to(self.state_dtype), on_step).float()
 
     def draw_labels(self, seeds: Sequence[int]) -> Tensor | None:
         """The class indices [N] that the seeds themselves give, as in EDM's generator; None without classes."""
         if not self.classes:
             return None
-        streams = SeedStreams(seeds)
+        streams = self._streams(seeds)
         streams.normal(self.shape, torch.float32, torch.device("cpu"))  # which come before them
         return streams.labels(self.classes)
 
@@ -139,8 +144,8 @@ class Sampler:
         Args:
             latents: unit normal noise [B, C, H, W].
             class_labels: rows [B, label_dim] or None.
-            noise: called once a step, gives unit normal noise [B, C, H, W]; needed with churn, boosting, eta
-                and the ddpm solver alone.
+            noise: called once in each step that `draws`, and once where the solver needs some (eta, ddpm); gives unit
+                normal noise [B, C, H, W].
             on_step: called after each step with the step, the state x [B, C, H, W] that it arrived at, and the
                 denoised images and log-ratios [B] that it set out from (`guidance.OUTSIDE_WINDOW` where no
                 discriminator was asked). A state that it returns takes the place of x.
@@ -240,8 +245,8 @@ class Sampler:
     def _churn(
         self, step: Step, x: Tensor, t: Tensor, log_ratio: Tensor, noise: Callable[[], Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """Time and state after the step's churn; without churn in the whole run, those given."""
-        if not self._churns:
+        """Time and state after the step's churn; those given where no noise is drawn for it."""
+        if not step.draws:
             return t, x
         assert noise is not None, "churn and boosting need noise"
         gamma = torch.full_like(t, step.gamma)
