@@ -29,7 +29,6 @@ class Step:
     Attributes:
         t, t_next: solver times; sigma: noise level at t; gamma: its relative rise by churn, and by boosting's churn.
         predictor, corrector: the guidances at the first and at the second point; corrector None: first order.
-        draws: noise is drawn for its churn, be it zero times that noise.
         log_variances: of the ancestral step, see `noise_levels.posterior_log_variances`.
         carried: the discriminator guidances, at the two points, whose gradient is carried over from an earlier call.
     """
@@ -42,9 +41,13 @@ class Step:
     boost_gamma: float | None
     predictor: tuple[Guidance, ...]
     corrector: tuple[Guidance, ...] | None
-    draws: bool = False
     log_variances: tuple[float, float] = (-math.inf, -math.inf)
     carried: tuple[DiscriminatorGuidance | None, DiscriminatorGuidance | None] = (None, None)
+
+    @property
+    def churns(self) -> bool:
+        """Whether any sample's noise level may rise before it."""
+        return self.gamma > 0 or self.boost_gamma is not None
 
 
 def noise_grid(networks: Networks, config: SamplingConfig, sigma_min: float, sigma_max: float) -> Tensor:
@@ -78,7 +81,6 @@ def plan(
     predictors, correctors = all_guidances(networks, guidance)
     doubled = boosted(predictors)
     variances = _log_variances(networks, config, levels)
-    churns, everywhere = bool(config.S_churn or guidance.boosting), getattr(net, "draws_every_step", True)
     steps = []
     for i, (sigma, t, t_next) in enumerate(zip(levels.tolist(), times[:-1], times[1:], strict=True)):
         gamma, boost_gamma = config.gamma(sigma), None
@@ -93,9 +95,9 @@ def plan(
             # Churn moves the second point between t_hat and t_next; only alpha < 1 makes it depend on t_hat.
             low = float(coordinates.sigma(t_prime))
             corrector = _active(correctors, low, low if config.alpha == 1 else raised)
-        draws = churns and (everywhere or gamma > 0 or boost_gamma is not None)
-        predictor = _active(usual, sigma, raised)
-        steps.append(Step(i, t, t_next, sigma, gamma, boost_gamma, predictor, corrector, draws, variances[i]))
+        steps.append(
+            Step(i, t, t_next, sigma, gamma, boost_gamma, _active(usual, sigma, raised), corrector, variances[i])
+        )
     return _with_reuse(steps, guidance.dg_every)
 
 

@@ -70,8 +70,10 @@ class Sampler:
         self.networks, self.guidance, self.sampling = networks, guidance, job.sampling
         self.coordinates, self.steps, self.classes, self.shape = job.coordinates, job.steps, job.classes, job.shape
         self.state_dtype, self._solver = state_dtype, job.solver
+        every_step = getattr(networks.denoiser, "draws_every_step", True)
+        churns = bool(job.sampling.S_churn or guidance.boosting)
+        self._churning = [churns and (every_step or step.churns) for step in self.steps]
         self._streams = source(noise, math.prod(self.shape))
-        self._noise_dtype = getattr(networks.denoiser, "noise_dtype", None) or state_dtype
         self._runtime = chosen(runtime)
         self._capture = self._runtime.capture(self.device)
         self._functions = Kept()
@@ -111,9 +113,9 @@ class Sampler:
         latents = streams.normal(self.shape, torch.float32, self.device)
         drawn = streams.labels(self.classes) if self.classes else None
         class_labels = self.class_labels(drawn if labels is None else labels, len(latents))
-        draws = sum(step.draws + ("noise" in self._solver.inputs) for step in self.steps)
-        with closing(streams.normals(draws, self.shape, self._noise_dtype, self.device)) as noises:
-            return self.integrate(latents, class_labels, lambda: next(noises).to(self.state_dtype), on_step).float()
+        draws = sum(self._churning) + len(self.steps) * ("noise" in self._solver.inputs)
+        with closing(streams.normals(draws, self.shape, self.state_dtype, self.device)) as noises:
+            return self.integrate(latents, class_labels, noises.__next__, on_step).float()
 
     def draw_labels(self, seeds: Sequence[int]) -> Tensor | None:
         """The class indices [N] that the seeds themselves give, as in EDM's generator; None without classes."""
@@ -144,8 +146,8 @@ class Sampler:
         Args:
             latents: unit normal noise [B, C, H, W].
             class_labels: rows [B, label_dim] or None.
-            noise: called once in each step that `draws`, and once where the solver needs some (eta, ddpm); gives unit
-                normal noise [B, C, H, W].
+            noise: gives unit normal noise [B, C, H, W]; needed with churn, boosting, eta and the ddpm solver alone.
+                Called once a step, but for the steps without churn of networks that do not draw in every step.
             on_step: called after each step with the step, the state x [B, C, H, W] that it arrived at, and the
                 denoised images and log-ratios [B] that it set out from (`guidance.OUTSIDE_WINDOW` where no
                 discriminator was asked). A state that it returns takes the place of x.
@@ -246,7 +248,7 @@ class Sampler:
         self, step: Step, x: Tensor, t: Tensor, log_ratio: Tensor, noise: Callable[[], Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """Time and state after the step's churn; those given where no noise is drawn for it."""
-        if not step.draws:
+        if not self._churning[step.index]:
             return t, x
         assert noise is not None, "churn and boosting need noise"
         gamma = torch.full_like(t, step.gamma)

@@ -8,7 +8,6 @@ computes its coefficients in float32, runs F in the dtype of F's weights and ret
 
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor, nn
 
 
@@ -18,15 +17,10 @@ class Preconditioner(nn.Module, ABC):
     Attributes:
         sigma_min, sigma_max: noise levels for which the network was trained.
         img_resolution, img_channels, label_dim: shape of its images and number of its classes (0: none).
-        draws_every_step: the authors' sampler, once it churns at all, draws noise in every step, also where it adds
-            none, as EDM's does. noise_dtype: the type in which it draws; None: that of the solver's state. Both decide
-            which numbers of a seed a step gets, and nothing else.
     """
 
     sigma_min: float
     sigma_max: float
-    draws_every_step: bool = True
-    noise_dtype: torch.dtype | None = None
 
     def __init__(self, model: nn.Module, img_resolution: int, img_channels: int, label_dim: int) -> None:
         super().__init__()

@@ -162,20 +162,20 @@ class Counted(CudaStreams):
 
 @pytest.mark.parametrize("label_dim", [0, 3])
 @pytest.mark.parametrize("every_step", [True, False])
-@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_sampler_draws_in_the_order_of_the_network(
-    tiny_net: NetFactory, label_dim: int, every_step: bool, dtype: torch.dtype | None
+    tiny_net: NetFactory, label_dim: int, every_step: bool, dtype: torch.dtype
 ) -> None:
-    """EDM's: churn's noise in every step, in the type of the state; EDM2's: in float32 where it churns."""
+    """EDM's: churn's noise in every step, in the type of the state, float64; EDM2's: in float32 where it churns."""
     net = copy(tiny_net(label_dim=label_dim))
-    net.draws_every_step, net.noise_dtype = every_step, dtype
+    net.draws_every_step = every_step
     config = SamplingConfig(num_steps=5, solver="euler", S_churn=2, S_min=0.05, S_max=50)
-    sampler, Counted.made = Sampler(Networks(net), config, noise=Counted), []
+    sampler, Counted.made = Sampler(Networks(net), config, state_dtype=dtype, noise=Counted), []
     churning = sum(step.gamma > 0 for step in sampler.steps)
     assert 0 < churning < 5
     sampler([4], None if not label_dim else [0])  # a given label is drawn all the same
     count = 5 if every_step else churning
-    assert Counted.made[0].drawn == [torch.float32, *["labels"] * bool(label_dim), *[dtype or torch.float64] * count]
+    assert Counted.made[0].drawn == [torch.float32, *["labels"] * bool(label_dim), *[dtype] * count]
 
 
 def test_sampler_draws_no_noise_for_churn_of_a_plain_run(tiny_net: NetFactory) -> None:
@@ -191,10 +191,10 @@ def test_noise_of_steps_that_churn_alone_is_zero_elsewhere(tiny_net: NetFactory)
     every = Sampler(Networks(net), config)
     net.draws_every_step = False
     some = Sampler(Networks(net), config)
-    assert [step.draws for step in some.steps] == [step.gamma > 0 for step in every.steps] != [True] * 4
+    assert 0 < sum(step.churns for step in some.steps) < 4
     latents = torch.randn((1, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     noises = torch.randn((4, 1, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    first = sum(not step.draws for step in some.steps)
+    first = sum(not step.churns for step in some.steps)
     images = every.integrate(latents, noise=iter(noises).__next__)
     torch.testing.assert_close(some.integrate(latents, noise=iter(noises[first:]).__next__), images)
 
