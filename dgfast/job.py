@@ -23,7 +23,7 @@ from dgfast.guidance import (
     guided_posterior,
 )
 from dgfast.guidance.weights import weights, with_weights
-from dgfast.networks import Networks
+from dgfast.networks import Networks, image_shape
 from dgfast.noise_levels import coordinates, sigma_bounds
 from dgfast.plan import all_guidances, boosted, class_count, noise_grid, plan
 from dgfast.solvers import LAST, SOLVERS, Call
@@ -101,7 +101,7 @@ class Job:
         self.coordinates = coordinates(sampling, low, high)
         self.solver = SOLVERS[sampling.solver](self.sampling, self.coordinates)
         self.classes = class_count(networks, guidance)
-        self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        self.shape = image_shape(net)
         self.steps = plan(networks, self.sampling, guidance, grid, self.coordinates)
 
     def called(self, guidances: Sequence[Guidance], keep_gradient: bool = False) -> PureFunction:

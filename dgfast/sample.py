@@ -144,7 +144,11 @@ _SAMPLING = (
     flag_value="always",
     help="Compile the guided denoiser before sampling; --compile=try samples without where that can't be done.",
 )
-@option("--vae", group=Group.INPUT, help="What decodes latents: folder or hub name; default: the bundle's own.")
+@option(
+    "--vae",
+    group=Group.INPUT,
+    help="What decodes latents: folder or hub name; none if they are pixels; default: the bundle's own.",
+)
 @option(
     "--runtime",
     group=Group.RUNTIME,
@@ -378,13 +382,15 @@ def _fetcher(bundle: Any, networks: Any, device: Any, vae: str | None, formats: 
         UserError: latents of a bundle that makes images, or no VAE for those of another.
     """
     from dgfast.latents import IMAGE_CHANNELS, decoder
-    from dgfast.outputs import Fetcher
+    from dgfast.outputs import Fetcher, require_pictures
 
     channels = getattr(networks, "denoiser", networks).img_channels
     if "latents" in formats and not (vae or bundle.vae) and channels in IMAGE_CHANNELS:
         raise UserError(f"--format latents: bundle {bundle.name} makes images, there are no latents; use npz or png")
     images = formats != ["latents"]
-    return Fetcher(decoder(bundle, channels, device, vae) if images else None, images, "latents" in formats)
+    decode = decoder(bundle, channels, device, vae) if images else None
+    require_pictures(formats, channels if decode is None else 3)
+    return Fetcher(decode, images, "latents" in formats)
 
 
 def _check_labels(sampler: Any, labels: Ranges | None) -> None:

@@ -36,7 +36,7 @@ ROOMS = {
     "ops": ({"errors", "extras", "kernels"}, {"torch"}),
     "solvers": ({"errors", "vp"}, {"torch"}),
     "denoiser": ({"noise_levels"}, {"torch"}),
-    "nets": ({"denoiser", "errors", "ops"}, {"torch", "numpy"}),
+    "nets": ({"denoiser", "errors", "extras", "ops"}, {"torch", "numpy", "diffusers"}),
     "guidance": ({"errors", "vp"}, {"torch"}),
     "graph": ({"IMPORTED_AT", "errors", "ops"}, {"torch"}),
     "runtimes": ({"bounds", "devices", "errors", "extras", "graph", "ops"}, {"torch", "numpy", "onnx", "onnxruntime"}),

@@ -13,6 +13,7 @@ from dgfast.vp import adm_time_schedule
 
 _DIT_WINDOW = (0.1011, 2.0)  # DiT-G++ guides at timesteps above 100: tau is 0.1006 at 100, 0.1016 at 101, 1.0034 at 999
 _LATENT_CHANNELS = 4
+_OF_DIFFUSERS = ("solver", "respacing")
 _OF_TIME = ("noise_schedule", "steps", "predict_xstart", "rescale_timesteps")  # what networks of one bundle share
 
 
@@ -58,6 +59,10 @@ def like_its_sibling(bundle: Bundle, role: str, converted: Converted) -> Convert
 
 def _published_sampling(kind: str, keywords: Mapping[str, Any]) -> tuple[SamplingConfig, list[Assumed]]:
     """How the authors of such a score network sample from it."""
+    if kind == "DiffusersPrecond":
+        usual, because = SamplingConfig(solver="ddim", respacing="50"), "diffusers' usual 50 steps of DDIM"
+        entries = [Assumed(name, getattr(usual, name), because, f"dgfast sample --{name}") for name in _OF_DIFFUSERS]
+        return usual, entries
     if kind != "DDPMPrecond":
         small = keywords["img_resolution"] < 64
         steps, because = (18, "EDM's for images below 64 px") if small else (40, "EDM's for images of 64 px and more")

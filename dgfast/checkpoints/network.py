@@ -31,6 +31,7 @@ class Converted:
 
     Attributes:
         read: facts about the file, by what they are about. assumed: what it does not say.
+        sampling: what it says of how its authors sample, as `SamplingConfig` has it.
     """
 
     net: nn.Module
@@ -38,6 +39,7 @@ class Converted:
     keywords: dict[str, Any]
     read: dict[str, str]
     assumed: list[Assumed] = field(default_factory=list)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: str | None) -> Converted:
@@ -65,13 +67,13 @@ def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: 
         net = weights.build(kind, keywords, _as_in_a_bundle(state.tensors, kind), file)
     except UserError as error:
         raise UserError(f"{error.message}; mend its keywords with --set") if told_kind else error from error
-    _require_finite(state.tensors, file)
+    require_finite(state.tensors, file)
     told_too = {name: value for name, value in keywords.items() if name in told}
     assumed_too = {entry.name for entry in assumed}
     seen = {name: value for name, value in keywords.items() if name not in told and name not in assumed_too}
     facts = {
         "file": _about(file, form, state, kind),
-        "tensors": _counted(state.tensors),
+        "tensors": counted(state.tensors),
         "in the file" if form == "snapshot" else "by shapes": listed(seen),
         "told": listed(told_too),
     }
@@ -141,7 +143,7 @@ def _as_in_a_bundle(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {f"model.{name}": value for name, value in tensors.items()}
 
 
-def _require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+def require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
     """
     Raises:
         UserError: which tensors are not, in float32, and how much of them.
@@ -171,7 +173,7 @@ def _about(file: Path, form: str, state: StateDict, kind: str) -> str:
     return one_line("; ".join(note for note in notes if note))
 
 
-def _counted(tensors: Mapping[str, Tensor]) -> str:
+def counted(tensors: Mapping[str, Tensor]) -> str:
     by_dtype = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
     kept = "" if set(by_dtype) == {"float32"} else ", kept as float32"
     return " and ".join(f"{count:,} of {dtype}" for dtype, count in by_dtype.items()) + kept
