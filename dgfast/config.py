@@ -92,7 +92,7 @@ class SamplingConfig:
         counted = isinstance(self.num_steps, int) and isinstance(self.M, int)
         if not counted or self.M < 1 or max(self.num_steps, self.M) > MOST_LEVELS:
             raise UserError(
-                f"num_steps {self.num_steps} and M {self.M} must be whole numbers, M at least 1, "
+                f"num_steps (--steps) {self.num_steps} and M {self.M} must be whole numbers, M at least 1, "
                 f"and at most {MOST_LEVELS:,}"
             )
         ends = [0 if end is None else end for end in (self.sigma_min, self.sigma_max)]

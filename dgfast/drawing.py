@@ -264,12 +264,15 @@ def cost(sampler: Sampler | OneStep) -> str:
     """What an image costs, in network calls."""
     if isinstance(sampler, OneStep):
         return "one generator forward"
-    return f"{sampler.score_evaluations} score evaluations and {sampler.guidance_gradients} guidance gradients"
+    backwards = f", {sampler.score_backwards} backward passes through the score net" if sampler.score_backwards else ""
+    calls = f"{sampler.score_evaluations} score evaluations{backwards}"
+    return f"{calls} and {sampler.guidance_gradients} guidance gradients"
 
 
 def _costs(sampler: Sampler | OneStep) -> dict[str, int]:
     return {
         "score_evaluations": sampler.score_evaluations,
+        "score_backwards": sampler.score_backwards,
         "guidance_gradients": sampler.guidance_gradients,
         "guided_calls": sum(bool(step.predictor) + bool(step.corrector) for step in sampler.steps),
     }

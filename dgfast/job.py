@@ -35,6 +35,10 @@ _INPUTS = {
 _OUTPUTS = {"denoiser": ("denoised", "log_ratio"), "posterior": ("denoised", "shift", "variance", "log_ratio")}
 
 
+GuidanceLike = GuidanceConfig | Sequence[Guidance | GuidanceConfig]
+"""What a job takes for its guidance."""
+
+
 @dataclass(frozen=True)
 class PureFunction:
     """A pure function of tensors, and what it depends on.
@@ -76,6 +80,7 @@ class Job:
 
     Attributes:
         sampling: as asked for, with the number of noise levels that the grid has.
+        guidance: its configuration. own: guidances besides.
         steps: the plan. solver, coordinates: what steps, and where.
         classes: number of classes among which a label chooses, 0 for none. shape: of one image, [C, H, W].
     """
@@ -84,11 +89,12 @@ class Job:
         self,
         networks: Networks,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
-        guidance: GuidanceConfig = GuidanceConfig(),  # noqa: B008 - frozen
+        guidance: GuidanceLike = GuidanceConfig(),  # noqa: B008 - frozen
         device: torch.device | None = None,
     ) -> None:
         """
         Args:
+            guidance: a configuration; or a list of guidances of your own, which may hold a configuration too.
             device: of the denoiser's weights; None: look at them.
 
         Raises:
@@ -97,12 +103,13 @@ class Job:
         net = networks.denoiser
         low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
         grid = noise_grid(networks, sampling, low, high).to(device or device_of(net))
-        self.networks, self.guidance, self.sampling = networks, guidance, replace(sampling, num_steps=len(grid))
+        self.guidance, self.own = _split(guidance)
+        self.networks, self.sampling = networks, replace(sampling, num_steps=len(grid))
         self.coordinates = coordinates(sampling, low, high)
         self.solver = SOLVERS[sampling.solver](self.sampling, self.coordinates)
-        self.classes = class_count(networks, guidance)
+        self.classes = class_count(networks, self.guidance)
         self.shape = image_shape(net)
-        self.steps = plan(networks, self.sampling, guidance, grid, self.coordinates)
+        self.steps = plan(networks, self.sampling, self.guidance, self.own, grid, self.coordinates)
 
     def called(self, guidances: Sequence[Guidance], keep_gradient: bool = False) -> PureFunction:
         """The function that the solver calls under these guidances: the guided denoiser, or posterior.
@@ -135,7 +142,8 @@ class Job:
             UserError: a step, and a plan whose steps are not all alike.
         """
         name = name or self.solver.function
-        first, second = all_guidances(self.networks, self.guidance)
+        levels = [*(step.sigma for step in self.steps), 0.0]
+        first, second = all_guidances(self.networks, self.guidance, self.own, levels)
         first = boosted(first) if self.guidance.boosting else first
         if name == "step":
             function = self._step(first, second)
@@ -186,6 +194,28 @@ class Job:
             raise UserError("boosting goes from step to step: leave it off, or export --what denoiser")
         if self.guidance.dg_every > 1:
             raise UserError("--what step computes every gradient: leave dg_every at 1, or export --what denoiser")
+
+
+def _split(guidance: GuidanceLike) -> tuple[GuidanceConfig, tuple[Guidance, ...]]:
+    """The configuration and the other guidances.
+
+    Raises:
+        UserError: something that is neither, or two configurations.
+    """
+    parts = [guidance] if isinstance(guidance, GuidanceConfig) else [*guidance]
+    configs = [one for one in parts if isinstance(one, GuidanceConfig)]
+    own = [one for one in parts if isinstance(one, Guidance)]
+    strange = next((one for one in parts if not isinstance(one, GuidanceConfig | Guidance)), None)
+    if strange is not None:
+        made = (
+            f"the class {strange.__name__}: make one of it"
+            if isinstance(strange, type)
+            else f"a {type(strange).__name__}"
+        )
+        raise UserError(f"guidance holds {made}; give a GuidanceConfig, or a list of guidances")
+    if len(configs) > 1:
+        raise UserError(f"guidance holds {len(configs)} GuidanceConfigs; put their options into one")
+    return configs[0] if configs else GuidanceConfig(), tuple(own)
 
 
 class GeneratorNet(Protocol):

@@ -29,10 +29,10 @@ class OneStep:
 
     Attributes:
         steps: its one step, which no guidance takes part in.
-        score_evaluations, guidance_gradients: 0 both; an image costs one forward of the generator.
+        score_evaluations, score_backwards, guidance_gradients: 0 all; an image costs one forward of the generator.
     """
 
-    score_evaluations = guidance_gradients = 0
+    score_evaluations = score_backwards = guidance_gradients = 0
     steps = (Step(0, t=1.0, t_next=0.0, sigma=1.0, gamma=0.0, boost_gamma=None, predictor=(), corrector=None),)
 
     def __init__(

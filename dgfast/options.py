@@ -136,6 +136,9 @@ def option(*names: str, group: str, **settings: Any) -> Callable[[Callable[..., 
     return click.option(*names, cls=Option, group=group, **settings)
 
 
+_MOST_TEXT = 2**24  # of numbers in a file: a device may have no end
+
+
 class IntegerRanges(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
     """Integers and inclusive ranges, such as 0-63,100, or @FILE, a file of them.
 
@@ -154,7 +157,10 @@ class IntegerRanges(click.ParamType):  # type: ignore[type-arg]  # generic only 
         text = str(value)
         try:
             if text.startswith("@"):
-                text = Path(text[1:]).read_text()
+                with Path(text[1:]).open() as file:
+                    text = file.read(_MOST_TEXT + 1)
+                if len(text) > _MOST_TEXT:
+                    raise ValueError(f"longer than {_MOST_TEXT:,} characters")
             numbers = Ranges.parse(text)
         except OSError as error:
             self.fail(f"{text[1:]}: can't be read ({error.strerror})", param, ctx)

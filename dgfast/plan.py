@@ -4,6 +4,7 @@ So a compiled function has no branch, and a guidance outside of its window, or o
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,9 +66,13 @@ def noise_grid(networks: Networks, config: SamplingConfig, sigma_min: float, sig
 
 
 def plan(
-    networks: Networks, config: SamplingConfig, guidance: GuidanceConfig, sigmas: Tensor, coordinates: Coordinates
-) -> tuple[Step, ...]:
+    networks: Networks, config: SamplingConfig, guidance: GuidanceConfig, own: Sequence[Guidance], sigmas: Tensor,
+    coordinates: Coordinates,
+) -> tuple[Step, ...]:  # fmt: skip
     """The steps through the noise levels `sigmas` [N], highest first and without the final 0.
+
+    Args:
+        own: guidances besides those of the configuration.
 
     Raises:
         UserError: a guidance whose network is missing or does not fit.
@@ -78,7 +83,7 @@ def plan(
     net = networks.denoiser
     levels = net.round_sigma(sigmas).cpu()
     times = [*coordinates.sigma_inv(levels).tolist(), 0.0]
-    predictors, correctors = all_guidances(networks, guidance)
+    predictors, correctors = all_guidances(networks, guidance, own, [*levels.tolist(), 0.0])
     doubled = boosted(predictors)
     variances = _log_variances(networks, config, levels)
     steps = []
@@ -120,8 +125,13 @@ def _log_variances(networks: Networks, config: SamplingConfig, levels: Tensor) -
     return [(fixed, fixed) for fixed in (*bounds[:-1, VARIANCES.index(config.fixed_variance)].tolist(), *last)]
 
 
-def all_guidances(networks: Networks, config: GuidanceConfig) -> tuple[list[Guidance], list[Guidance]]:
-    """The guidances at the solver's first and at its second point.
+def all_guidances(
+    networks: Networks, config: GuidanceConfig, own: Sequence[Guidance], levels: Sequence[float]
+) -> tuple[list[Guidance], list[Guidance]]:
+    """The guidances at the solver's first and at its second point, on a plan of these noise levels, 0 last.
+
+    Args:
+        own: guidances besides those of the configuration.
 
     Raises:
         UserError: a guidance whose network is missing or does not fit.
@@ -132,7 +142,8 @@ def all_guidances(networks: Networks, config: GuidanceConfig) -> tuple[list[Guid
         guidance = kind.make(networks, config)
         first += [guidance] if kind.on(config) else []
         second += [guidance.at_second_point(config)] if kind.on(config, second=True) else []
-    return first, second
+    first, second = [*first, *own], [*second, *(guidance.at_second_point(config) for guidance in own)]
+    return [g.along(levels) for g in first], [g.along(levels[1:]) for g in second]
 
 
 def boosted(guidances: list[Guidance]) -> list[Guidance]:

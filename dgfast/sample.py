@@ -214,6 +214,7 @@ def _main(options: dict[str, Any], began: float) -> None:
     from dgfast.drawing import Drawing, run
     from dgfast.estimate import estimate
     from dgfast.job_folder import JobFolder
+    from dgfast.ops import require_kernels
     from dgfast.team import Team
 
     bundle = bundles.read(options["bundle"])
@@ -222,12 +223,14 @@ def _main(options: dict[str, Any], began: float) -> None:
     team = Team.join()
     device, dtype = _device_and_dtype(options["device"], options["dtype"], team.local_rank)
     settings = _settings(bundle, set_options)
+    require_kernels(options["kernels"], device.type)
     networks = _networks(bundle, settings, device, dtype)
     fetcher = _fetcher(bundle, networks, device, options["vae"], formats)
     runtime, engine = _runtime(options), None
     if options["engine"]:
         engine = _engine(runtime, options["engine"], device, options["provider"])
         _require_fit(engine, bundle, settings)
+        options["dtype"] = _dtype_of(engine, options["dtype"])
 
     def make(runtime: str) -> Any:
         return _sampler(networks, settings, device, _executing(runtime, engine, options["provider"]), options["noise"])
@@ -341,6 +344,19 @@ def _require_fit(engine: Any, bundle: Any, settings: tuple[SamplingConfig, Guida
         require_generator(engine, bundle)
     else:
         require_fit(engine, bundle, *settings)
+
+
+def _dtype_of(engine: Any, asked: str) -> str:
+    """The type that the file computes in, which decides on the images whatever --dtype is by default.
+
+    Raises:
+        UserError: another was asked for.
+    """
+    said = str(engine.metadata.get("dtype", asked))
+    source = click.get_current_context().get_parameter_source("dtype")
+    if said != asked and source is not click.core.ParameterSource.DEFAULT:
+        raise UserError(f"--dtype {asked}: {engine.path} computes in {said}; leave --dtype out, or export another file")
+    return said
 
 
 def _device_and_dtype(name: str | None, dtype: str, local_rank: int) -> tuple[Any, Any]:

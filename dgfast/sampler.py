@@ -15,7 +15,7 @@ from dgfast.devices import device_of, require_float64, seconds_of
 from dgfast.errors import UserError
 from dgfast.graph import Function
 from dgfast.guidance import CarriedGradient, DiscriminatorGuidance, Guidance
-from dgfast.job import Job
+from dgfast.job import GuidanceLike, Job
 from dgfast.networks import Networks, one_hot
 from dgfast.plan import Step
 from dgfast.randomness import MakeStreams, source
@@ -36,7 +36,8 @@ class Sampler:
 
     Attributes:
         job: what it draws, with the functions that it calls. steps: the plan.
-        score_evaluations, guidance_gradients: network calls that one image costs.
+        score_evaluations, score_backwards, guidance_gradients: network calls that one image costs, and backward passes
+            through the score network.
         classes: number of classes among which a label chooses, 0 for none. shape: of one image, [C, H, W].
     """
 
@@ -44,7 +45,7 @@ class Sampler:
         self,
         networks: Networks,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
-        guidance: GuidanceConfig = GuidanceConfig(),  # noqa: B008 - frozen
+        guidance: GuidanceLike = GuidanceConfig(),  # noqa: B008 - frozen
         device: torch.device | str | None = None,
         runtime: RuntimeLike = "eager",
         state_dtype: torch.dtype = torch.float64,
@@ -52,6 +53,7 @@ class Sampler:
     ) -> None:
         """
         Args:
+            guidance: a configuration; or a list of guidances of your own, which may hold a configuration too.
             device: where to sample; None: where the denoiser's weights are.
             runtime: what executes the guided denoiser: the name of one of `runtimes.RUNTIMES`; a `runtimes.Runtime`,
                 such as `engines.runtime_of` an opened engine file; or a function (function, example) -> function that
@@ -67,11 +69,11 @@ class Sampler:
         self.device = device_of(networks.denoiser) if device is None else torch.device(device)
         require_float64(self.device)
         self.job = job = Job(networks, sampling, guidance, self.device)
-        self.networks, self.guidance, self.sampling = networks, guidance, job.sampling
+        self.networks, self.guidance, self.sampling = networks, job.guidance, job.sampling
         self.coordinates, self.steps, self.classes, self.shape = job.coordinates, job.steps, job.classes, job.shape
         self.state_dtype, self._solver = state_dtype, job.solver
         every_step = getattr(networks.denoiser, "draws_every_step", True)
-        churns = bool(job.sampling.S_churn or guidance.boosting)
+        churns = bool(job.sampling.S_churn or self.guidance.boosting)
         self._churning = [churns and (every_step or step.churns) for step in self.steps]
         self._streams = source(noise, math.prod(self.shape))
         self._runtime = chosen(runtime)
@@ -79,11 +81,13 @@ class Sampler:
         self._functions = Kept()
         calls = [*self._guidances().elements()]
         self.score_evaluations = sum(1 + sum(guidance.evaluations for guidance in call) for call in calls)
+        self.score_backwards = sum(guidance.backwards for call in calls for guidance in call)
         self.guidance_gradients = sum(guidance.gradients for call in calls for guidance in call)
 
     def __repr__(self) -> str:
         """Two lines: solver and cost, guidance and device."""
-        weights = (f"{f.name}={getattr(self.guidance, f.name)!r}" for f in fields(self.guidance))
+        weights = [f"{f.name}={getattr(self.guidance, f.name)!r}" for f in fields(self.guidance)]
+        weights += [type(guidance).__name__ for guidance in self.job.own]
         unset = {f"{f.name}={f.default!r}" for f in fields(self.guidance)}
         return (
             f"Sampler: {self.sampling.solver}, {len(self.steps)} steps from sigma {self.steps[0].sigma:.4g}, "

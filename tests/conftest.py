@@ -56,6 +56,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("golden_path", paths, ids=[path.stem for path in paths])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def deterministic_torch() -> Iterator[None]:
     """Repeatable kernels; this mode also fills `torch.empty` with NaN, so reading what nobody wrote shows."""

@@ -119,9 +119,9 @@ def test_architecture_package_needs_neither_its_tools_nor_heavy_packages(path: P
     inside = path.is_relative_to(PACKAGE / "export")
     assert inside or not any(name.startswith("dgfast.export") for name in imports(path)), "not for importing"
     kernel = path.is_relative_to(PACKAGE / "kernels")
-    assert not {name.split(".")[0] for name in imports(path, whole_file=False)} & (
-        HEAVY - {"triton"} if kernel else HEAVY
-    )
+    own = {"triton"} if kernel else {"diffusers"} if path == PACKAGE / "diffusers.py" else set()
+    assert not {name.split(".")[0] for name in imports(path, whole_file=False)} & (HEAVY - own)
+    assert not any(name.startswith("dgfast.diffusers") for name in imports(path)), "for its users alone"
     ours = {name for name in imports(path) if name.startswith("dgfast.kernels")}
     assert kernel or path.name == "ops.py" or not ours, "only ops.py chooses kernels"
 

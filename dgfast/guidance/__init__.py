@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dgfast.guidance.autoguidance import Autoguidance
 from dgfast.guidance.classifier import ClassifierGuidance
 from dgfast.guidance.classifier_free import ClassifierFreeGuidance
-from dgfast.guidance.declaration import GUIDANCES, Guidance, option
+from dgfast.guidance.declaration import GUIDANCES, Guidance, Repair, option
 from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
 from dgfast.guidance.low_density import LowDensityGuidance
@@ -37,6 +37,7 @@ __all__ = [
     "GuidedDenoiser",
     "LowDensityGuidance",
     "PredictedCleanGuidance",
+    "Repair",
     "WeightSchedule",
     "gradient_keeping_denoiser",
     "guided_denoiser",

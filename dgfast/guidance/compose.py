@@ -9,12 +9,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dgfast.guidance.declaration import Guidance
+from dgfast.guidance.declaration import Guidance, Repair
 from dgfast.guidance.gradient import OUTSIDE_WINDOW, denoiser_gate
 
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 GuidedDenoiser = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 GuidedPosterior = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+Prediction = tuple[Tensor, Tensor | None]
+"""Denoised images, and v of a network with learned variance, see `DDPMPrecond.with_variance`."""
+Correction = tuple[Tensor, Tensor, Tensor | None]
+"""Direction, gate and log-ratio, see `Guidance.correct`."""
 
 
 def guided_denoiser(denoiser: Denoiser, guidances: Sequence[Guidance], clip: bool = False) -> GuidedDenoiser:
@@ -24,8 +29,8 @@ def guided_denoiser(denoiser: Denoiser, guidances: Sequence[Guidance], clip: boo
     denoised [B, C, H, W] has the type of x; log_ratio [B] is the discriminator's, or `OUTSIDE_WINDOW` without one.
 
     Args:
-        clip: keep the denoised images in [-1, 1]: after the guidances that mix denoisers, before those by gradients,
-            as ADM does.
+        clip: keep the denoised images in [-1, 1]: after the guidances that mix denoisers, before those by gradients
+            and through the denoiser, as ADM does.
     """
     return partial(_guided_denoiser, denoiser, tuple(guidances), clip)
 
@@ -53,10 +58,12 @@ def corrected(denoised: Tensor, direction: Tensor, gate: Tensor) -> Tensor:
 def _guided_denoiser(
     denoiser: Denoiser, guidances: Sequence[Guidance], clip: bool, x: Tensor, sigma: Tensor, class_labels: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    plain = denoiser(x, sigma, class_labels).to(x.dtype)
-    denoised = _mixed(plain, guidances, x, sigma, class_labels, clip)
-    mixed, log_ratio = denoised, torch.full_like(sigma, OUTSIDE_WINDOW)
-    for direction, gate, ratio in _gradients(mixed, guidances, x, sigma, class_labels):
+    (plain, _), through = _predicted(
+        lambda x: (denoiser(x, sigma, class_labels), None), guidances, x, sigma, class_labels
+    )
+    denoised = mixed = _mixed(plain, guidances, x, sigma, class_labels, clip)
+    log_ratio = torch.full_like(sigma, OUTSIDE_WINDOW)
+    for direction, gate, ratio in (*through, *_gradients(mixed, guidances, x, sigma, class_labels)):
         denoised = corrected(denoised, direction, gate)
         log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
     return denoised, log_ratio
@@ -66,38 +73,67 @@ def _guided_posterior(
     denoiser: Denoiser, guidances: Sequence[Guidance], clip: bool, x: Tensor, sigma: Tensor,
     class_labels: Tensor | None, log_least: Tensor, log_most: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    with_variance = getattr(denoiser, "with_variance", None)
-    v: Tensor | None = None
-    if with_variance is None:
-        plain = denoiser(x, sigma, class_labels)
-    else:
-        plain, v = with_variance(x, sigma, class_labels)
-    plain = plain.to(x.dtype)
-    denoised = _mixed(plain, guidances, x, sigma, class_labels, clip)
+    def predict(x: Tensor) -> Prediction:
+        with_variance = getattr(denoiser, "with_variance", None)
+        if with_variance is None:
+            return denoiser(x, sigma, class_labels), None
+        prediction: Prediction = with_variance(x, sigma, class_labels)
+        return prediction
+
+    (plain, v), through = _predicted(predict, guidances, x, sigma, class_labels)
+    denoised = mixed = _mixed(plain, guidances, x, sigma, class_labels, clip)
+    for direction, gate, _ in through:
+        denoised = corrected(denoised, direction, gate)
     variance = _variance(v, log_least, log_most).to(x.dtype).expand_as(x)
     shift, log_ratio = torch.zeros_like(x), torch.full_like(sigma, OUTSIDE_WINDOW)
-    for direction, gate, ratio in _gradients(denoised, guidances, x, sigma, class_labels):
+    for direction, gate, ratio in _gradients(mixed, guidances, x, sigma, class_labels):
         weight = (gate / denoiser_gate(sigma)).view(-1, 1, 1, 1).to(x.dtype)
         shift = shift + variance * weight * direction
         log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
     return denoised, shift, variance, log_ratio
 
 
+def _predicted(
+    predict: Callable[[Tensor], Prediction],
+    guidances: Sequence[Guidance],
+    x: Tensor,
+    sigma: Tensor,
+    class_labels: Tensor | None,
+) -> tuple[Prediction, list[Correction]]:
+    """What the network predicts, in the type of x, and what the guidances through it say of that: one forward for all.
+
+    Those that take no gradient through it see nothing of the graph that the others need.
+    """
+    through = [guidance for guidance in guidances if guidance.backwards]
+    if not through:
+        plain, v = predict(x)
+        return (plain.to(x.dtype), v), []
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        plain, v = predict(x)
+        plain = plain.to(x.dtype)
+        corrections = [guidance.correct(x, sigma, class_labels, plain) for guidance in through]
+    return (plain.detach(), v if v is None else v.detach()), corrections
+
+
 def _mixed(
     plain: Tensor, guidances: Sequence[Guidance], x: Tensor, sigma: Tensor, class_labels: Tensor | None, clip: bool
 ) -> Tensor:
-    """The denoised images under the guidances that take no gradient."""
+    """The denoised images under the guidances that mix, and repaired."""
     denoised = plain
     for guidance in guidances:
-        if not guidance.gradients:
+        if not (guidance.gradients or guidance.backwards or isinstance(guidance, Repair)):
             direction, gate, _ = guidance.correct(x, sigma, class_labels, plain)
             denoised = corrected(denoised, direction, gate)
+    for guidance in guidances:
+        if isinstance(guidance, Repair):
+            denoised = guidance.repaired(x, sigma, denoised, plain)
     return denoised.clamp(-1, 1) if clip else denoised
 
 
 def _gradients(
     denoised: Tensor, guidances: Sequence[Guidance], x: Tensor, sigma: Tensor, class_labels: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+) -> Iterator[Correction]:
     """What the gradient guidances say, all of them to the same denoised images."""
     for guidance in guidances:
         if guidance.gradients:

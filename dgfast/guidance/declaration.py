@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -102,10 +102,12 @@ class Guidance(ABC):
         Options: a frozen dataclass of `option`s. Without one it is no part of command lines and files.
         name: in errors and in docs/guidance.md, beside `cost`, of a call, and `use`. formula: in `--help`.
         roles: the networks that it needs, first the one that it is named after.
-        evaluations, gradients: forwards of a denoiser, and forwards with input gradient of another network, that one
-            call costs on top of the denoiser's own forward. With a gradient it is one toward a log-density, whose gate
-            is weight x `denoiser_gate`; the ancestral form puts the step's variance in that one's place. Without, it
-            mixes denoisers, and corrects the denoised image whatever the solver.
+        evaluations, gradients, backwards: forwards of a denoiser, forwards with input gradient of another network, and
+            backward passes through the score network, that one call costs on top of the denoiser's own forward.
+            With a gradient it is one toward a log-density, whose gate is weight x `denoiser_gate`; the ancestral form
+            puts the step's variance in that one's place. With a backward pass, `correct` gets an x that requires a
+            gradient and a `denoised` that was made of it. With neither, it mixes denoisers. The last two correct the
+            denoised image whatever the solver.
     """
 
     Options: ClassVar[type | None] = None
@@ -116,6 +118,7 @@ class Guidance(ABC):
     roles: ClassVar[tuple[str, ...]] = ()
     evaluations: ClassVar[int] = 0
     gradients: ClassVar[int] = 0
+    backwards: ClassVar[int] = 0
     config: ClassVar[type | None] = None
 
     def __init_subclass__(cls) -> None:
@@ -161,7 +164,7 @@ class Guidance(ABC):
     def options(cls) -> tuple[Option, ...]:
         """What its `Options` say, in their order."""
         if cls.Options is None:
-            raise UserError(f"{cls.__name__}, a guidance of your own, has no options")
+            return ()
         kinds = get_type_hints(cls.Options)
         return tuple(
             Option(
@@ -186,6 +189,13 @@ class Guidance(ABC):
         changes = {key: getattr(config, one.name) for key, one in self.weights(second=True).items() if one.second}
         return replace(self, **changes) if changes else self  # type: ignore[type-var]
 
+    def along(self, levels: Sequence[float]) -> Self:
+        """The same guidance for a plan of these noise levels, highest first and 0 last; most act alike on every plan.
+
+        At the solver's second point the levels begin with the second one, at which that point lies.
+        """
+        return self
+
     @classmethod
     def needed(cls, network: T | None, role: str) -> T:
         """The network of that role.
@@ -196,6 +206,26 @@ class Guidance(ABC):
         if network is None:
             raise UserError(f"{cls.name} needs a {role} network, which this bundle does not have")
         return network
+
+
+class Repair(Guidance):
+    """What mends denoised images that guidances have mixed, such as colours that a large scale has burnt.
+
+    Repairs come after all guidances that mix, in the order of their declaration, for they do not commute; before
+    `clip_denoised` and before the guidances by gradients.
+    """
+
+    @abstractmethod
+    def repaired(self, x: Tensor, sigma: Tensor, mixed: Tensor, plain: Tensor) -> Tensor:
+        """The images [B, C, H, W] in the place of `mixed`; `plain` are those before any guidance. Pure.
+
+        Where `mixed` is `plain`, it returns them as they are.
+        """
+
+    def correct(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        raise TypeError(f"{type(self).__name__} is a repair: it corrects nothing by itself")
 
 
 def guiding(config: GuidanceConfig) -> Iterator[type[Guidance]]:

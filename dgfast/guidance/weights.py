@@ -6,15 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dgfast.errors import UserError
 from dgfast.guidance.declaration import Guidance
 
 
 def weights(guidances: Sequence[Guidance], second: bool = False) -> dict[str, Any]:
     """The weights of each guidance, by the names that they have as inputs at the solver's first or second point.
 
-    Raises:
-        UserError: a guidance without a declaration.
+    One without a declaration has none: its numbers are constants.
     """
     return {name: getattr(guidance, attribute) for guidance, name, attribute in _named(guidances, second)}
 
@@ -32,8 +30,6 @@ def with_weights(
 def _named(guidances: Sequence[Guidance], second: bool) -> Iterator[tuple[Guidance, str, str]]:
     """Each guidance with the names of its weights and the attributes that they are; one that is None is not there."""
     for guidance in guidances:
-        if guidance.Options is None:
-            raise UserError(f"{type(guidance).__name__}, a guidance of your own, is in no exported file")
         for attribute, one in guidance.weights(second).items():
             if getattr(guidance, attribute) is not None:
                 yield guidance, one.input, attribute

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from dgfast.errors import UserError
 from dgfast.guidance import (
     Autoguidance,
     ClassifierFreeGuidance,
@@ -153,7 +152,7 @@ def test_discriminator_is_read_in_float32_and_believed_up_to_a_limit() -> None:
     assert seen == [torch.float32] and direction.dtype == torch.float32
 
 
-def test_guidance_of_ones_own_is_in_no_exported_file() -> None:
+def test_weights_that_are_declared_are_inputs() -> None:
     class Own(Guidance):
         def active(self, sigma_low: float, sigma_high: float) -> bool:
             return True
@@ -162,8 +161,7 @@ def test_guidance_of_ones_own_is_in_no_exported_file() -> None:
             return denoised, sigma, None
 
     own: Any = Own()
-    with pytest.raises(UserError, match="Own, a guidance of your own, is in no exported file"):
-        weights([own])
+    assert weights([own]) == {}  # nothing of it is declared: all of it is constant
     assert weights([ClassifierFreeGuidance(conditional, 2.0)]) == {"cfg_scale": 2.0}
     assert weights([DiscriminatorGuidance(judge, 0.5, boost=2.0)]) == {"dg_weight": 0.5, "dg_boost": 2.0}
 
