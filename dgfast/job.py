@@ -3,7 +3,7 @@
 Whoever executes, exports or measures a function asks for it here. No function is put together anywhere else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dgfast.conditions import conditioned, declared, require_same
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.devices import device_of
 from dgfast.errors import UserError
@@ -83,6 +84,7 @@ class Job:
         guidance: its configuration. own: guidances besides.
         steps: the plan. solver, coordinates: what steps, and where.
         classes: number of classes among which a label chooses, 0 for none. shape: of one image, [C, H, W].
+        conditions: extra inputs of the denoiser, by name: one sample's shape.
     """
 
     def __init__(
@@ -108,7 +110,8 @@ class Job:
         self.coordinates = coordinates(sampling, low, high)
         self.solver = SOLVERS[sampling.solver](self.sampling, self.coordinates)
         self.classes = class_count(networks, self.guidance)
-        self.shape = image_shape(net)
+        self.shape, self.conditions = image_shape(net), declared(net)
+        require_same(self.conditions, [networks.reference])
         self.steps = plan(networks, self.sampling, self.guidance, self.own, grid, self.coordinates)
 
     def called(self, guidances: Sequence[Guidance], keep_gradient: bool = False) -> PureFunction:
@@ -122,15 +125,26 @@ class Job:
         if not keep_gradient or discriminator is None:
             return self.guided(name, guidances)
         others = [g for g in guidances if g is not discriminator]
-        net, clip = self.networks.denoiser, self.sampling.clip_denoised
-        function = gradient_keeping_denoiser(net, others, discriminator, clip)
-        return PureFunction(name, function, _INPUTS[name], (*_OUTPUTS[name], "gradient"), guidances)
+        clip = self.sampling.clip_denoised
+        make = partial(gradient_keeping_denoiser, discriminator=discriminator, clip=clip)
+        function = self._with_conditions(make, others)
+        return PureFunction(name, function, self._inputs(name), (*_OUTPUTS[name], "gradient"), guidances)
 
     def guided(self, name: str, guidances: Sequence[Guidance]) -> PureFunction:
         """The "denoiser" or the "posterior" under these guidances."""
         make = guided_posterior if name == "posterior" else guided_denoiser
-        function = make(self.networks.denoiser, guidances, self.sampling.clip_denoised)
-        return PureFunction(name, function, _INPUTS[name], _OUTPUTS[name], tuple(guidances))
+        function = self._with_conditions(partial(make, clip=self.sampling.clip_denoised), guidances)
+        return PureFunction(name, function, self._inputs(name), _OUTPUTS[name], tuple(guidances))
+
+    def _inputs(self, name: str) -> tuple[str, ...]:
+        return *_INPUTS[name], *self.conditions
+
+    def _with_conditions(self, make: Callable[..., Function], guidances: Sequence[Guidance]) -> Function:
+        """`make(denoiser, guidances)`, with the conditions as further arguments in the end."""
+        net = self.networks.denoiser
+        if not self.conditions:
+            return make(net, guidances)
+        return partial(conditioned, make, net, tuple(guidances), tuple(self.conditions))
 
     def exported(self, name: str | None = None) -> PureFunction:
         """A function under all guidances of the job at once, whose weights are inputs: one for the whole plan.
@@ -152,7 +166,7 @@ class Job:
         return function if self.classes else function.without_labels()
 
     def _with_weights(self, name: str, guidances: Sequence[Guidance]) -> PureFunction:
-        own, state = weights(guidances), _INPUTS[name]
+        own, state = weights(guidances), self._inputs(name)
 
         def function(*arguments: Tensor) -> tuple[Tensor, ...]:
             values = dict(zip(own, arguments[len(state) :], strict=True))
@@ -161,11 +175,11 @@ class Job:
         return PureFunction(name, function, (*state, *own), _OUTPUTS[name], tuple(guidances), own)
 
     def _step(self, first: Sequence[Guidance], second: Sequence[Guidance]) -> PureFunction:
-        """(x, sigma, sigma_next, class_labels, what the solver needs more, weights) -> x_next."""
+        """(x, sigma, sigma_next, class_labels, what the solver needs more, conditions, weights) -> x_next."""
         self._require_plain_steps()
         solver, two_points = self.solver, self.solver.points == 2
         own = weights(first) | (weights(second, second=True) if two_points else {})
-        names = ("x", "sigma", "sigma_next", "class_labels", *solver.inputs, *own)
+        names = ("x", "sigma", "sigma_next", "class_labels", *solver.inputs, *self.conditions, *own)
         remembers = LAST[0] in solver.inputs
 
         def function(*arguments: Tensor) -> tuple[Tensor, ...]:
@@ -177,7 +191,8 @@ class Job:
 
             def call(guidances: Sequence[Guidance]) -> Call:
                 guided = self.guided(solver.function, guidances)
-                return lambda x, t, *bounds: guided(x, t.flatten(), named["class_labels"], *bounds)
+                conditions = [named[name] for name in self.conditions]
+                return lambda x, t, *bounds: guided(x, t.flatten(), named["class_labels"], *bounds, *conditions)
 
             correct = call(with_weights(second, named, second=True)) if two_points else None
             predict = call(with_weights(first, named))

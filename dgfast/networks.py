@@ -35,6 +35,8 @@ class ScoreNet(Protocol):
         img_channels, img_resolution: shape of its images; (height, width) where they are not square.
         label_dim: number of its classes, 0 if unconditional.
         sigma_min, sigma_max: noise levels that it knows.
+        conditions: if it has any, its extra conditions, see `dgfast.conditions`.
+        draws_every_step: if it has it, and it is False: see `Sampler.integrate`, noise.
     """
 
     img_channels: int

@@ -6,8 +6,8 @@ Where the files lie, what is there already and who writes is the business of `jo
 import io
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -81,11 +81,13 @@ class Chunk:
     Attributes:
         index: its place in the job. seeds: one an image.
         labels: one class index a seed; None takes those that the seeds give.
+        conditions: of a denoiser that declares some, one row a seed each; see `conditions.given`.
     """
 
     index: int
     seeds: Ranges
     labels: Sequence[int] | None = None
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
