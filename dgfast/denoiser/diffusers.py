@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dgfast.denoiser.ddpm import DDPMPrecond
-from dgfast.noise_levels import ddpm_levels, levels_of_betas
+from dgfast.noise_levels import levels_of_betas
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -35,21 +35,16 @@ class DiffusersPrecond(DDPMPrecond):
         ):  # fmt: skip
             if value not in known:
                 raise ValueError(f"{name} {value!r:.40} is not one of {', '.join(known)}")
-        super().__init__(model, img_resolution, img_channels, label_dim, "linear", num_train_timesteps, learn_sigma)
+        super().__init__(model, img_resolution, img_channels, label_dim, "cosine", num_train_timesteps, learn_sigma)
         self.prediction_type = prediction_type
-        self.noise_schedule = "cosine" if beta_schedule == BETA_SCHEDULES[2] else "linear"
-        if beta_schedule == "squaredcos_cap_v2":
-            self.levels = ddpm_levels("cosine", num_train_timesteps)
-        else:
-            root = beta_schedule == "scaled_linear"
-            start, end = (beta**0.5 if root else beta for beta in (beta_start, beta_end))
-            line = torch.linspace(start, end, num_train_timesteps, dtype=torch.float64, device="cpu")
-            self.levels = levels_of_betas(line**2 if root else line)
+        if beta_schedule != "squaredcos_cap_v2":
+            power = 2 if beta_schedule == "scaled_linear" else 1
+            ends = beta_start ** (1 / power), beta_end ** (1 / power)
+            line = torch.linspace(*ends, num_train_timesteps, dtype=torch.float64, device="cpu")
+            self.levels = levels_of_betas(line**power)
+            as_adm = (power, beta_start, beta_end, num_train_timesteps) == (1, 1e-4, 0.02, 1000)
+            self.noise_schedule = "linear" if as_adm else beta_schedule + " of its own"
         self.sigma_min, self.sigma_max = float(self.levels[0]), float(self.levels[-1])
-        if (beta_schedule, beta_start, beta_end, num_train_timesteps) != ("linear", 1e-4, 0.02, 1000) and (
-            beta_schedule != "squaredcos_cap_v2"
-        ):
-            self.noise_schedule = f"{beta_schedule} {beta_start} {beta_end}"
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor | float, Tensor, Tensor, Tensor]:
         c_in = (sigma**2 + 1).rsqrt()
