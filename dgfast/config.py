@@ -12,7 +12,10 @@ from dgfast.guidance import (
     DiscriminatorGuidance,
     Guidance,
     LowDensityGuidance,
+    PerturbedAttentionGuidance,
     PredictedCleanGuidance,
+    SkipLayerGuidance,
+    SmoothedEnergyGuidance,
 )
 from dgfast.guidance.declaration import all_options
 from dgfast.solvers import SOLVERS
@@ -122,6 +125,9 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class GuidanceConfig(
+    SmoothedEnergyGuidance.Options,
+    SkipLayerGuidance.Options,
+    PerturbedAttentionGuidance.Options,
     PredictedCleanGuidance.Options,
     LowDensityGuidance.Options,
     Autoguidance.Options,

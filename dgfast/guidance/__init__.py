@@ -17,8 +17,11 @@ from dgfast.guidance.declaration import GUIDANCES, Guidance, Repair, option
 from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
 from dgfast.guidance.low_density import LowDensityGuidance
+from dgfast.guidance.perturbed_attention import PerturbedAttentionGuidance
 from dgfast.guidance.predicted_clean import PredictedCleanGuidance
 from dgfast.guidance.schedule import WeightSchedule
+from dgfast.guidance.skip_layer import SkipLayerGuidance
+from dgfast.guidance.smoothed_energy import SmoothedEnergyGuidance
 
 if TYPE_CHECKING:
     from dgfast.guidance.compose import Denoiser, GuidedDenoiser, guided_denoiser, guided_posterior
@@ -36,8 +39,11 @@ __all__ = [
     "Guidance",
     "GuidedDenoiser",
     "LowDensityGuidance",
+    "PerturbedAttentionGuidance",
     "PredictedCleanGuidance",
     "Repair",
+    "SkipLayerGuidance",
+    "SmoothedEnergyGuidance",
     "WeightSchedule",
     "gradient_keeping_denoiser",
     "guided_denoiser",
