@@ -15,6 +15,7 @@ from dgfast.guidance.declaration import off_values
 from dgfast.noise_levels import posterior_log_variances
 from dgfast.solvers import LAST, ancestral_step, ddim_step
 
+Forms = dict[str, tuple[tuple[int | str, ...], torch.dtype]]
 Function = Callable[..., tuple[Tensor, ...]]
 _DOUBLE = ("x", "sigma", "sigma_next", "noise", "log_least", "log_most", *LAST)
 _LEVELS = 80.0, 0.5, 5.0, 0.01, 0.1, 160.0, 1.0, 20.0, 0.002, 2.0  # the window is 0.0447 to 152 by default
@@ -49,8 +50,16 @@ class Subject(Protocol):
         """The eager reference."""
         ...
 
-    def sizes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one sample of every tensor that has one a sample."""
+    def varied(self) -> tuple[str, ...]:
+        """The inputs that have one entry a sample."""
+        ...
+
+    def forms(self, batch: int | None) -> Forms:
+        """Sizes of inputs and outputs, "batch" where that is open, and their types."""
+        ...
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Types of the outputs."""
         ...
 
     def example(self, batch: int, seed: int) -> Tensors:
@@ -66,8 +75,31 @@ class Subject(Protocol):
         ...
 
 
+class _OfSamples:
+    """What functions of samples in single precision have in common."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weights: dict[str, float]
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one sample of every tensor that has one a sample."""
+        raise NotImplementedError
+
+    def varied(self) -> tuple[str, ...]:
+        return tuple(name for name in self.inputs if name not in self.weights)
+
+    def forms(self, batch: int | None) -> Forms:
+        size, sizes = batch or "batch", self.sizes()
+        shapes = {n: (size, *sizes[n]) if n in sizes else (1,) for n in (*self.inputs, *self.outputs)}
+        return {name: (shape, torch.float32) for name, shape in shapes.items()}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return dict.fromkeys(self.outputs, torch.float32)
+
+
 @dataclass(frozen=True)
-class Joint:
+class Joint(_OfSamples):
     """A guided denoiser, its posterior, or a whole step; see `Subject`.
 
     Attributes:
@@ -189,7 +221,7 @@ class Joint:
 
 
 @dataclass(frozen=True)
-class GeneratorSubject:
+class GeneratorSubject(_OfSamples):
     """A one-step generator; see `Subject`.
 
     Attributes:

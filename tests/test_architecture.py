@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import dgfast
 from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "dgfast"
@@ -39,6 +40,7 @@ ROOMS = {
     "denoiser": ({"flow", "noise_levels"}, {"torch"}),
     "nets": ({"denoiser", "errors", "ops"}, {"torch", "numpy"}),
     "guidance": ({"errors", "vp"}, {"torch"}),
+    "functions": ({"errors", "graph", "runtimes"}, {"torch"}),
     "graph": ({"IMPORTED_AT", "errors", "ops"}, {"torch"}),
     "runtimes": ({"bounds", "devices", "errors", "extras", "graph", "ops"}, {"torch", "numpy", "onnx", "onnxruntime"}),
     "job": (
@@ -126,6 +128,15 @@ def test_architecture_package_needs_neither_its_tools_nor_heavy_packages(path: P
     assert not any(name.startswith("dgfast.diffusers") for name in imports(path)), "for its users alone"
     ours = {name for name in imports(path) if name.startswith("dgfast.kernels")}
     assert kernel or path.name == "ops.py" or not ours, "only ops.py chooses kernels"
+
+
+def test_architecture_three_names_of_the_package_lead_to_its_tools() -> None:
+    """They are looked up when they are asked for: `import dgfast` reads none of `export/`."""
+    homes = {name for name, home in dgfast._HOMES.items() if home.split(".")[0] == "export"}
+    assert homes == {"export_onnx", "export_package", "export_tensorrt"}
+    code = "import sys, dgfast; assert not [name for name in sys.modules if name.startswith('dgfast.export')]"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT).returncode == 0
 
 
 def test_architecture_package_works_without_heavy_packages() -> None:

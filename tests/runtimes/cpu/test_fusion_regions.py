@@ -159,7 +159,7 @@ def test_fusion_compiles_equal_regions_once() -> None:
     graph, kinds = fused(function, images(0))
     calls = [node for node in graph.graph.nodes if node.op == "call_module"]
     assert (kinds, len(calls), left(graph)) == (2, 6, [aten.convolution.default] * 6)
-    torch.testing.assert_close(graph(images(3)), function(images(3)))
+    torch.testing.assert_close(graph(images(3)), function(images(3)), rtol=1e-5, atol=1e-5)  # of six convolutions
 
 
 def test_fusion_reads_what_is_broadcast_and_what_a_library_laid_out_otherwise() -> None:
