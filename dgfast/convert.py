@@ -2,9 +2,9 @@
 
 FILE is a network snapshot of NVIDIA's EDM (.pkl), which says itself what it is, or a state dict, bare or in a training
 checkpoint (.pt, .pth, .ckpt, .bin, .safetensors), whose --role must be given. OpenAI's score networks and classifiers,
-DG's discriminators and DiT are known by their shapes; any other needs --kind and the constructor's keywords. FILE may
-be a folder of diffusers: a DDPM or DiT pipeline, or the network in it. What no file says is printed, and how to change
-it. Convert each file with the same --out to join them in one bundle.
+DG's discriminators, DiT and SiT are known by their shapes; any other needs --kind and the constructor's keywords. FILE
+may be a folder of diffusers: a DDPM or DiT pipeline, or the network in it. What no file says is printed, and how to
+change it. Convert each file with the same --out to join them in one bundle.
 """
 
 import json
@@ -24,7 +24,9 @@ _PYTHON = {"True": True, "False": False, "None": None}  # as guided-diffusion's 
 @click.argument("file", type=click.Path(path_type=Path))
 @option("--role", group=Group.INPUT, type=click.Choice(DENOISERS + ENCODERS), help="Default for a snapshot: score.")
 @option("--key", group=Group.INPUT, help="Part of FILE to take: ema, state_dict.net, ...; default: ema, if it has one.")
-@option("--kind", group=Group.INPUT, help="EDMPrecond, iDDPMPrecond, DDPMPrecond, DiT, EncoderUNetModel, ...")
+@option(
+    "--kind", group=Group.INPUT, help="EDMPrecond, iDDPMPrecond, DDPMPrecond, FlowPrecond, DiT, EncoderUNetModel, ..."
+)
 @option(
     "--config",
     group=Group.INPUT,

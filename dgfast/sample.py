@@ -39,6 +39,7 @@ PROVIDERS = ("cpu", "cuda", "tensorrt")
 _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
     "S_churn", "S_min", "S_max", "S_noise", "respacing", "clip_denoised", "eta", "fixed_variance",
+    "diffusion", "diffusion_norm", "last_step", "last_size",
 )  # fmt: skip
 
 
@@ -81,7 +82,7 @@ _SAMPLING = (
     is_flag=True,
     help="One forward of the bundle's generator, without solver and guidance.",
 )
-@option("--steps", "num_steps", group=Group.SOLVER, type=int, metavar="N", help="Noise levels above 0.")
+@option("--steps", "num_steps", group=Group.SOLVER, type=int, metavar="N", help="Steps: noise levels above 0.")
 @option(
     "--grid",
     "discretization",
@@ -126,6 +127,7 @@ _SAMPLING = (
 @option(
     "--fixed-variance", group=Group.SOLVER, type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none."
 )
+@option("--last-size", group=Group.SOLVER, type=NUMBER, metavar="t", help="Size of --last-step in the path's time.")
 @option(
     "--dtype",
     group=Group.RUNTIME,

@@ -116,6 +116,8 @@ class Sampler:
         """
         if not len(seeds):
             raise UserError("no seeds: give one an image")
+        if self.sampling.reverse:
+            raise UserError("reverse goes from images to noise: give them to integrate(), seeds have none")
         given(self.job.conditions, conditions, len(seeds), self.device)  # before anything is drawn
         streams = self._streams(seeds)
         latents = streams.normal(self.shape, torch.float32, self.device)
@@ -153,9 +155,9 @@ class Sampler:
         """Run the solver from given latents.
 
         Args:
-            latents: unit normal noise [B, C, H, W].
+            latents: unit normal noise [B, C, H, W]; with `SamplingConfig.reverse` images, of which x is the noise.
             class_labels: rows [B, label_dim] or None.
-            noise: gives unit normal noise [B, C, H, W]; needed with churn, boosting, eta and the ddpm solver alone.
+            noise: gives unit normal noise [B, C, H, W]; needed with churn, boosting, eta, ddpm and flow-sde alone.
                 Called once a step, but for the steps without churn of networks that do not draw in every step.
             on_step: called after each step with the step, the state x [B, C, H, W] that it arrived at, and the
                 denoised images and log-ratios [B] that it set out from (`guidance.OUTSIDE_WINDOW` where no
@@ -280,7 +282,7 @@ class Sampler:
         """What the solver's step needs beyond state, times and labels: its `inputs`."""
         values, names = dict(zip(LAST, last, strict=True)), self._solver.inputs
         if "noise" in names:
-            assert noise is not None, "the ddpm solver and eta need noise"
+            assert noise is not None, "the solvers ddpm and flow-sde, and eta, need noise"
             values["noise"] = noise()
         values["log_least"], values["log_most"] = log_variances
         return tuple(values[name] for name in names)
@@ -324,7 +326,9 @@ class Sampler:
 
         def call(x: Tensor, t: Tensor, *bounds: Tensor) -> tuple[Tensor, ...]:
             sigma = coords.sigma(t).flatten()
-            arguments = (x / coords.s(t)).to(self.state_dtype), sigma, class_labels, *bounds, *extra
+            # A velocity is asked for at the path's own state: at its beginning s is 0.
+            seen = x if self._solver.function == "velocity" else (x / coords.s(t)).to(self.state_dtype)
+            arguments = seen, sigma, class_labels, *bounds, *extra
             results = self._function(guidances, arguments, carried is not None)(*arguments)
             if carried is None:
                 return results

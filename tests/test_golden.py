@@ -27,6 +27,7 @@ from tests.support.golden_networks import (
     judge_pickle,
 )
 from tests.support.golden_samplers import judge_adm, judge_dg_sampler, judge_edm_sampler, judge_vpsde
+from tests.support.golden_sit import judge_sit
 
 
 def kind_of(meta: dict[str, Any]) -> str:
@@ -37,6 +38,8 @@ def kind_of(meta: dict[str, Any]) -> str:
         return "adm"
     if source.startswith("alsdudrla10/DG_imagenet"):
         return "dit"
+    if source.startswith("willisma/SiT"):
+        return "sit"
     if "vpsde" in source:
         return "vpsde"
     if meta.keys() >= {"cls", "config"}:
@@ -74,6 +77,7 @@ def test_golden_outputs_agree_with_the_official_code(
         "adm": lambda: judge_adm(golden, monkeypatch),
         "dit": lambda: judge_dit(golden, monkeypatch),
         "pickle": lambda: judge_pickle(golden),
+        "sit": lambda: judge_sit(golden),
     }
     kind = kind_of(golden.meta)
     assert kind in judges, f"{golden_path.name}: unknown kind of golden file, meta has {sorted(golden.meta)}"

@@ -41,6 +41,7 @@ _NAMES = (
     (r"^(diffusion_model|first_stage_model)", "a latent diffusion checkpoint, whose U-Net dgfast does not have"),
     (r"^input_blocks\.\d+\.\d+\.transformer_blocks\.", "a U-Net of latent diffusion, which dgfast does not have"),
     (r"(^|\.)emb_noise\.", "a network of EDM2, which dgfast does not have"),
+    (r"^lvl_embed\. ^word_embed\.", "a VAR, which predicts tokens and no score: dgfast does not have it"),
     (r"^(joint|double)_blocks\.", "an MMDiT (Stable Diffusion 3, FLUX), which dgfast does not have"),
 )
 

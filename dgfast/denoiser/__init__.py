@@ -5,12 +5,21 @@ from collections.abc import Callable
 from dgfast.denoiser.ddpm import DDPMPrecond
 from dgfast.denoiser.diffusers import DiffusersPrecond
 from dgfast.denoiser.edm import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
+from dgfast.denoiser.flow import FlowPrecond, Velocity
 from dgfast.denoiser.preconditioner import Preconditioner
 
 __all__ = [
-    "PRECONDITIONERS", "DDPMPrecond", "DiffusersPrecond", "EDMPrecond", "Preconditioner", "VEPrecond", "VPPrecond",
+    "PRECONDITIONERS",
+    "DDPMPrecond",
+    "DiffusersPrecond",
+    "EDMPrecond",
+    "FlowPrecond",
+    "Preconditioner",
+    "VEPrecond",
+    "VPPrecond",
+    "Velocity",
     "iDDPMPrecond",
-]  # fmt: skip
+]
 
 PRECONDITIONERS: dict[str, Callable[..., Preconditioner]] = {
     "EDMPrecond": EDMPrecond,
@@ -19,4 +28,5 @@ PRECONDITIONERS: dict[str, Callable[..., Preconditioner]] = {
     "iDDPMPrecond": iDDPMPrecond,
     "DDPMPrecond": DDPMPrecond,
     "DiffusersPrecond": DiffusersPrecond,
+    "FlowPrecond": FlowPrecond,
 }
