@@ -27,6 +27,8 @@ VARIANCES = ("small", "large")
 STATE_DTYPES = ("float64", "float32")
 MOST_LEVELS = 10_000
 """Noise levels of a grid or of a network, far more than any was trained with: a file may ask for a thousand million."""
+NOISES = ("cpu", "cuda")
+"""Whose random numbers the seeds stand for: those of torch's generator on the CPU, or on CUDA."""
 KEPT = ("npz", "png", "latents")
 """Formats in which a job keeps its images, see `outputs.FORMATS`."""
 PRODUCTS = ("adm", "grid")

@@ -3,8 +3,9 @@
 FILE is a network snapshot of NVIDIA's EDM or EDM2 (.pkl), which says itself what it is, or a state dict, bare or in a
 training checkpoint (.pt, .pth, .ckpt, .bin, .safetensors), whose --role must be given. OpenAI's score networks and
 classifiers, DG's discriminators, EDM2, DiT and SiT are known by their shapes; any other needs --kind and the
-constructor's keywords. What no file says is printed, and how to change it. Convert each file with the same --out to
-join them in one bundle. Several files are snapshots of one training of EDM2, of which --phema-std makes one average.
+constructor's keywords. FILE may be a folder of diffusers: a DDPM or DiT pipeline, or the network in it. What no file
+says is printed, and how to change it. Convert each file with the same --out to join them in one bundle. Several files
+are snapshots of one training of EDM2, of which --phema-std makes one average.
 """
 
 import json
@@ -101,16 +102,24 @@ def main(
     if vae and role != "score":
         raise UserError(f"--vae is for a score network of latents; a {role} network makes none")
 
-    from dgfast.checkpoints import joining, network  # torch takes longer to import than --help may take
+    from dgfast.checkpoints import (
+        diffusers_folder,
+        joining,
+        network,
+    )  # torch takes longer to import than --help may take
     from dgfast.checkpoints.account import account
 
     joining.room(out, role, name)  # asked before a large file is read
-    if phema_std is None:
-        converted = network.read(file, role, kind, told, key)
-        origin = provenance or f"converted from {one_line(file.name)}"
-    else:
+    if phema_std is not None:
         converted, made = network.average(files, role, phema_std, phema_kimg)
         origin = provenance or made
+    else:
+        if diffusers_folder.is_one(file):
+            converted = diffusers_folder.read(file, role, told)
+            vae = vae or (diffusers_folder.vae_of(file) if role == "score" else None)
+        else:
+            converted = network.read(file, role, kind, told, key)
+        origin = provenance or f"converted from {one_line(file.name)}"
     assumed = joining.join(
         converted, out, role, name=name, fallback_name=one_line(file.stem) or "bundle", provenance=origin,
         license_=license_, time_schedule=time_schedule, vae=vae,
@@ -122,8 +131,13 @@ def main(
 
 def _role(file: Path, role: str | None, kind: str | None, told: dict[str, Any], key: str | None) -> str:
     """The network's role in the bundle, once it is clear that the file and the options go together."""
+    from dgfast.checkpoints import diffusers_folder
     from dgfast.checkpoints.foreign import file_format
 
+    if diffusers_folder.is_one(file):
+        if kind or key:
+            raise UserError(f"{file} is a folder, which says itself what it is: leave out --kind and --key")
+        return role or "score"
     if file_format(file) == "snapshot":
         if kind or told or key:
             raise UserError(f"{file} says itself what it is: leave out --kind, --config, --set and --key")

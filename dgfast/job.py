@@ -3,7 +3,7 @@
 Whoever executes, exports or measures a function asks for it here. No function is put together anywhere else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dgfast.conditions import conditioned, declared, require_same
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.denoiser import FlowPrecond
 from dgfast.devices import device_of
@@ -26,7 +27,7 @@ from dgfast.guidance import (
     guided_velocity,
 )
 from dgfast.guidance.weights import weights, with_weights
-from dgfast.networks import Networks
+from dgfast.networks import Networks, image_shape
 from dgfast.noise_levels import Coordinates, coordinates, sigma_bounds
 from dgfast.plan import all_guidances, boosted, class_count, flow_plan, noise_grid, plan
 from dgfast.solvers import LAST, SOLVERS, Call, FlowSolver, Solver
@@ -91,6 +92,7 @@ class Job:
         guidance: its configuration. own: guidances besides.
         steps: the plan. solver, coordinates: what steps, and where.
         classes: number of classes among which a label chooses, 0 for none. shape: of one image, [C, H, W].
+        conditions: extra inputs of the denoiser, by name: one sample's shape.
     """
 
     def __init__(
@@ -111,7 +113,8 @@ class Job:
         net = networks.denoiser
         self.guidance, self.own = _split(guidance)
         self.networks, self.classes = networks, class_count(networks, self.guidance)
-        self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        self.shape, self.conditions = image_shape(net), declared(net)
+        require_same(self.conditions, [networks.reference])
         self.coordinates: Coordinates
         self.solver: Solver
         kind, guided = SOLVERS[sampling.solver], (self.guidance, self.own)
@@ -145,20 +148,32 @@ class Job:
         if not keep_gradient or discriminator is None:
             return self.guided(name, guidances)
         others = [g for g in guidances if g is not discriminator]
-        net, clip = self.networks.denoiser, self.sampling.clip_denoised
-        function = gradient_keeping_denoiser(net, others, discriminator, clip)
-        return PureFunction(name, function, _INPUTS[name], (*_OUTPUTS[name], "gradient"), guidances)
+        clip = self.sampling.clip_denoised
+        make = partial(gradient_keeping_denoiser, discriminator=discriminator, clip=clip)
+        function = self._with_conditions(make, others)
+        return PureFunction(name, function, self._inputs(name), (*_OUTPUTS[name], "gradient"), guidances)
 
     def guided(self, name: str, guidances: Sequence[Guidance]) -> PureFunction:
         """The "denoiser", the "posterior" or the "velocity" under these guidances."""
-        net, clip = self.networks.denoiser, self.sampling.clip_denoised
-        function: Function
+        make: Callable[..., Function]
         if name == "velocity":
-            assert isinstance(net, FlowPrecond), "only a solver along a path asks for it"
-            function = guided_velocity(net, guidances)
+            assert isinstance(self.networks.denoiser, FlowPrecond), "only a solver along a path asks for it"
+            make = guided_velocity
         else:
-            function = (guided_posterior if name == "posterior" else guided_denoiser)(net, guidances, clip)
-        return PureFunction(name, function, _INPUTS[name], _OUTPUTS[name], tuple(guidances))
+            make = guided_posterior if name == "posterior" else guided_denoiser
+            make = partial(make, clip=self.sampling.clip_denoised)
+        function = self._with_conditions(make, guidances)
+        return PureFunction(name, function, self._inputs(name), _OUTPUTS[name], tuple(guidances))
+
+    def _inputs(self, name: str) -> tuple[str, ...]:
+        return *_INPUTS[name], *self.conditions
+
+    def _with_conditions(self, make: Callable[..., Function], guidances: Sequence[Guidance]) -> Function:
+        """`make(denoiser, guidances)`, with the conditions as further arguments in the end."""
+        net = self.networks.denoiser
+        if not self.conditions:
+            return make(net, guidances)
+        return partial(conditioned, make, net, tuple(guidances), tuple(self.conditions))
 
     def exported(self, name: str | None = None) -> PureFunction:
         """A function under all guidances of the job at once, whose weights are inputs: one for the whole plan.
@@ -182,7 +197,7 @@ class Job:
         return function if self.classes else function.without_labels()
 
     def _with_weights(self, name: str, guidances: Sequence[Guidance]) -> PureFunction:
-        own, state = weights(guidances), _INPUTS[name]
+        own, state = weights(guidances), self._inputs(name)
 
         def function(*arguments: Tensor) -> tuple[Tensor, ...]:
             values = dict(zip(own, arguments[len(state) :], strict=True))
@@ -191,11 +206,11 @@ class Job:
         return PureFunction(name, function, (*state, *own), _OUTPUTS[name], tuple(guidances), own)
 
     def _step(self, first: Sequence[Guidance], second: Sequence[Guidance]) -> PureFunction:
-        """(x, sigma, sigma_next, class_labels, what the solver needs more, weights) -> x_next."""
+        """(x, sigma, sigma_next, class_labels, what the solver needs more, conditions, weights) -> x_next."""
         self._require_plain_steps()
         solver, two_points = self.solver, self.solver.points == 2
         own = weights(first) | (weights(second, second=True) if two_points else {})
-        names = ("x", "sigma", "sigma_next", "class_labels", *solver.inputs, *own)
+        names = ("x", "sigma", "sigma_next", "class_labels", *solver.inputs, *self.conditions, *own)
         remembers = LAST[0] in solver.inputs
 
         def function(*arguments: Tensor) -> tuple[Tensor, ...]:
@@ -208,8 +223,8 @@ class Job:
 
             def call(guidances: Sequence[Guidance]) -> Call:
                 guided = self.guided(solver.function, guidances)
-                sigma = self.coordinates.sigma
-                return lambda x, t, *bounds: guided(x, sigma(t).flatten(), named["class_labels"], *bounds)
+                conditions, sigma = [named[name] for name in self.conditions], self.coordinates.sigma
+                return lambda x, t, *more: guided(x, sigma(t).flatten(), named["class_labels"], *more, *conditions)
 
             correct = call(with_weights(second, named, second=True)) if two_points else None
             predict = call(with_weights(first, named))

@@ -20,6 +20,7 @@ from dgfast.config import (
     DISCRETIZATIONS,
     GRID_IMAGES,
     KEPT,
+    NOISES,
     PRODUCTS,
     SCALINGS,
     SCHEDULES,
@@ -65,6 +66,14 @@ _SAMPLING = (
     group=Group.INPUT,
     type=IntegerRanges(),
     help="Classes, repeated over the seeds, or @FILE of them; default: drawn from the seeds.",
+)
+@option(
+    "--noise",
+    group=Group.INPUT,
+    type=click.Choice(NOISES),
+    default="cpu",
+    show_default=True,
+    help="Whose numbers a seed stands for: torch's on the CPU, or on CUDA, as in NVIDIA's published images; anywhere.",
 )
 @option(
     "--batch", group=Group.RUNTIME, type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time."
@@ -151,7 +160,11 @@ _SAMPLING = (
     flag_value="always",
     help="Compile the guided denoiser before sampling; --compile=try samples without where that can't be done.",
 )
-@option("--vae", group=Group.INPUT, help="What decodes latents: folder or hub name; default: the bundle's own.")
+@option(
+    "--vae",
+    group=Group.INPUT,
+    help="What decodes latents: folder or hub name; none if they are pixels; default: the bundle's own.",
+)
 @option(
     "--runtime",
     group=Group.RUNTIME,
@@ -236,7 +249,7 @@ def _main(options: dict[str, Any], began: float) -> None:
         options["dtype"] = _dtype_of(engine, options["dtype"])
 
     def make(runtime: str) -> Any:
-        return _sampler(networks, settings, device, _executing(runtime, engine, options["provider"]))
+        return _sampler(networks, settings, device, _executing(runtime, engine, options["provider"]), options["noise"])
 
     _check_labels(make("eager"), options["labels"])
     chunks = _chunks(options, engine)
@@ -401,12 +414,14 @@ def _networks(bundle: Any, settings: tuple[SamplingConfig, GuidanceConfig] | Non
 
 
 def _sampler(
-    networks: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, device: Any, runtime: Runtime
+    networks: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, device: Any, runtime: Runtime, noise: str
 ) -> Any:
     from dgfast.one_step import OneStep
     from dgfast.sampler import Sampler
 
-    return OneStep(networks, device, runtime) if settings is None else Sampler(networks, *settings, device, runtime)
+    if settings is None:
+        return OneStep(networks, device, runtime, noise)
+    return Sampler(networks, *settings, device, runtime, noise=noise)
 
 
 def _fetcher(bundle: Any, networks: Any, device: Any, vae: str | None, formats: list[str]) -> Any:
@@ -416,13 +431,15 @@ def _fetcher(bundle: Any, networks: Any, device: Any, vae: str | None, formats: 
         UserError: latents of a bundle that makes images, or no VAE for those of another.
     """
     from dgfast.latents import IMAGE_CHANNELS, decoder
-    from dgfast.outputs import Fetcher
+    from dgfast.outputs import Fetcher, require_pictures
 
     channels = getattr(networks, "denoiser", networks).img_channels
     if "latents" in formats and not (vae or bundle.vae) and channels in IMAGE_CHANNELS:
         raise UserError(f"--format latents: bundle {bundle.name} makes images, there are no latents; use npz or png")
     images = formats != ["latents"]
-    return Fetcher(decoder(bundle, channels, device, vae) if images else None, images, "latents" in formats)
+    decode = decoder(bundle, channels, device, vae) if images else None
+    require_pictures(formats, channels if decode is None else 3)
+    return Fetcher(decode, images, "latents" in formats)
 
 
 def _check_labels(sampler: Any, labels: Ranges | None) -> None:
@@ -458,6 +475,7 @@ def _job(
         "labels": options["labels"] and str(options["labels"]),
         **({"vae": decoding} if decoding else {}),
         **({"engine": sha256(options["engine"])} if options["engine"] else {}),
+        **({"noise": options["noise"]} if options["noise"] != "cpu" else {}),
         "dtype": options["dtype"],
         "arithmetic": arithmetic(),
         "runtime": runtime,

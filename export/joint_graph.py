@@ -24,7 +24,7 @@ def joint(networks: Networks, sampling: SamplingConfig, guidance: GuidanceConfig
     return Joint(
         function.name, function, function.inputs, function.outputs, dict(function.weights),
         (*(step.sigma for step in made.steps), 0.0), made.shape, made.classes,
-        isinstance(net, Preconditioner) and not isinstance(net, EDMPrecond), path,
+        isinstance(net, Preconditioner) and not isinstance(net, EDMPrecond), path, made.conditions,
     )  # fmt: skip
 
 

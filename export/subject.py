@@ -106,6 +106,7 @@ class Joint(_OfSamples):
         sigmas: the plan's noise levels, 0 last. image: shape of one. label_dim: number of classes, 0 for none.
         predicts_noise: the network does, see `agreement.least_sizes`.
         path: of flow matching, of which x are states; None: they are clean images with noise.
+        conditions: the denoiser's extra inputs, by name: one sample's shape.
     """
 
     what: str
@@ -118,6 +119,7 @@ class Joint(_OfSamples):
     label_dim: int
     predicts_noise: bool = False
     path: Path | None = None
+    conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __call__(self, inputs: Tensors) -> dict[str, Tensor]:
         """The eager reference: state and noise levels in double precision, as a sampler has them."""
@@ -128,7 +130,7 @@ class Joint(_OfSamples):
         names = "x", "x_next", "noise", "denoised_last", "denoised", "shift", "variance", "velocity"
         images = dict.fromkeys(names, self.image)
         numbers = dict.fromkeys(("sigma", "sigma_next", "sigma_last", "log_least", "log_most", "log_ratio"), ())
-        return {**images, **numbers, "class_labels": (self.label_dim,)}
+        return {**images, **numbers, **self.conditions, "class_labels": (self.label_dim,)}
 
     def case(self, name: str, levels: Sequence[float], seed: int, weights: Mapping[str, float] | None = None) -> Case:
         """Noise of those levels, one a sample, with classes, under the export's own weights or others."""
@@ -143,6 +145,7 @@ class Joint(_OfSamples):
         values["log_least"], values["log_most"] = (s * sigma**2 / (1 + sigma**2) for s in (0.2, 0.4))
         values |= {key: values[key].log() for key in ("log_least", "log_most")}
         values["class_labels"] = F.one_hot(classes, max(self.label_dim, 1)).float()
+        values |= {key: torch.randn(count, *shape, generator=generator) for key, shape in self.conditions.items()}
         values |= {key: torch.tensor([value]) for key, value in (self.weights | dict(weights or {})).items()}
         return Case(name, {key: values[key] for key in self.inputs}, least_sizes(self.predicts_noise, values))
 

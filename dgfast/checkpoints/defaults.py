@@ -14,6 +14,7 @@ from dgfast.vp import adm_time_schedule
 
 _DIT_WINDOW = (0.1011, 2.0)  # DiT-G++ guides at timesteps above 100: tau is 0.1006 at 100, 0.1016 at 101, 1.0034 at 999
 _LATENT_CHANNELS = 4
+_OF_DIFFUSERS = ("solver", "respacing")
 _SIT_STEPS = 250
 _SIT_CHANNELS = 3  # which classifier-free guidance guides; REPA's code guides all
 _MEANS, _STDS = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)  # of the VAE's latents on ImageNet
@@ -94,6 +95,10 @@ def like_its_sibling(bundle: Bundle, role: str, converted: Converted) -> Convert
 
 def _published_sampling(kind: str, keywords: Mapping[str, Any]) -> tuple[SamplingConfig, list[Assumed]]:
     """How the authors of such a score network sample from it."""
+    if kind == "DiffusersPrecond":
+        usual, because = SamplingConfig(solver="ddim", respacing="50"), "diffusers' usual 50 steps of DDIM"
+        entries = [Assumed(name, getattr(usual, name), because, f"dgfast sample --{name}") for name in _OF_DIFFUSERS]
+        return usual, entries
     authors = "its authors sample so"
     if kind == "FlowPrecond":
         assumed = [Assumed("solver", "flow-sde", authors, "dgfast sample --solver")]

@@ -32,6 +32,7 @@ class Converted:
 
     Attributes:
         read: facts about the file, by what they are about. assumed: what it does not say.
+        sampling: what it says of how its authors sample, as `SamplingConfig` has it.
         vae: what decodes its images, where the file says that they are latents.
     """
 
@@ -40,6 +41,7 @@ class Converted:
     keywords: dict[str, Any]
     read: dict[str, str]
     assumed: list[Assumed] = field(default_factory=list)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     vae: VaeSpec | None = None
 
 
@@ -72,7 +74,7 @@ def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: 
     seen = {name: value for name, value in keywords.items() if name not in told and name not in assumed_too}
     facts = {
         "file": _about(file, form, state, kind),
-        "tensors": _counted(state.tensors),
+        "tensors": counted(state.tensors),
         "by shapes": listed(seen),
         "told": listed(told_too),
     }
@@ -98,7 +100,7 @@ def _of_snapshot(snapshot: nvidia_pickle.Snapshot, role: str, file: Path) -> Con
     _require_honest(tensors, kind, keywords, file)
     facts = {
         "file": _about(file, "snapshot", StateDict(tensors), kind),
-        "tensors": _counted(tensors),
+        "tensors": counted(tensors),
         "in the file": listed(keywords),
         "encoder": snapshot.encoder + (f" with {vae.source}, a scale and bias a channel" if vae else ""),
     }
@@ -114,7 +116,7 @@ def _require_kind(kind: str, role: str) -> None:
 
 def _require_honest(tensors: Mapping[str, Tensor], kind: str, keywords: Mapping[str, Any], file: Path) -> None:
     """Raises UserError for weights that are not finite, and for others than the file's name says."""
-    _require_finite(tensors, file)
+    require_finite(tensors, file)
     edm2.require_own_size(file, kind, keywords)
 
 
@@ -188,7 +190,7 @@ def _as_in_a_bundle(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {f"{raw}{name}": value for name, value in tensors.items()}
 
 
-def _require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+def require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
     """
     Raises:
         UserError: which tensors are not, in float32, and how much of them.
@@ -218,7 +220,7 @@ def _about(file: Path, form: str, state: StateDict, kind: str) -> str:
     return one_line("; ".join(note for note in notes if note))
 
 
-def _counted(tensors: Mapping[str, Tensor]) -> str:
+def counted(tensors: Mapping[str, Tensor]) -> str:
     by_dtype = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
     kept = "" if set(by_dtype) == {"float32"} else ", kept as float32"
     return " and ".join(f"{count:,} of {dtype}" for dtype, count in by_dtype.items()) + kept

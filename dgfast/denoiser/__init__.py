@@ -1,6 +1,7 @@
 """Preconditioning: a raw network F becomes the denoiser D(x; sigma) (EDM, arXiv 2206.00364, section 5)."""
 
 from dgfast.denoiser.ddpm import DDPMPrecond
+from dgfast.denoiser.diffusers import DiffusersPrecond
 from dgfast.denoiser.edm import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from dgfast.denoiser.edm2 import EDM2Precond
 from dgfast.denoiser.flow import FlowPrecond, Velocity
@@ -9,6 +10,7 @@ from dgfast.denoiser.preconditioner import Preconditioner
 __all__ = [
     "PRECONDITIONERS",
     "DDPMPrecond",
+    "DiffusersPrecond",
     "EDM2Precond",
     "EDMPrecond",
     "FlowPrecond",
@@ -26,5 +28,6 @@ PRECONDITIONERS: dict[str, type[Preconditioner]] = {
     "iDDPMPrecond": iDDPMPrecond,
     "DDPMPrecond": DDPMPrecond,
     "EDM2Precond": EDM2Precond,
+    "DiffusersPrecond": DiffusersPrecond,
     "FlowPrecond": FlowPrecond,
 }

@@ -24,7 +24,7 @@ class DDPMPrecond(Preconditioner):
     levels: Tensor
 
     def __init__(
-        self, model: nn.Module, img_resolution: int, img_channels: int, label_dim: int,
+        self, model: nn.Module, img_resolution: int | tuple[int, int], img_channels: int, label_dim: int,
         noise_schedule: str = "linear", steps: int = 1000, learn_sigma: bool = True, predict_xstart: bool = False,
         rescale_timesteps: bool = False,
     ) -> None:  # fmt: skip
@@ -49,7 +49,7 @@ class DDPMPrecond(Preconditioner):
         """The same in units of 999, as a noise-aware network reads it that was trained beside this one."""
         return self.timesteps(sigma) / 999
 
-    def coefficients(self, sigma: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor | float, Tensor, Tensor, Tensor]:
         c_skip, c_out = (0.0, torch.ones_like(sigma)) if self.predict_xstart else (1.0, -sigma)
         return c_skip, c_out, (sigma**2 + 1).rsqrt(), self.timesteps(sigma)
 

@@ -21,7 +21,8 @@ class Preconditioner(nn.Module, ABC):
         draws_every_step: its authors' sampler draws noise in each step if there is churn at all, and not only in those
             steps that churn; seeds give their images by the same order of draws alone.
         sigma_min, sigma_max: noise levels for which the network was trained.
-        img_resolution, img_channels, label_dim: shape of its images and number of its classes (0: none).
+        img_resolution, img_channels, label_dim: shape of its images, which have one side or height and width, and
+            number of its classes (0: none).
     """
 
     raw_name: ClassVar[str] = "model"
@@ -30,7 +31,9 @@ class Preconditioner(nn.Module, ABC):
     sigma_min: float
     sigma_max: float
 
-    def __init__(self, model: nn.Module, img_resolution: int, img_channels: int, label_dim: int) -> None:
+    def __init__(
+        self, model: nn.Module, img_resolution: int | tuple[int, int], img_channels: int, label_dim: int
+    ) -> None:  # fmt: skip
         super().__init__()
         self.add_module(self.raw_name, model)
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from dgfast.errors import UserError
 from dgfast.guidance.declaration import Guidance, option
+from dgfast.guidance.schedule import lower_bound
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,12 +88,7 @@ class ClassifierFreeGuidance(Guidance):
         low = self.scale if self.scale_low is None else self.scale_low
         above, below = sigma_high > self.branch, sigma_low <= self.branch
         guides = bool((above and self.scale != 1) or (below and low != 1))
-        return guides and sigma_high > self._bound and sigma_low <= self.interval[1]
-
-    @property
-    def _bound(self) -> float:
-        """The noise level above which it acts: at a path's end, where none is left, too if nobody says otherwise."""
-        return self.interval[0] or -math.inf
+        return guides and sigma_high > lower_bound(self.interval) and sigma_low <= self.interval[1]
 
     def correct(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
@@ -103,7 +99,7 @@ class ClassifierFreeGuidance(Guidance):
         direction = denoised - unconditional
         if self.channels is not None:
             direction = torch.cat([direction[:, : self.channels], torch.zeros_like(direction[:, self.channels :])], 1)
-        inside = ((self._bound < sigma) & (sigma <= self.interval[1])).to(sigma.dtype)
+        inside = ((lower_bound(self.interval) < sigma) & (sigma <= self.interval[1])).to(sigma.dtype)
         scale = self.scale
         if self.scale_low is not None:
             scale = torch.where(sigma > self.branch, self.scale, self.scale_low)

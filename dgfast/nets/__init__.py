@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from dgfast import denoiser
+from dgfast.nets import from_diffusers
 from dgfast.nets.adm import EncoderUNetModel, create_classifier
 from dgfast.nets.adm_unet import UNetModel, create_model
 from dgfast.nets.dhariwal_unet import DhariwalUNet
@@ -56,11 +57,11 @@ def build(kind: str, **keywords: Any) -> nn.Module:
 
     Kinds: EDM's preconditioners `EDMPrecond`, `VPPrecond`, `VEPrecond` and `iDDPMPrecond`, whose keyword `model_type`
     names the raw network (SongUNet or DhariwalUNet) and which pass it what they do not use themselves; `DDPMPrecond`,
-    whose raw network is ADM's (create_model) or DiT; `FlowPrecond`, whose raw network is SiT; EDM2's, `EDM2Precond`,
-    which its code calls Precond; ADM's `EncoderUNetModel` and `UNetModel`, and `create_classifier` and `create_model`,
-    the same from guided-diffusion's and DG's option names; `DiT`; and our own: `FeatureNet` for the metrics, the
-    one-step `Generator`, and the `NoisePredictor` that trains it. Where a constructor has a list of numbers, one number
-    and text such as "16,8" are taken too.
+    whose raw network is ADM's (create_model) or DiT; `FlowPrecond`, whose raw network is SiT; `DiffusersPrecond`, whose
+    raw network is one of diffusers; EDM2's, `EDM2Precond`, which its code calls Precond; ADM's `EncoderUNetModel` and
+    `UNetModel`, and `create_classifier` and `create_model`, the same from guided-diffusion's and DG's option names;
+    `DiT`; and our own: `FeatureNet` for the metrics, the one-step `Generator`, and the `NoisePredictor` that trains it.
+    Where a constructor has a list of numbers, one number and text such as "16,8" are taken too.
 
     Raises:
         ValueError: unknown kind or model type, a keyword that the constructor does not know or misses, a
@@ -72,6 +73,8 @@ def build(kind: str, **keywords: Any) -> nn.Module:
             return _PLAIN[kind](**keywords)
         if kind == "EDM2Precond":
             return _build_edm2(**keywords)
+        if kind == "DiffusersPrecond":
+            return from_diffusers.build(**keywords)
         if kind in denoiser.PRECONDITIONERS:
             return _build_denoiser(kind, **keywords)
     except (TypeError, ZeroDivisionError) as error:

@@ -17,6 +17,7 @@ from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.denoiser import FlowPrecond, Velocity
 from dgfast.graph.key import digest, written
 from dgfast.guidance import ClassifierFreeGuidance, DiscriminatorGuidance, guided_velocity
+from dgfast.guidance.skip_layer import SkipLayerGuidance
 from dgfast.networks import Networks, load
 from dgfast.runtimes import RUNTIMES
 from dgfast.sampler import Sampler
@@ -224,6 +225,21 @@ def test_a_network_of_flow_matching_draws_with_the_solvers_in_sigma(tiny_sit: Fl
         images = Sampler(networks, config).integrate(latents, labels)
         share = 0.04 if solver == "euler" else 0.01
         assert (images - along).abs().max() < share * along.abs().max(), solver
+
+
+@torch.no_grad()
+def test_a_perturbed_self_guides_velocities_from_end_to_end(tiny_sit: FlowNet) -> None:
+    """v' = v + p (v - v_per), at infinite noise and at none too."""
+    net, labels = tiny_sit(3, depth=2), torch.eye(3)[[0, 1, 2, 0]]
+    config, guidance = SamplingConfig(solver="flow-heun", num_steps=3), GuidanceConfig(slg_scale=2.0)
+    sampler = Sampler(Networks(net), config, guidance)
+    assert sampler.score_evaluations == 12 and sampler.integrate(states(1), labels).isfinite().all()
+    (skipping,) = sampler.steps[0].predictor
+    assert isinstance(skipping, SkipLayerGuidance) and isinstance(skipping.reference, Velocity)
+    plain, worse = (one.velocity(states(2), LEVELS, labels).double() for one in (net, skipping.reference.net))
+    guided, _ = guided_velocity(net, [skipping])(states(2), LEVELS, labels)
+    torch.testing.assert_close(guided, plain + 2 * (plain - worse), rtol=1e-6, atol=1e-6)
+    assert ((plain - worse).abs().amax((1, 2, 3)) > 1e-3).all()
 
 
 def test_graphs_of_a_guided_velocity_can_be_kept(tiny_sit: FlowNet) -> None:
