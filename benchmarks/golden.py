@@ -16,13 +16,16 @@ import click
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dgfast import nets
 from dgfast import noise_levels as nl
+from dgfast.denoiser import FlowPrecond
 from dgfast.graph.agreement import relative_error
 from dgfast.guidance import DiscriminatorGuidance
 from dgfast.nets.discriminator import Discriminator, NoisyClassifier
 from dgfast.runtimes import RUNTIMES, Runtime
+from dgfast.weights import placed
 
 FOLDER = Path(__file__).parents[1] / "tests/golden"
 JUDGED = {name: RUNTIMES[name] for name in ("compiled", "onnx")}
@@ -45,9 +48,9 @@ class Golden:
         spec.loader.exec_module(self._recipe)
 
     def net(self, kind: str, config: str = "config", prefix: str = "prefix") -> Any:
-        net = nets.build(kind, **self.meta[config])
+        net = nets.build({"Precond": "EDM2Precond"}.get(kind, kind), **self.meta[config])
         filled: nn.Module = self._recipe.fill_(net, self.meta[prefix])
-        return filled.eval().requires_grad_(False)
+        return placed(filled, "cpu", torch.float32)
 
     def calls(self) -> Calls | None:
         """What to compare; None for a file that has no network of its own."""
@@ -60,6 +63,8 @@ class Golden:
             encoder = self.net("create_classifier")
             classifier, x = NoisyClassifier(encoder), self.tensors["x"]
             return lambda x, t: (classifier(x, t),), [(x, t.expand(len(x))) for t in self.tensors["t"]], [encoder]
+        if str(meta.get("source")).startswith("willisma/SiT"):
+            return self._velocity() if "out" in has else None
         if "pos_embed_init_sub" in has:
             return self._of_timesteps(self.net("DiT"))
         if "model_out" in has:
@@ -76,6 +81,13 @@ class Golden:
         x, y = self.tensors["x"], self.tensors["y"]
         times = [t if t.dim() else t.expand(len(x)) for t in self.tensors["t"]]
         return lambda x, t, y: (net(x, t, y),), [(x, t, y) for t in times], [net]
+
+    def _velocity(self) -> Calls:
+        raw, x = self.net("DiT"), self.tensors["x"]
+        net = FlowPrecond(raw, raw.input_size, raw.in_channels, raw.num_classes).eval()
+        labels = F.one_hot(self.tensors["y"], net.label_dim).float()
+        levels = [*net.path.sigma(self.tensors["t"].double()), torch.full((len(x),), torch.inf, dtype=torch.float64)]
+        return lambda x, sigma, y: (net.velocity(x, sigma, y),), [(x, sigma, labels) for sigma in levels], [net]
 
     def _gradient(self) -> Calls:
         meta, x = self.meta, self.tensors["x_base"]

@@ -16,7 +16,7 @@ from dgfast import __version__, bounds
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.guidance import declaration
 from dgfast.ranges import Ranges
-from dgfast.solvers import SOLVERS
+from dgfast.solvers import DIFFUSIONS, LAST_STEPS, SOLVERS
 
 
 class Group(StrEnum):
@@ -255,6 +255,11 @@ class GuidedCommand(Command):
         clip = "Keep denoised images in [-1, 1]; or =false."
         option("--solver", group=Group.SOLVER, type=click.Choice(tuple(SOLVERS)), help=solver)(self)
         option("--eta", group=Group.SOLVER, type=NUMBER, metavar="eta", help=eta)(self)
+        noise, norm = "Noise of the flow-sde solvers along the path.", "Factor in --diffusion."
+        last = "Their last step, without noise: of the SDE, of the ODE, to the denoised image, or no such step."
+        option("--diffusion", group=Group.SOLVER, type=click.Choice(DIFFUSIONS), help=noise)(self)
+        option("--diffusion-norm", group=Group.SOLVER, type=NUMBER, metavar="c", help=norm)(self)
+        option("--last-step", group=Group.SOLVER, type=click.Choice(LAST_STEPS), help=last)(self)
         option("--clip-denoised", group=Group.SOLVER, type=bool, is_flag=False, flag_value="true", help=clip)(self)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -287,8 +292,8 @@ EXPORTED_OUT = option(
 """Where to leave the file."""
 
 WHAT = option(
-    "--what", group=Group.INPUT, type=click.Choice(["denoiser", "posterior", "step", "generator"]),
-    help="The guided denoiser; what the ddpm solver calls in its place; a whole step of the solver; the one-step "
-    "generator.  [default: what the bundle's solver calls]",
+    "--what", group=Group.INPUT, type=click.Choice(["denoiser", "posterior", "velocity", "step", "generator"]),
+    help="The guided denoiser; what the ddpm and the flow solvers call in its place; a whole step of the solver; the "
+    "one-step generator.  [default: what the bundle's solver calls]",
 )  # fmt: skip
 """Which function of a bundle to export."""

@@ -20,9 +20,11 @@ from dgfast.config import (
     DISCRETIZATIONS,
     GRID_IMAGES,
     KEPT,
+    NOISES,
     PRODUCTS,
     SCALINGS,
     SCHEDULES,
+    STATE_DTYPES,
     VARIANCES,
     GuidanceConfig,
     SamplingConfig,
@@ -38,6 +40,8 @@ PROVIDERS = ("cpu", "cuda", "tensorrt")
 _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
     "S_churn", "S_min", "S_max", "S_noise", "respacing", "clip_denoised", "eta", "fixed_variance",
+    "state_dtype",
+    "diffusion", "diffusion_norm", "last_step", "last_size",
 )  # fmt: skip
 
 
@@ -64,7 +68,21 @@ _SAMPLING = (
     help="Classes, repeated over the seeds, or @FILE of them; default: drawn from the seeds.",
 )
 @option(
+    "--noise",
+    group=Group.INPUT,
+    type=click.Choice(NOISES),
+    default="cpu",
+    show_default=True,
+    help="Whose numbers a seed stands for: torch's on the CPU, or on CUDA, as in NVIDIA's published images; anywhere.",
+)
+@option(
     "--batch", group=Group.RUNTIME, type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time."
+)
+@option(
+    "--preset",
+    group=Group.INPUT,
+    metavar="NAME",
+    help="EDM2's sampling and guidance by its own names, such as edm2-img512-s-autog-fid; other options go over it.",
 )
 @option(
     "--one-step",
@@ -72,7 +90,7 @@ _SAMPLING = (
     is_flag=True,
     help="One forward of the bundle's generator, without solver and guidance.",
 )
-@option("--steps", "num_steps", group=Group.SOLVER, type=int, metavar="N", help="Noise levels above 0.")
+@option("--steps", "num_steps", group=Group.SOLVER, type=int, metavar="N", help="Steps: noise levels above 0.")
 @option(
     "--grid",
     "discretization",
@@ -117,13 +135,20 @@ _SAMPLING = (
 @option(
     "--fixed-variance", group=Group.SOLVER, type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none."
 )
+@option("--last-size", group=Group.SOLVER, type=NUMBER, metavar="t", help="Size of --last-step in the path's time.")
 @option(
     "--dtype",
     group=Group.RUNTIME,
     type=click.Choice(PRECISIONS),
     default="float32",
     show_default=True,
-    help="Of the networks; the solver's state stays float64.",
+    help="Of the networks.",
+)
+@option(
+    "--state-dtype",
+    group=Group.SOLVER,
+    type=click.Choice(STATE_DTYPES),
+    help="Of the solver's state, its noise levels and its noise.",
 )
 @option("--device", group=Group.RUNTIME, help="cpu, cuda, cuda:1, ...; default: what is there.")
 @option(
@@ -135,7 +160,11 @@ _SAMPLING = (
     flag_value="always",
     help="Compile the guided denoiser before sampling; --compile=try samples without where that can't be done.",
 )
-@option("--vae", group=Group.INPUT, help="What decodes latents: folder or hub name; default: the bundle's own.")
+@option(
+    "--vae",
+    group=Group.INPUT,
+    help="What decodes latents: folder or hub name; none if they are pixels; default: the bundle's own.",
+)
 @option(
     "--runtime",
     group=Group.RUNTIME,
@@ -220,7 +249,7 @@ def _main(options: dict[str, Any], began: float) -> None:
         options["dtype"] = _dtype_of(engine, options["dtype"])
 
     def make(runtime: str) -> Any:
-        return _sampler(networks, settings, device, _executing(runtime, engine, options["provider"]))
+        return _sampler(networks, settings, device, _executing(runtime, engine, options["provider"]), options["noise"])
 
     _check_labels(make("eager"), options["labels"])
     chunks = _chunks(options, engine)
@@ -253,7 +282,7 @@ def _formats(names: tuple[str, ...], seeds: Ranges) -> list[str]:
 
 
 def _settings(bundle: Any, given: dict[str, Any]) -> tuple[SamplingConfig, GuidanceConfig] | None:
-    """Sampling and guidance: the bundle's, under what the command line gives; None for a one-step generator.
+    """Sampling and guidance: the preset's or the bundle's, under what the command line gives; None for a generator.
 
     Raises:
         UserError: options that nothing takes, or that contradict one another.
@@ -261,12 +290,29 @@ def _settings(bundle: Any, given: dict[str, Any]) -> tuple[SamplingConfig, Guida
     if given["one_step"]:
         idle = {*_SAMPLING, *asdict(GuidanceConfig())} & {*given}
         context = click.get_current_context()
+        idle |= {"preset"} & {*given}
         names = [option.opts[0] for option in context.command.get_params(context) if option.name in idle]
         if names:
             raise UserError(f"--one-step has no solver and no guidance: leave out {', '.join(names)}, or --one-step")
         return None
-    guidance = replace(bundle.guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
-    return _sampling(bundle.sampling, given), guidance
+    sampling, guidance = _preset(bundle, given["preset"]) if "preset" in given else (bundle.sampling, bundle.guidance)
+    guidance = replace(guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
+    return _sampling(sampling, given), guidance
+
+
+def _preset(bundle: Any, name: str) -> tuple[SamplingConfig, GuidanceConfig]:
+    """Sampling and guidance of a preset.
+
+    Raises:
+        UserError: no such preset, or one of other networks than the bundle's.
+    """
+    from dgfast import presets
+
+    chosen = presets.preset(name)
+    presets.require_fit(name, {role: (net.kind, net.keywords) for role, net in bundle.nets.items()}, str(bundle.folder))
+    for note in presets.other_files(name, bundle.provenance):
+        click.echo(note, err=True)
+    return SamplingConfig(**presets.SAMPLING), GuidanceConfig(autoguidance=chosen.weight)
 
 
 def _sampling(bundled: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:
@@ -368,12 +414,14 @@ def _networks(bundle: Any, settings: tuple[SamplingConfig, GuidanceConfig] | Non
 
 
 def _sampler(
-    networks: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, device: Any, runtime: Runtime
+    networks: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, device: Any, runtime: Runtime, noise: str
 ) -> Any:
     from dgfast.one_step import OneStep
     from dgfast.sampler import Sampler
 
-    return OneStep(networks, device, runtime) if settings is None else Sampler(networks, *settings, device, runtime)
+    if settings is None:
+        return OneStep(networks, device, runtime, noise)
+    return Sampler(networks, *settings, device, runtime, noise=noise)
 
 
 def _fetcher(bundle: Any, networks: Any, device: Any, vae: str | None, formats: list[str]) -> Any:
@@ -383,13 +431,15 @@ def _fetcher(bundle: Any, networks: Any, device: Any, vae: str | None, formats: 
         UserError: latents of a bundle that makes images, or no VAE for those of another.
     """
     from dgfast.latents import IMAGE_CHANNELS, decoder
-    from dgfast.outputs import Fetcher
+    from dgfast.outputs import Fetcher, require_pictures
 
     channels = getattr(networks, "denoiser", networks).img_channels
     if "latents" in formats and not (vae or bundle.vae) and channels in IMAGE_CHANNELS:
         raise UserError(f"--format latents: bundle {bundle.name} makes images, there are no latents; use npz or png")
     images = formats != ["latents"]
-    return Fetcher(decoder(bundle, channels, device, vae) if images else None, images, "latents" in formats)
+    decode = decoder(bundle, channels, device, vae) if images else None
+    require_pictures(formats, channels if decode is None else 3)
+    return Fetcher(decode, images, "latents" in formats)
 
 
 def _check_labels(sampler: Any, labels: Ranges | None) -> None:
@@ -416,7 +466,7 @@ def _job(
     method = (
         {"one_step": True} if settings is None else {"sampling": asdict(settings[0]), "guidance": asdict(settings[1])}
     )
-    decoding = options["vae"] or (bundle.vae and asdict(bundle.vae))
+    decoding = options["vae"] or (bundle.vae and bundle.vae.described())
     return {
         "bundle": bundle.name,
         "weights": bundle.fingerprint(["generator"] if settings is None else roles(bundle, settings[1])),
@@ -425,6 +475,7 @@ def _job(
         "labels": options["labels"] and str(options["labels"]),
         **({"vae": decoding} if decoding else {}),
         **({"engine": sha256(options["engine"])} if options["engine"] else {}),
+        **({"noise": options["noise"]} if options["noise"] != "cpu" else {}),
         "dtype": options["dtype"],
         "arithmetic": arithmetic(),
         "runtime": runtime,

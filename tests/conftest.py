@@ -136,6 +136,18 @@ def tiny_net(filled_net: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def tiny_sit(filled_net: Callable[..., Any]) -> Callable[..., Any]:
+    """(label_dim, other keywords) -> a transformer of flow matching for 8 x 8 images, as quick."""
+
+    def net(label_dim: int = 0, prefix: str = "tiny/sit/", **keywords: Any) -> Any:
+        shape = {"img_resolution": 8, "img_channels": 1, "label_dim": label_dim}
+        size = {"patch_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2, "learn_sigma": False}
+        return filled_net("FlowPrecond", {"model_type": "SiT", **shape, **size, **keywords}, prefix)
+
+    return net
+
+
+@pytest.fixture(scope="session")
 def tiny_discriminator(filled_net: Callable[..., Any]) -> Callable[..., Discriminator]:
     """(num_classes) -> a discriminator for the images of `tiny_net`."""
 

@@ -26,6 +26,7 @@ from dgfast.guidance.smoothed_energy import SmoothedEnergyGuidance
 if TYPE_CHECKING:
     from dgfast.guidance.compose import Denoiser, GuidedDenoiser, guided_denoiser, guided_posterior
     from dgfast.guidance.reuse import CarriedGradient, gradient_keeping_denoiser
+    from dgfast.guidance.velocity import guided_velocity, of_velocities
 
 __all__ = [
     "GUIDANCES",
@@ -48,6 +49,8 @@ __all__ = [
     "gradient_keeping_denoiser",
     "guided_denoiser",
     "guided_posterior",
+    "guided_velocity",
+    "of_velocities",
     "option",
 ]
 
@@ -55,5 +58,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:  # what needs torch, which the declarations do without
     if name not in __all__:
         raise AttributeError(f"module 'dgfast.guidance' has no attribute {name!r}")
-    home = "reuse" if name in ("CarriedGradient", "gradient_keeping_denoiser") else "compose"
-    return getattr(import_module(f"dgfast.guidance.{home}"), name)
+    homes = {
+        "CarriedGradient": "reuse",
+        "gradient_keeping_denoiser": "reuse",
+        "guided_velocity": "velocity",
+        "of_velocities": "velocity",
+    }
+    return getattr(import_module(f"dgfast.guidance.{homes.get(name, 'compose')}"), name)

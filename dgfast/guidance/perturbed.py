@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dgfast.errors import UserError
 from dgfast.guidance.declaration import Guidance, option
+from dgfast.guidance.schedule import lower_bound
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,15 +38,15 @@ class Perturbed(Guidance):
     interval: tuple[float, float]
 
     cost = "1 forward of the score net in the interval"
-    evaluations = 1
+    evaluations, mixes_velocities = 1, True
 
     def active(self, sigma_low: float, sigma_high: float) -> bool:
-        return bool(self.weight != 0) and sigma_high > self.interval[0] and sigma_low <= self.interval[1]
+        return bool(self.weight != 0) and sigma_high > lower_bound(self.interval) and sigma_low <= self.interval[1]
 
     def correct(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
     ) -> tuple[Tensor, Tensor, None]:
-        inside = ((self.interval[0] < sigma) & (sigma <= self.interval[1])).to(sigma.dtype)
+        inside = ((lower_bound(self.interval) < sigma) & (sigma <= self.interval[1])).to(sigma.dtype)
         return denoised - self.reference(x, sigma, class_labels).to(denoised.dtype), self.weight * inside, None
 
 

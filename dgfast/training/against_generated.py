@@ -10,7 +10,7 @@ import numpy as np
 from dgfast.config import GuidanceConfig
 from dgfast.errors import UserError
 from dgfast.nets.adm import EncoderUNetModel
-from dgfast.networks import ScoreNet, load
+from dgfast.networks import ScoreNet, image_shape, load
 from dgfast.training.data import ImageSet, load_folder, split
 from dgfast.training.discriminator import Trial, judge_by_sigma, on_device, verdict
 from dgfast.training.early_stopping import EarlyStopping, mean_of_draws
@@ -51,8 +51,11 @@ def train_discriminator(job: Job, setting: Setting) -> None:
     known = GuidanceConfig() if setting.own_trunk else GuidanceConfig(classifier_scale=1.0)
     networks = load(job.bundle, job.device, guidance=known)
     score, classes = networks.denoiser, networks.denoiser.label_dim
+    channels, height, width = image_shape(score)
+    if height != width:
+        raise UserError(f"the score network makes images of {height} x {width}; a discriminator reads square ones")
     for data, source in ((job.train, "--data"), (fakes, setting.generated)):
-        _check(data, source, (score.img_resolution, score.img_resolution, score.img_channels), classes)
+        _check(data, source, (height, width, channels), classes)
 
     fakes, judged_fakes = split(fakes, len(fakes) // 10)
     fakes, watched_fakes = split(fakes, len(fakes) // 10)
@@ -91,7 +94,7 @@ def _keywords(score: ScoreNet, trunk: EncoderUNetModel | None, classes: int) -> 
     if trunk is not None:
         read = {"image_size": trunk.feature_size, "in_channels": trunk.feature_channels}
         return shared | read | {"model_channels": 48, "attention_resolutions": [1], "channel_mult": [1]}
-    read = {"image_size": score.img_resolution, "in_channels": score.img_channels}
+    read = dict(zip(("in_channels", "image_size"), image_shape(score), strict=False))
     return shared | read | {"model_channels": 16, "attention_resolutions": [4], "channel_mult": [1, 1.5, 3]}
 
 
