@@ -80,7 +80,7 @@ def train_discriminator(job: Job, setting: Setting) -> None:
         net, {"held_out_by_sigma": judged},
         about=lambda bundle: replace(bundle, guidance=replace(bundle.guidance, dg_weight=setting.dg_weight)),
     )  # fmt: skip
-    sentence = verdict(judged)
+    sentence = verdict(judged, setting.divergence)
     if sentence:
         click.echo(f"Note: {sentence}", err=True)
 

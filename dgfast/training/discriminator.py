@@ -146,23 +146,30 @@ def _share_of_error(trial: Trial, net: nn.Module, score: ScoreNet, level: float,
     return guided / unguided
 
 
-def verdict(by_sigma: dict[str, dict[str, float]]) -> str | None:
-    """A sentence where the discriminator is of no use, because the images cannot be told apart or trivially can.
+def verdict(by_sigma: dict[str, dict[str, float]], divergence: bool = False) -> str | None:
+    """A sentence where it is of no use: it sees nothing, or everything, or not what the denoiser gets wrong.
 
     Args:
-        by_sigma: of `judge_by_sigma`.
+        by_sigma: of `judge_by_sigma`. divergence: whether it was trained to correct the denoiser; its logit then tells
+            nothing apart, as it is known up to a constant at each sigma.
     """
-    blind = [level for level, judged in by_sigma.items() if judged["loss"] > math.log(2) - _BLIND]
+    blind = all(judged["loss"] > math.log(2) - _BLIND for judged in by_sigma.values())
     sharp = [level for level, judged in by_sigma.items() if judged["accuracy"] > _SHARP and float(level) >= _NOISY]
-    if len(blind) == len(by_sigma):
+    share = sum(judged["denoising"] for judged in by_sigma.values()) / len(by_sigma)
+    if blind and not divergence:
         return (
             "held-out real and generated images cannot be told apart at any noise level: this discriminator guides "
             "toward nothing. Draw more images, or train longer or with another --net"
         )
-    if sharp:
+    if sharp and not divergence:
         return (
             f"real and generated images are told apart trivially (over {_SHARP:.0%} at sigma {', '.join(sharp)}): "
             "look whether they differ in more than the model's errors, such as size before scaling, format or class"
+        )
+    if share >= 1:
+        return (
+            f"on held-out real images, guidance of weight 1 does not bring the denoiser closer: its squared error is "
+            f"{share:.4f} of the unguided one's, in the mean over noise levels. Try --objective kl"
         )
     return None
 

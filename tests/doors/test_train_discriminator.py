@@ -116,7 +116,7 @@ def test_train_start_goes_on_from_a_bundle(tmp_path: Path) -> None:
 def test_train_power_function_and_the_verdict_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dgfast.training import against_generated
 
-    monkeypatch.setattr(against_generated, "verdict", lambda judged: "nothing to see")
+    monkeypatch.setattr(against_generated, "verdict", lambda judged, divergence: "nothing to see")
     bundle = bundle_of(tmp_path / "bundle", channels=1, classes=_CLASSES)
     real, fakes = pictures(tmp_path / "real"), pictures(tmp_path / "fakes", count=30)
     result = _train("discriminator", bundle, real, "--generated", str(fakes), *_SHORT, "--ema-rel", "0.1")

@@ -85,18 +85,29 @@ def test_judged_by_sigma_sees_the_gain_where_there_is_one(trial: ExactTrial) -> 
     assert judged["20"]["denoising"] == pytest.approx(1, abs=0.01) and judged["20"]["loss"] > 0.6
 
 
+def judged(accuracy: float, loss: float, denoising: float = 0.99) -> dict[str, float]:
+    return {"accuracy": accuracy, "loss": loss, "denoising": denoising}
+
+
 @pytest.mark.parametrize(
-    ("judged", "words"),
+    ("by_sigma", "words"),
     [
-        ({"0.2": {"accuracy": 0.5, "loss": 0.6935}, "1": {"accuracy": 0.51, "loss": 0.693}}, "cannot be told apart"),
-        ({"0.2": {"accuracy": 1.0, "loss": 0.01}, "1": {"accuracy": 0.9, "loss": 0.2}}, "trivially (over 99"),
-        ({"0.002": {"accuracy": 1.0, "loss": 0.01}, "1": {"accuracy": 0.7, "loss": 0.6}}, None),
-        ({"0.2": {"accuracy": 0.7, "loss": 0.6}, "1": {"accuracy": 0.5, "loss": 0.694}}, None),
+        ({"0.2": judged(0.5, 0.6935), "1": judged(0.51, 0.693)}, "cannot be told apart"),
+        ({"0.2": judged(1.0, 0.01), "1": judged(0.9, 0.2)}, "trivially (over 99% at sigma 0.2)"),
+        ({"0.2": judged(0.7, 0.6, 1.002), "1": judged(0.6, 0.65, 1.0)}, "error is 1.0010 of the unguided"),
+        ({"0.002": judged(1.0, 0.01), "1": judged(0.7, 0.6)}, None),
+        ({"0.2": judged(0.7, 0.6), "1": judged(0.5, 0.694)}, None),
     ],
-    ids=["blind", "sharp", "grain", "useful"],
-)  # fmt: skip
+    ids=["blind", "sharp", "harmful", "grain", "useful"],
+)
 def test_verdict_is_given_where_a_discriminator_is_of_no_use(
-    judged: dict[str, dict[str, float]], words: str | None
+    by_sigma: dict[str, dict[str, float]], words: str | None
 ) -> None:
-    found = verdict(judged)
+    found = verdict(by_sigma)
     assert found is None if words is None else words in (found or "")
+
+
+def test_verdict_on_a_corrector_does_not_ask_what_it_tells_apart() -> None:
+    by_sigma = {"0.2": judged(0.5, 0.9, 0.99), "1": judged(0.5, 0.7, 0.998)}
+    assert verdict(by_sigma, divergence=True) is None
+    assert "does not bring the denoiser closer" in (verdict({"1": judged(0.5, 0.7, 1.0)}, divergence=True) or "")
