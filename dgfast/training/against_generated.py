@@ -80,7 +80,9 @@ def train_discriminator(job: Job, setting: Setting) -> None:
         net, {"held_out_by_sigma": judged},
         about=lambda bundle: replace(bundle, guidance=replace(bundle.guidance, dg_weight=setting.dg_weight)),
     )  # fmt: skip
-    sentence = verdict(judged, setting.divergence)
+    low, high = setting.sigmas
+    trained = {level: each for level, each in judged.items() if low <= float(level) <= high}
+    sentence = verdict(trained or judged, setting.divergence)
     if sentence:
         click.echo(f"Note: {sentence}", err=True)
 
