@@ -6,16 +6,25 @@ from dataclasses import dataclass
 from dgfast.errors import UserError
 from dgfast.guidance import (
     GUIDANCES,
+    AdaptiveProjectedGuidance,
     Autoguidance,
+    CFGPlusPlus,
+    CFGZeroStar,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     DiscriminatorGuidance,
+    DynamicThreshold,
+    FrequencyDecoupledGuidance,
     Guidance,
     LowDensityGuidance,
     PerturbedAttentionGuidance,
+    PixelNorm,
     PredictedCleanGuidance,
+    Renorm,
+    Rescale,
     SkipLayerGuidance,
     SmoothedEnergyGuidance,
+    TangentialGuidance,
 )
 from dgfast.guidance.declaration import all_options
 from dgfast.solvers import DIFFUSIONS, LAST_STEPS, SOLVERS
@@ -140,6 +149,15 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class GuidanceConfig(
+    DynamicThreshold.Options,
+    Rescale.Options,
+    Renorm.Options,
+    PixelNorm.Options,
+    CFGZeroStar.Options,
+    TangentialGuidance.Options,
+    FrequencyDecoupledGuidance.Options,
+    CFGPlusPlus.Options,
+    AdaptiveProjectedGuidance.Options,
     SmoothedEnergyGuidance.Options,
     SkipLayerGuidance.Options,
     PerturbedAttentionGuidance.Options,
