@@ -20,6 +20,7 @@ from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.guidance.frequency_decoupled import FrequencyDecoupledGuidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
 from dgfast.guidance.low_density import LowDensityGuidance
+from dgfast.guidance.magnitude_aware import MagnitudeAwareGuidance
 from dgfast.guidance.perturbed_attention import PerturbedAttentionGuidance
 from dgfast.guidance.pixel_norm import PixelNorm
 from dgfast.guidance.predicted_clean import PredictedCleanGuidance
@@ -55,6 +56,7 @@ __all__ = [
     "Guidance",
     "GuidedDenoiser",
     "LowDensityGuidance",
+    "MagnitudeAwareGuidance",
     "PerturbedAttentionGuidance",
     "PixelNorm",
     "PredictedCleanGuidance",

@@ -15,8 +15,10 @@ from dgfast.guidance import (
     AdaptiveProjectedGuidance,
     CFGPlusPlus,
     CFGZeroStar,
+    ClassifierFreeGuidance,
     FrequencyDecoupledGuidance,
     Guidance,
+    MagnitudeAwareGuidance,
     TangentialGuidance,
     guided_denoiser,
 )
@@ -70,11 +72,12 @@ def mixes(net: Any, scale: float = 3.0) -> list[Guidance]:
         AdaptiveProjectedGuidance(net, scale, space="flow", over="pixel"),
         TangentialGuidance(net, scale),
         CFGZeroStar(net, scale),
+        MagnitudeAwareGuidance(net, scale, alpha=1.0),
         FrequencyDecoupledGuidance(net, scale, scale_low=1.0, parallel=0.5),
     ]
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(6))
 def test_mix_acts_on_each_sample_alone_and_not_at_scale_one(index: int) -> None:
     plain, reference, x, sigma = images()
     whole = guided(mixes(network(plain, reference))[index], plain, x, sigma)
@@ -154,6 +157,19 @@ def test_frequency_bands_add_up_and_with_one_scale_are_plain_guidance() -> None:
     torch.testing.assert_close(decoupled(chequered, plain, [1.0, 0.0]), chequered - plain)
     with pytest.raises(UserError, match=r"2 bands needs images whose sides divide by 2, .* these have 9"):
         pyramid(plain[..., :9, :9], 2)
+
+
+def test_magnitude_aware_scale_shrinks_with_the_correction() -> None:
+    plain, reference, x, sigma = images()
+    corrections = []
+    for share in (0.1, 1.0):
+        net = network(plain, plain + share * (reference - plain))
+        guidance = MagnitudeAwareGuidance(net, 5.0, space="x0")
+        corrections.append((guided(guidance, plain, x, sigma) - plain).flatten(1).norm(dim=1) / share)
+    assert (corrections[1] < 0.5 * corrections[0]).all()
+    plain_guidance = ClassifierFreeGuidance(network(plain, reference), 5.0)
+    undamped = MagnitudeAwareGuidance(network(plain, reference), 5.0, alpha=0.0)
+    torch.testing.assert_close(guided(undamped, plain, x, sigma), guided(plain_guidance, plain, x, sigma))
 
 
 def test_step_is_found_by_its_noise_level() -> None:
@@ -283,6 +299,7 @@ def test_memory_is_an_argument_and_a_result() -> None:
         ({"apg_eta": 0.5}, "apg_eta needs apg_scale, which turns adaptive projected guidance on"),
         ({"apg_scale": 2.0, "apg_momentum": -1.0}, "apg_momentum -1.0 must lie between -1 and 1"),
         ({"apg_scale": 2.0, "apg_threshold": -1.0}, "apg_threshold -1.0 must be at least 0"),
+        ({"mambo_scale": 2.0, "mambo_alpha": -1.0}, "mambo_alpha -1.0 must be at least 0"),
         ({"fdg_parallel": 0.5}, "fdg_parallel needs fdg_scale_high"),
         ({"zero_init_steps": 1}, "zero_init_steps needs zero_star_scale"),
         (
@@ -320,7 +337,8 @@ def test_two_memories_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"apg_scale": 2.0}, {"cfgpp_scale": 0.5}, {"tcfg_scale": 2.0}, {"fdg_scale_low": 2.0},  {"zero_star_scale": 2.0}]
+    "options", [{"apg_scale": 2.0}, {"cfgpp_scale": 0.5}, {"tcfg_scale": 2.0}, {"fdg_scale_low": 2.0},
+                {"mambo_scale": 2.0}, {"zero_star_scale": 2.0}]
 )  # fmt: skip
 def test_mix_needs_a_network_that_knows_both_predictions(options: dict[str, float]) -> None:
     net: Any = Conditional(mixture)

@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tcfg": {"tcfg_scale": 4.0, "renorm": 1.0},
     "fdg": {"fdg_scale_high": 4.0, "fdg_scale_low": 2.0, "fdg_parallel": 0.5, "dynamic_threshold": 0.9},
     "cfg-zero*": {"zero_star_scale": 4.0, "zero_init_steps": 1},
+    "mambo-g": {"mambo_scale": 4.0, "mambo_alpha": 2.0},
 }
 
 
@@ -87,7 +88,7 @@ def test_mixes_in_a_runtime_equal_eager(runtime: str) -> None:
         return tuple(results)
 
     weights = [value for function in alone.values() for value in function.weights.values()]
-    assert len(weights) == 10
+    assert len(weights) == 11
     example, inputs = (arguments(seed, [share * value for value in weights]) for seed, share in ((0, 1.0), (1, 0.9)))
     with torch.no_grad():
         wanted, plain = together(*inputs), net(*inputs[:3])
