@@ -69,7 +69,10 @@ class UnconditionalGuidance(Guidance):
         if not networks.denoiser.label_dim:
             raise UserError(f"{cls.name} needs a conditional score network")
         if getattr(networks.denoiser, "null_class", 0) is None:
-            raise UserError(f"{cls.name} needs a score network that was trained without labels too")
+            raise UserError(
+                f"{cls.name} needs a score network that was trained without labels too; an unconditional network "
+                "as reference guides by --autoguidance"
+            )
         return networks.denoiser
 
     def active(self, sigma_low: float, sigma_high: float) -> bool:
