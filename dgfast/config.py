@@ -6,16 +6,26 @@ from dataclasses import dataclass
 from dgfast.errors import UserError
 from dgfast.guidance import (
     GUIDANCES,
+    AdaptiveProjectedGuidance,
     Autoguidance,
+    CFGPlusPlus,
+    CFGZeroStar,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     DiscriminatorGuidance,
+    DynamicThreshold,
+    FrequencyDecoupledGuidance,
     Guidance,
     LowDensityGuidance,
+    MagnitudeAwareGuidance,
     PerturbedAttentionGuidance,
+    PixelNorm,
     PredictedCleanGuidance,
+    Renorm,
+    Rescale,
     SkipLayerGuidance,
     SmoothedEnergyGuidance,
+    TangentialGuidance,
 )
 from dgfast.guidance.declaration import all_options
 from dgfast.solvers import DIFFUSIONS, LAST_STEPS, SOLVERS
@@ -145,6 +155,16 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class GuidanceConfig(
+    DynamicThreshold.Options,
+    Rescale.Options,
+    Renorm.Options,
+    PixelNorm.Options,
+    CFGZeroStar.Options,
+    TangentialGuidance.Options,
+    MagnitudeAwareGuidance.Options,
+    FrequencyDecoupledGuidance.Options,
+    CFGPlusPlus.Options,
+    AdaptiveProjectedGuidance.Options,
     SmoothedEnergyGuidance.Options,
     SkipLayerGuidance.Options,
     PerturbedAttentionGuidance.Options,

@@ -69,6 +69,12 @@ def guided_by(engine: Engine, replaced: PureFunction) -> Function:
     for missing in (one for one in all_options() if one.input in own.keys() - engine.inputs.keys()):
         option = missing.name.replace("_", "-")
         raise UserError(f"{engine.path} has no {missing.input}: export it with --{option}, or sample without")
+    for guidance in (one for one in replaced.guidances if one.levels):
+        if guidance.second or [*guidance.levels] != json.loads(engine.metadata["sigmas"]):
+            raise UserError(
+                f"{engine.path} goes by other steps than these, on which {guidance.name} depends: export it anew with "
+                "this solver, and sample with the bundle's own --steps and grid"
+            )
     off = {name: value for name, value in off_values().items() if name in engine.inputs}
     values = {name: torch.tensor([float(own.get(name, value))]) for name, value in off.items()}
     judged = any(isinstance(guidance, DiscriminatorGuidance) for guidance in replaced.guidances)
@@ -103,6 +109,8 @@ def require_fit(engine: Engine, bundle: Bundle, sampling: SamplingConfig, guidan
     _require(engine, bundle, SOLVERS[sampling.solver].function)
     if guidance.dg_every > 1:
         raise UserError("--dg-every needs the gradient itself, which no exported file returns")
+    if guidance.apg_momentum:
+        raise UserError("--apg-momentum goes from call to call, which no exported file remembers")
     try:
         made_with = json.loads(engine.metadata["guidance"]) | {
             "clip_denoised": json.loads(engine.metadata["sampling"])["clip_denoised"]

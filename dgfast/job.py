@@ -26,10 +26,11 @@ from dgfast.guidance import (
     guided_posterior,
     guided_velocity,
 )
+from dgfast.guidance.memory import MEMORY, remembering
 from dgfast.guidance.weights import weights, with_weights
-from dgfast.networks import Networks, image_shape
+from dgfast.networks import Networks, ScoreNet, image_shape
 from dgfast.noise_levels import Coordinates, coordinates, sigma_bounds
-from dgfast.plan import all_guidances, boosted, class_count, flow_plan, noise_grid, plan
+from dgfast.plan import all_guidances, boosted, class_count, flow_plan, noise_grid, plan, require_exportable
 from dgfast.solvers import LAST, SOLVERS, Call, FlowSolver, Solver
 
 _INPUTS = {
@@ -150,8 +151,7 @@ class Job:
         others = [g for g in guidances if g is not discriminator]
         clip = self.sampling.clip_denoised
         make = partial(gradient_keeping_denoiser, discriminator=discriminator, clip=clip)
-        function = self._with_conditions(make, others)
-        return PureFunction(name, function, self._inputs(name), (*_OUTPUTS[name], "gradient"), guidances)
+        return self._made(name, make, others, ("gradient",), guidances)
 
     def guided(self, name: str, guidances: Sequence[Guidance]) -> PureFunction:
         """The "denoiser", the "posterior" or the "velocity" under these guidances."""
@@ -162,18 +162,19 @@ class Job:
         else:
             make = guided_posterior if name == "posterior" else guided_denoiser
             make = partial(make, clip=self.sampling.clip_denoised)
-        function = self._with_conditions(make, guidances)
-        return PureFunction(name, function, self._inputs(name), _OUTPUTS[name], tuple(guidances))
+        return self._made(name, make, guidances, (), tuple(guidances))
 
-    def _inputs(self, name: str) -> tuple[str, ...]:
-        return *_INPUTS[name], *self.conditions
-
-    def _with_conditions(self, make: Callable[..., Function], guidances: Sequence[Guidance]) -> Function:
-        """`make(denoiser, guidances)`, with the conditions as further arguments in the end."""
-        net = self.networks.denoiser
-        if not self.conditions:
-            return make(net, guidances)
-        return partial(conditioned, make, net, tuple(guidances), tuple(self.conditions))
+    def _made(
+        self, name: str, make: Callable[..., Function], of: Sequence[Guidance], more: tuple[str, ...],
+        guidances: tuple[Guidance, ...],
+    ) -> PureFunction:  # fmt: skip
+        """What `make` gives of some of the guidances, with these outputs more; with a memory, where one remembers."""
+        inputs, outputs = (*_INPUTS[name], *self.conditions), (*_OUTPUTS[name], *more)
+        of_guidances = partial(_with_conditions, make, self.networks.denoiser, tuple(self.conditions))
+        if not any(guidance.remembers for guidance in of):
+            return PureFunction(name, of_guidances(of), inputs, outputs, guidances)
+        function = remembering(of_guidances, of)
+        return PureFunction(name, function, (*inputs, MEMORY[0]), (*outputs, MEMORY[1]), guidances)
 
     def exported(self, name: str | None = None) -> PureFunction:
         """A function under all guidances of the job at once, whose weights are inputs: one for the whole plan.
@@ -190,6 +191,7 @@ class Job:
         levels = [*(step.sigma for step in self.steps), 0.0]
         first, second = all_guidances(self.networks, self.guidance, self.own, levels, self.solver.function)
         first = boosted(first) if self.guidance.boosting else first
+        require_exportable(first, name, self.solver.points)
         if name == "step":
             function = self._step(first, second)
         else:  # the two differ by weights alone
@@ -197,7 +199,7 @@ class Job:
         return function if self.classes else function.without_labels()
 
     def _with_weights(self, name: str, guidances: Sequence[Guidance]) -> PureFunction:
-        own, state = weights(guidances), self._inputs(name)
+        own, state = weights(guidances), (*_INPUTS[name], *self.conditions)
 
         def function(*arguments: Tensor) -> tuple[Tensor, ...]:
             values = dict(zip(own, arguments[len(state) :], strict=True))
@@ -241,6 +243,13 @@ class Job:
             raise UserError("boosting goes from step to step: leave it off, or export --what denoiser")
         if self.guidance.dg_every > 1:
             raise UserError("--what step computes every gradient: leave dg_every at 1, or export --what denoiser")
+
+
+def _with_conditions(
+    make: Callable[..., Function], net: ScoreNet, names: tuple[str, ...], guidances: Sequence[Guidance]
+) -> Function:
+    """`make(net, guidances)`, with the conditions of these names as further arguments in the end."""
+    return partial(conditioned, make, net, tuple(guidances), names) if names else make(net, guidances)
 
 
 def _split(guidance: GuidanceLike) -> tuple[GuidanceConfig, tuple[Guidance, ...]]:

@@ -164,14 +164,25 @@ class Joint(_OfSamples):
         return replace(case, name=f"{case.name}, last step", inputs=to_zero)
 
     def amplified(self, name: str, levels: Sequence[float], seed: int) -> Case:
-        """A case whose weights make the guidance as large as the image, so that an error in it cannot hide."""
-        zero, usual = off_values(), self.case(name, levels, seed)
-        off = self.case(name, levels, seed, {key: zero[key] for key in self.weights})
-        plain, guided = (self(case.inputs)[self.outputs[0]] for case in (off, usual))
-        share = float((guided - plain).abs().max() / plain.abs().max())
-        factor = min(1 / share, 1e6) if share else 1.0
-        raised = {k: zero[k] + factor * (w - zero[k]) for k, w in self.weights.items() if k != "dg_boost"}
-        return self.case(name, levels, seed, raised)
+        """A case whose weights make the guidance as large as the image, so that an error in it cannot hide.
+
+        As large in the sample where it is largest: errors are a share of each sample's own image.
+        """
+        zero = off_values()
+
+        def raised(factor: float) -> Case:
+            weights = {k: zero[k] + factor * (w - zero[k]) for k, w in self.weights.items() if k != "dg_boost"}
+            return self.case(name, levels, seed, weights)
+
+        plain = self(self.case(name, levels, seed, {key: zero[key] for key in self.weights}).inputs)[self.outputs[0]]
+
+        def share(case: Case) -> float:
+            added = (self(case.inputs)[self.outputs[0]] - plain).abs().flatten(1).amax(1)
+            return float((added / plain.abs().flatten(1).amax(1).clamp(min=1e-12)).max())
+
+        usual = share(raised(1.0))
+        factor = min(1 / usual, 1e6) if usual else 1.0
+        return raised(factor / max(share(raised(factor)), 1.0))  # not every correction is proportional to its weight
 
     def cases(self, batch: int) -> list[Case]:
         """Noise levels inside and outside of the window; the guidance as it is and amplified."""

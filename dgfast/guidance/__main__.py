@@ -1,5 +1,7 @@
 """python -m dgfast.guidance: the table of all guidances in docs/guidance.md, of what they declare."""
 
+import re
+
 from dgfast.guidance import GUIDANCES
 
 
@@ -8,7 +10,8 @@ def table() -> str:
     rows = ["| guidance | options | cost a call | use it |", "|---|---|---|---|"]
     for guidance in GUIDANCES:
         options = ", ".join(f"`--{one.name.replace('_', '-')}`" for one in guidance.options())
-        link = f"[{guidance.name}](#{guidance.name.replace(' ', '-')})"
+        anchor = re.sub(r"[^a-z0-9-]", "", guidance.name.lower().replace(" ", "-"))
+        link = f"[{guidance.name}](#{anchor})"
         rows.append(f"| {link} | {options} | {guidance.cost} | {guidance.use} |")
     return "\n".join(rows) + "\n"
 

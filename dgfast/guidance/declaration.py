@@ -124,6 +124,11 @@ class Guidance(ABC):
     mixes_velocities: ClassVar[bool] = False
     config: ClassVar[type | None] = None
 
+    levels: Sequence[float] = ()
+    """Of the plan, of a guidance that goes by its steps: another plan needs another exported file. See `along`."""
+    second: bool = False
+    """Of such a guidance: it is one of the solver's second point."""
+
     def __init_subclass__(cls) -> None:
         if "Options" in vars(cls):
             GUIDANCES.append(cls)
@@ -147,6 +152,13 @@ class Guidance(ABC):
     @classmethod  # noqa: B027 - most have nothing to refuse
     def check(cls, config: GuidanceConfig) -> None:
         """Raises UserError for options that contradict one another; each by itself is fine."""
+
+    @classmethod
+    def require_on(cls, config: GuidanceConfig, *names: str) -> None:
+        """Raises UserError for one of these options that is set while the guidance itself is off."""
+        idle = [one.name for one in cls.options() if one.name in names and getattr(config, one.name) != one.default]
+        if idle and not cls.on(config):
+            raise UserError(f"{idle[0]} needs {next(iter(cls.weights().values())).name}, which turns {cls.name} on")
 
     @classmethod
     def make(cls, networks: Networks, config: GuidanceConfig) -> Self:
@@ -192,12 +204,23 @@ class Guidance(ABC):
         changes = {key: getattr(config, one.name) for key, one in self.weights(second=True).items() if one.second}
         return replace(self, **changes) if changes else self  # type: ignore[type-var]
 
-    def along(self, levels: Sequence[float]) -> Self:
+    def along(self, levels: Sequence[float], second: bool = False) -> Self:
         """The same guidance for a plan of these noise levels, highest first and 0 last; most act alike on every plan.
 
-        At the solver's second point the levels begin with the second one, at which that point lies.
+        Args:
+            second: for the calls at the solver's second point, where a step from one level to the next one ends.
         """
         return self
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it keeps something from call to call: in a function of `memory.remembering`, its `memory`."""
+        return False
+
+    @property
+    def needs_plain_steps(self) -> str:
+        """The option by which it has a meaning only where each step follows the denoised images of its own."""
+        return ""
 
     @classmethod
     def needed(cls, network: T | None, role: str) -> T:
@@ -215,15 +238,13 @@ class Repair(Guidance):
     """What mends denoised images that guidances have mixed, such as colours that a large scale has burnt.
 
     Repairs come after all guidances that mix, in the order of their declaration, for they do not commute; before
-    `clip_denoised` and before the guidances by gradients.
+    `clip_denoised` and before the guidances by gradients. One of what mixing does to an image, and not of any image
+    like `DynamicThreshold`, returns `plain` as it is where nothing was mixed in.
     """
 
     @abstractmethod
     def repaired(self, x: Tensor, sigma: Tensor, mixed: Tensor, plain: Tensor) -> Tensor:
-        """The images [B, C, H, W] in the place of `mixed`; `plain` are those before any guidance. Pure.
-
-        Where `mixed` is `plain`, it returns them as they are.
-        """
+        """The images [B, C, H, W] in the place of `mixed`; `plain` are those before any guidance. Pure."""
 
     def correct(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
