@@ -12,6 +12,7 @@ from dgfast.guidance import (
     DiscriminatorGuidance,
     Guidance,
     LowDensityGuidance,
+    ObservationGuidance,
     PredictedCleanGuidance,
 )
 from dgfast.guidance.declaration import all_options
@@ -120,6 +121,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class GuidanceConfig(
+    ObservationGuidance.Options,
     PredictedCleanGuidance.Options,
     LowDensityGuidance.Options,
     Autoguidance.Options,

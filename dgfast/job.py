@@ -102,7 +102,8 @@ class Job:
         """
         net = networks.denoiser
         low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
-        grid = noise_grid(networks, sampling, low, high).to(device or device_of(net))
+        self._device = device or device_of(net)
+        grid = noise_grid(networks, sampling, low, high).to(self._device)
         self.guidance, self.own = _split(guidance)
         self.networks, self.sampling = networks, replace(sampling, num_steps=len(grid))
         self.coordinates = coordinates(sampling, low, high)
@@ -143,7 +144,7 @@ class Job:
         """
         name = name or self.solver.function
         levels = [*(step.sigma for step in self.steps), 0.0]
-        first, second = all_guidances(self.networks, self.guidance, self.own, levels)
+        first, second = all_guidances(self.networks, self.guidance, self.own, levels, self._device)
         first = boosted(first) if self.guidance.boosting else first
         if name == "step":
             function = self._step(first, second)

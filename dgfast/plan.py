@@ -78,7 +78,7 @@ def plan(
     net = networks.denoiser
     levels = net.round_sigma(sigmas).cpu()
     times = [*coordinates.sigma_inv(levels).tolist(), 0.0]
-    predictors, correctors = all_guidances(networks, guidance, own, [*levels.tolist(), 0.0])
+    predictors, correctors = all_guidances(networks, guidance, own, [*levels.tolist(), 0.0], sigmas.device)
     doubled = boosted(predictors)
     variances = _log_variances(networks, config, levels)
     steps = []
@@ -121,20 +121,24 @@ def _log_variances(networks: Networks, config: SamplingConfig, levels: Tensor) -
 
 
 def all_guidances(
-    networks: Networks, config: GuidanceConfig, own: Sequence[Guidance], levels: Sequence[float]
+    networks: Networks, config: GuidanceConfig, own: Sequence[Guidance], levels: Sequence[float], device: torch.device
 ) -> tuple[list[Guidance], list[Guidance]]:
     """The guidances at the solver's first and at its second point, on a plan of these noise levels, 0 last.
 
     Args:
         own: guidances besides those of the configuration.
+        device: where to sample.
 
     Raises:
-        UserError: a guidance whose network is missing or does not fit.
+        UserError: a guidance whose network is missing, or which does not fit the images.
     """
+    net = networks.denoiser
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    own = [guidance.fitted(shape, device) for guidance in own]
     first: list[Guidance] = []
     second: list[Guidance] = []
     for kind in guiding(config):
-        guidance = kind.make(networks, config)
+        guidance = kind.make(networks, config).fitted(shape, device)
         first += [guidance] if kind.on(config) else []
         second += [guidance.at_second_point(config)] if kind.on(config, second=True) else []
     first, second = [*first, *own], [*second, *(guidance.at_second_point(config) for guidance in own)]

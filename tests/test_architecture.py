@@ -37,7 +37,7 @@ ROOMS = {
     "solvers": ({"errors", "vp"}, {"torch"}),
     "denoiser": ({"noise_levels"}, {"torch"}),
     "nets": ({"denoiser", "errors", "ops"}, {"torch", "numpy"}),
-    "guidance": ({"errors", "vp"}, {"torch"}),
+    "guidance": ({"bounds", "errors", "vp"}, {"torch", "numpy"}),
     "graph": ({"IMPORTED_AT", "errors", "ops"}, {"torch"}),
     "runtimes": ({"bounds", "devices", "errors", "extras", "graph", "ops"}, {"torch", "numpy", "onnx", "onnxruntime"}),
     "job": (

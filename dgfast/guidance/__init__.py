@@ -16,7 +16,9 @@ from dgfast.guidance.classifier_free import ClassifierFreeGuidance
 from dgfast.guidance.declaration import GUIDANCES, Guidance, Repair, option
 from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
+from dgfast.guidance.loss import LossGuidance
 from dgfast.guidance.low_density import LowDensityGuidance
+from dgfast.guidance.observation import Mask, ObservationGuidance
 from dgfast.guidance.predicted_clean import PredictedCleanGuidance
 from dgfast.guidance.schedule import WeightSchedule
 
@@ -35,7 +37,10 @@ __all__ = [
     "DiscriminatorGuidance",
     "Guidance",
     "GuidedDenoiser",
+    "LossGuidance",
     "LowDensityGuidance",
+    "Mask",
+    "ObservationGuidance",
     "PredictedCleanGuidance",
     "Repair",
     "WeightSchedule",
