@@ -22,7 +22,7 @@ from dgfast.guidance import (
     guided_denoiser,
     guided_posterior,
 )
-from dgfast.guidance.weights import weights, with_weights
+from dgfast.guidance.weights import images, weights, with_weights
 from dgfast.networks import Networks
 from dgfast.noise_levels import coordinates, sigma_bounds
 from dgfast.plan import all_guidances, boosted, class_count, noise_grid, plan
@@ -46,8 +46,8 @@ class PureFunction:
     Attributes:
         name: "denoiser", "posterior", "step" or "generator".
         inputs, outputs: names of its arguments and results, in their order. An argument "class_labels" may be None.
-        guidances: those inside of it. weights: of them, those that are inputs, and the job's own values for them; the
-            others are constants.
+        guidances: those inside of it. weights, images: of them, those that are inputs, and the job's own values for
+            them; the others are constants.
     """
 
     name: str
@@ -56,6 +56,7 @@ class PureFunction:
     outputs: tuple[str, ...]
     guidances: tuple[Guidance, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
+    images: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -134,7 +135,7 @@ class Job:
         return PureFunction(name, function, _INPUTS[name], _OUTPUTS[name], tuple(guidances))
 
     def exported(self, name: str | None = None) -> PureFunction:
-        """A function under all guidances of the job at once, whose weights are inputs: one for the whole plan.
+        """A function under all guidances of the job at once, whose weights and images are inputs: one for the whole plan.
 
         Args:
             name: "denoiser", "posterior" or "step"; None: what the solver calls.
@@ -153,20 +154,22 @@ class Job:
         return function if self.classes else function.without_labels()
 
     def _with_weights(self, name: str, guidances: Sequence[Guidance]) -> PureFunction:
-        own, state = weights(guidances), _INPUTS[name]
+        own, pictures, state = weights(guidances), images(guidances), _INPUTS[name]
 
         def function(*arguments: Tensor) -> tuple[Tensor, ...]:
-            values = dict(zip(own, arguments[len(state) :], strict=True))
+            values = dict(zip((*own, *pictures), arguments[len(state) :], strict=True))
             return self.guided(name, with_weights(guidances, values))(*arguments[: len(state)])
 
-        return PureFunction(name, function, (*state, *own), _OUTPUTS[name], tuple(guidances), own)
+        inputs = (*state, *own, *pictures)
+        return PureFunction(name, function, inputs, _OUTPUTS[name], tuple(guidances), own, pictures)
 
     def _step(self, first: Sequence[Guidance], second: Sequence[Guidance]) -> PureFunction:
         """(x, sigma, sigma_next, class_labels, what the solver needs more, weights) -> x_next."""
         self._require_plain_steps()
         solver, two_points = self.solver, self.solver.points == 2
         own = weights(first) | (weights(second, second=True) if two_points else {})
-        names = ("x", "sigma", "sigma_next", "class_labels", *solver.inputs, *own)
+        pictures = images(first) | (images(second) if two_points else {})
+        names = ("x", "sigma", "sigma_next", "class_labels", *solver.inputs, *own, *pictures)
         remembers = LAST[0] in solver.inputs
 
         def function(*arguments: Tensor) -> tuple[Tensor, ...]:
@@ -186,7 +189,7 @@ class Job:
             return (x_next, denoised) if remembers else (x_next,)
 
         outputs = ("x_next", "denoised") if remembers else ("x_next",)  # denoised is the next step's LAST
-        return PureFunction("step", function, names, outputs, (*first, *second), own)
+        return PureFunction("step", function, names, outputs, (*first, *second), own, pictures)
 
     def _require_plain_steps(self) -> None:
         if self.sampling.schedule != "linear" or self.sampling.scaling != "none":

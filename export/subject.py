@@ -71,6 +71,7 @@ class Joint:
     Attributes:
         sigmas: the plan's noise levels, 0 last. image: shape of one. label_dim: number of classes, 0 for none.
         predicts_noise: the network does, see `agreement.least_sizes`.
+        images: what the guidances know of images [1 or B, C, H, W], which are inputs too.
     """
 
     what: str
@@ -82,6 +83,7 @@ class Joint:
     image: tuple[int, int, int]
     label_dim: int
     predicts_noise: bool = False
+    images: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, inputs: Tensors) -> dict[str, Tensor]:
         """The eager reference: state and noise levels in double precision, as a sampler has them."""
@@ -90,6 +92,7 @@ class Joint:
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         images = dict.fromkeys(("x", "x_next", "noise", "denoised_last", "denoised", "shift", "variance"), self.image)
+        images |= dict.fromkeys(self.images, self.image)
         numbers = dict.fromkeys(("sigma", "sigma_next", "sigma_last", "log_least", "log_most", "log_ratio"), ())
         return {**images, **numbers, "class_labels": (self.label_dim,)}
 
@@ -107,6 +110,7 @@ class Joint:
         values |= {key: values[key].log() for key in ("log_least", "log_most")}
         values["class_labels"] = F.one_hot(classes, max(self.label_dim, 1)).float()
         values |= {key: torch.tensor([value]) for key, value in (self.weights | dict(weights or {})).items()}
+        values |= {key: image[:1].expand(count, *self.image) for key, image in self.images.items()}
         return Case(name, {key: values[key] for key in self.inputs}, least_sizes(self.predicts_noise, values))
 
     def example(self, batch: int, seed: int) -> Tensors:

@@ -22,7 +22,7 @@ ROOMS = {
     "extras": ({"errors"}, set()),
     "ranges": (set(), set()),
     "files": (set(), set()),
-    "manifest": ({"errors", "files"}, set()),
+    "manifest": ({"config", "errors", "files", "guidance"}, set()),
     "job_folder": (
         {"config", "errors", "files", "image_folder", "manifest", "outputs", "ranges"},
         {"numpy", "filelock"},

@@ -26,6 +26,7 @@ from tests.support.golden_networks import (
     judge_gradient,
     judge_pickle,
 )
+from tests.support.golden_posterior import judge_posterior
 from tests.support.golden_samplers import judge_adm, judge_dg_sampler, judge_edm_sampler, judge_vpsde
 
 
@@ -37,6 +38,8 @@ def kind_of(meta: dict[str, Any]) -> str:
         return "adm"
     if source.startswith("alsdudrla10/DG_imagenet"):
         return "dit"
+    if "pigdm_tau2" in meta.get("config", {}):
+        return "posterior"
     if "vpsde" in source:
         return "vpsde"
     if meta.keys() >= {"cls", "config"}:
@@ -73,6 +76,7 @@ def test_golden_outputs_agree_with_the_official_code(
         "vpsde": lambda: judge_vpsde(golden),
         "adm": lambda: judge_adm(golden, monkeypatch),
         "dit": lambda: judge_dit(golden, monkeypatch),
+        "posterior": lambda: judge_posterior(golden),
         "pickle": lambda: judge_pickle(golden),
     }
     kind = kind_of(golden.meta)
