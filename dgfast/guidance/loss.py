@@ -1,4 +1,4 @@
-"""Guidance by a loss on the predicted clean image (UGD, arXiv 2302.07121; LGD, ICML 2023; FreeDoM, arXiv 2303.09833)."""
+"""Guidance by a loss on the predicted clean image (UGD, arXiv 2302.07121; FreeDoM, arXiv 2303.09833)."""
 
 from __future__ import annotations
 

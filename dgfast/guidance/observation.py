@@ -1,6 +1,7 @@
 """Guidance by a linear observation of the clean image, y = A x0 + e: inpainting, super-resolution, deblurring.
 
-SDA (arXiv 2306.10574), DPS (2209.14687), MMPS (2405.13712), PiGDM (ICLR 2023, openreview 9_gsMA8MRKQ), TMPD (2310.06721).
+SDA (arXiv 2306.10574), DPS (2209.14687), MMPS (2405.13712), TMPD (2310.06721), PiGDM (ICLR 2023, openreview
+9_gsMA8MRKQ).
 """
 
 from __future__ import annotations

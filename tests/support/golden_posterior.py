@@ -149,7 +149,10 @@ def _judge_twisted_step(golden: Golden, observed: Observed) -> None:
     x, eps = golden.tensor("x")[1], golden.tensor("tds/eps")
     sigma, low = golden.tensor("sigma")[1:3]
     levels = sigma.expand(len(x))
-    plain, exact = observed.prior(x, levels, None), guided_denoiser(observed.prior, [observed.exact()])(x, levels, None)[0]
+    plain, exact = (
+        observed.prior(x, levels, None),
+        guided_denoiser(observed.prior, [observed.exact()])(x, levels, None)[0],
+    )
     ratio = (low / sigma) ** 2
     variance = low**2 * (1 - ratio)
     at, to = (column(level.expand(len(x))) for level in (sigma, low))

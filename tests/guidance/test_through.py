@@ -1,0 +1,107 @@
+"""Guidance through the denoiser in every runtime: one graph, in which the network runs once, backward pass and all."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dgfast.denoiser import DDPMPrecond
+from dgfast.graph.agreement import relative_error
+from dgfast.graph.trace import trace
+from dgfast.guidance import Guidance, LossGuidance, Mask, ObservationGuidance, guided_denoiser
+from dgfast.runtimes.cpu import build as cpu
+from dgfast.runtimes.onnx import build as onnx
+from tests.support.guidance import column
+
+SHAPE = {"img_resolution": 8, "img_channels": 2, "label_dim": 3}
+SIZE = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8]}
+FILTER = {"encoder_type": "skip", "decoder_type": "skip", "resample_filter": [1, 3, 3, 1]}
+ADM = {
+    "image_size": 8, "in_channels": 2, "model_channels": 32, "out_channels": 4, "num_res_blocks": 1,
+    "attention_resolutions": [1], "channel_mult": [1, 2], "num_classes": 3, "num_heads": 2,
+    "use_scale_shift_norm": True,
+}  # fmt: skip
+DIT = {"input_size": 8, "in_channels": 2, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 3}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddpmpp": ("EDMPrecond", {"model_type": "SongUNet", **SHAPE, **SIZE}),
+    "skip": ("EDMPrecond", {"model_type": "SongUNet", **SHAPE, **SIZE, **FILTER}),
+    "dhariwal": ("EDMPrecond", {"model_type": "DhariwalUNet", **SHAPE, **SIZE}),
+    "adm": ("UNetModel", ADM),
+    "dit": ("DiT", DIT),
+}
+aten = torch.ops.aten
+
+
+@pytest.fixture
+def network(request: pytest.FixtureRequest, filled_net: Callable[..., Any]) -> Any:
+    kind, keywords = KINDS[request.param]
+    net = filled_net(kind, keywords, f"through/{request.param}/")
+    return DDPMPrecond(net, 8, 2, 3).eval().requires_grad_(False) if kind in ("UNetModel", "DiT") else net
+
+
+def inputs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sigma = torch.tensor([0.1, 1.0, 20.0], dtype=torch.float64).roll(seed)
+    x = (0.5 + column(sigma) ** 2).sqrt() * torch.randn(3, 2, 8, 8, dtype=torch.float64, generator=generator)
+    return x, sigma, F.one_hot((torch.arange(3) + seed) % 3, 3).float()
+
+
+def observed(**how: Any) -> ObservationGuidance:
+    where = (torch.arange(64).view(8, 8) % 3 > 0).double()
+    y = torch.linspace(-1, 1, 128, dtype=torch.float64).view(2, 8, 8)
+    return ObservationGuidance(Mask(where), y, 0.1, **how).fitted((2, 8, 8), torch.device("cpu"))
+
+
+def distance(x: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
+    return F.softplus(3 * x_0 - 1).mean((1, 2, 3))
+
+
+GUIDANCES: dict[str, list[Guidance]] = {
+    "sda": [observed()],
+    "mmps": [observed(method="mmps", iterations=2)],
+    "all": [
+        LossGuidance(distance, 2.0), LossGuidance(distance, 0.1, normalize="rms"), observed(method="pigdm"),
+        replace(observed(method="tmpd"), std=3.0), observed(method="dps"),
+        observed(through_network=False), LossGuidance(distance, 2.0, through_network=False),
+    ],
+}  # fmt: skip
+BACKWARDS = 6
+CASES = [("ddpmpp", name) for name in GUIDANCES] + [(kind, "sda") for kind in KINDS if kind != "ddpmpp"]
+
+
+def compared(network: Any, guidances: list[Guidance], build: Any) -> None:
+    function = guided_denoiser(network, guidances)
+    run, fresh = build(function, inputs(0)), inputs(1)
+    with torch.no_grad():
+        wanted, plain = function(*fresh)[0], network(*fresh)
+        found = run(*fresh)[0]
+    assert relative_error(found, wanted) < 2e-5
+    assert relative_error(plain.double(), wanted) > 1e-3
+
+
+@pytest.mark.parametrize(("network", "name"), CASES, indirect=["network"])
+def test_through_the_denoiser_onnx_runtime_agrees_with_eager(network: Any, name: str) -> None:
+    compared(network, GUIDANCES[name], onnx.build)
+
+
+@pytest.mark.parametrize(("network", "name"), [("ddpmpp", "sda"), ("dit", "mmps")], indirect=["network"])
+def test_through_the_denoiser_compiled_agrees_with_eager(network: Any, name: str) -> None:
+    compared(network, GUIDANCES[name], cpu.build)
+
+
+@pytest.mark.parametrize("network", ["ddpmpp"], indirect=True)
+def test_through_the_denoiser_the_network_runs_once_whatever_guides(network: Any) -> None:
+    def counted(guidances: list[Guidance]) -> tuple[int, int]:
+        graph = trace(guided_denoiser(network, guidances), inputs(0)).graph
+        targets = [node.target for node in graph.nodes]
+        return targets.count(aten.convolution.default), targets.count(aten.convolution_backward.default)
+
+    forwards, none = counted([])
+    assert forwards > 10 and none == 0
+    assert counted(GUIDANCES["sda"]) == (forwards, forwards)
+    assert sum(guidance.backwards for guidance in GUIDANCES["all"]) == BACKWARDS
+    assert counted(GUIDANCES["all"]) == (forwards, BACKWARDS * forwards)
