@@ -135,7 +135,7 @@ class Job:
         return PureFunction(name, function, _INPUTS[name], _OUTPUTS[name], tuple(guidances))
 
     def exported(self, name: str | None = None) -> PureFunction:
-        """A function under all guidances of the job at once, whose weights and images are inputs: one for the whole plan.
+        """A function under all guidances of the job at once, whose weights and images are inputs: for the whole plan.
 
         Args:
             name: "denoiser", "posterior" or "step"; None: what the solver calls.

@@ -79,7 +79,7 @@ def test_loss_takes_the_published_protocol_as_it_is() -> None:
     [
         (
             lambda x, t, x_0: toward(x, t, x_0).mean(),
-            r"one number a sample, \[6\], or a term of the score.*; it is \[\]",
+            r"one number a sample, \[6\], or a term.*; it is \[\]",
         ),
         (lambda x, t, x_0: toward(x, t, x_0)[:, None], r"it is \[6, 1\]"),
         (lambda x, t, x_0: 1.0, "it is float"),
