@@ -16,9 +16,11 @@ import click
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dgfast import nets
 from dgfast import noise_levels as nl
+from dgfast.denoiser import FlowPrecond
 from dgfast.graph.agreement import relative_error
 from dgfast.guidance import DiscriminatorGuidance
 from dgfast.nets.discriminator import Discriminator, NoisyClassifier
@@ -60,6 +62,8 @@ class Golden:
             encoder = self.net("create_classifier")
             classifier, x = NoisyClassifier(encoder), self.tensors["x"]
             return lambda x, t: (classifier(x, t),), [(x, t.expand(len(x))) for t in self.tensors["t"]], [encoder]
+        if str(meta.get("source")).startswith("willisma/SiT"):
+            return self._velocity() if "out" in has else None
         if "pos_embed_init_sub" in has:
             return self._of_timesteps(self.net("DiT"))
         if "model_out" in has:
@@ -76,6 +80,13 @@ class Golden:
         x, y = self.tensors["x"], self.tensors["y"]
         times = [t if t.dim() else t.expand(len(x)) for t in self.tensors["t"]]
         return lambda x, t, y: (net(x, t, y),), [(x, t, y) for t in times], [net]
+
+    def _velocity(self) -> Calls:
+        raw, x = self.net("DiT"), self.tensors["x"]
+        net = FlowPrecond(raw, raw.input_size, raw.in_channels, raw.num_classes).eval()
+        labels = F.one_hot(self.tensors["y"], net.label_dim).float()
+        levels = [*net.path.sigma(self.tensors["t"].double()), torch.full((len(x),), torch.inf, dtype=torch.float64)]
+        return lambda x, sigma, y: (net.velocity(x, sigma, y),), [(x, sigma, labels) for sigma in levels], [net]
 
     def _gradient(self) -> Calls:
         meta, x = self.meta, self.tensors["x_base"]

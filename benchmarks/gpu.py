@@ -7,6 +7,7 @@ finds is in DIR at once; DIR/table.md and DIR/results.json have all of it, also 
 
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -69,6 +70,8 @@ def main(
         return
     if out is None:
         raise click.UsageError("give --out, a folder for the results")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise click.BadParameter(f"{device!r} is not cpu, cuda or cuda:1, ...", param_hint="--device")
     if device.startswith("cuda") and not _cuda_works():
         click.echo("Error: no CUDA device here; to try the script itself, use --device cpu --small", err=True)
         sys.exit(2)

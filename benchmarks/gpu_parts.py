@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import by_noise_level, engines, golden, operations
+from benchmarks.cuda_noise import cuda_noise
 from benchmarks.lab import Case, Lab
 from benchmarks.machine import facts
 from benchmarks.measure import PRECISIONS, Call, matmul_ceiling, precision, relative_error, synchronised
@@ -223,6 +224,7 @@ PARTS = {
         Part("environment", environment, 0, 6),
         Part("kernels right", kernels_right, 120, 0),
         Part("command line", command_line, 260, 30),
+        Part("noise of CUDA", cuda_noise, 0, 4, new=True),
         Part("golden networks", partial(golden_networks, runtime="eager"), 60, 0, new=True),
         Part("sampler, 512, bf16", partial(sampler, batch=512, name="bf16", profiled=True), 500, 22),
         Part("sampler, 1, bf16", partial(sampler, batch=1, name="bf16", profiled=True), 500, 6),

@@ -12,6 +12,7 @@ from benchmarks.workloads import Workload, flops
 from dgfast import GuidanceConfig, Networks, Sampler
 from dgfast.graph import Function
 from dgfast.job import Job
+from dgfast.networks import image_shape
 from dgfast.plan import Step
 from dgfast.randomness import SeedStreams
 from dgfast.runtimes import RUNTIMES, Runtime
@@ -34,7 +35,7 @@ def noise_at(levels: Sequence[float], networks: Networks, seeds: Sequence[int], 
     """Noise and, for a conditional network, a class of every seed, at one level a seed."""
     net, streams = networks.denoiser, SeedStreams(seeds)
     sigma = torch.tensor(levels, dtype=torch.float64, device=device)
-    noise = streams.normal((net.img_channels, net.img_resolution, net.img_resolution), sigma.dtype, device)
+    noise = streams.normal(image_shape(net), sigma.dtype, device)
     labels = streams.labels(net.label_dim).to(device) if net.label_dim else None
     one_hot = None if labels is None else F.one_hot(labels, net.label_dim).float()
     return sigma.view(-1, 1, 1, 1) * noise, sigma, one_hot

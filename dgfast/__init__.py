@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from dgfast.config import GuidanceConfig, SamplingConfig
     from dgfast.devices import precision
     from dgfast.errors import UserError
+    from dgfast.export.functions import export_onnx, export_package, export_tensorrt
+    from dgfast.functions.compiled import compile
     from dgfast.networks import Networks, load
     from dgfast.one_step import OneStep
     from dgfast.outputs import to_uint8
@@ -26,6 +28,10 @@ __all__ = [
     "Sampler",
     "SamplingConfig",
     "UserError",
+    "compile",
+    "export_onnx",
+    "export_package",
+    "export_tensorrt",
     "load",
     "precision",
     "to_uint8",
@@ -38,6 +44,10 @@ _HOMES = {
     "Sampler": "sampler",
     "SamplingConfig": "config",
     "UserError": "errors",
+    "compile": "functions.compiled",
+    "export_onnx": "export.functions",
+    "export_package": "export.functions",
+    "export_tensorrt": "export.functions",
     "load": "networks",
     "precision": "devices",
     "to_uint8": "outputs",

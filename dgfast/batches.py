@@ -79,7 +79,8 @@ def _parts(
     done = 0
     while done < len(chunk.seeds):
         labels = None if chunk.labels is None else chunk.labels[done : done + batch]
-        part = Chunk(chunk.index, chunk.seeds[done : done + batch], labels)
+        conditions = {name: rows[done : done + batch] for name, rows in chunk.conditions.items()}
+        part = Chunk(chunk.index, chunk.seeds[done : done + batch], labels, conditions)
         size = batch if static else len(part.seeds)
         try:
             parts.append(_sampled(sampler, part, size, fetcher, on_step))
@@ -111,7 +112,10 @@ def _sampled(sampler: Sampler | OneStep, part: Chunk, size: int, fetcher: Fetche
         classes = sampler.draw_labels(seeds)
     else:
         classes = torch.tensor([*part.labels, *[part.labels[-1]] * (size - count)])
-    drawn: Tensor = sampler(seeds, classes, on_step)[:count]
+    last = {name: rows[-1:].expand(size - count, *rows.shape[1:]) for name, rows in part.conditions.items()}
+    conditions = {name: torch.cat([rows, last[name]]) for name, rows in part.conditions.items()}
+    more = {"conditions": conditions} if conditions else {}  # a one-step generator takes none
+    drawn: Tensor = sampler(seeds, classes, on_step, **more)[:count]
     return fetcher(drawn), None if classes is None else classes.cpu().numpy()[:count]
 
 

@@ -13,10 +13,13 @@ from dgfast.guidance import (
     Guidance,
     LowDensityGuidance,
     ObservationGuidance,
+    PerturbedAttentionGuidance,
     PredictedCleanGuidance,
+    SkipLayerGuidance,
+    SmoothedEnergyGuidance,
 )
 from dgfast.guidance.declaration import all_options
-from dgfast.solvers import SOLVERS
+from dgfast.solvers import DIFFUSIONS, LAST_STEPS, SOLVERS
 
 DISCRETIZATIONS = ("edm", "vp", "ve", "iddpm")
 SCHEDULES = ("linear", "vp", "ve")
@@ -24,6 +27,8 @@ SCALINGS = ("none", "vp")
 VARIANCES = ("small", "large")
 MOST_LEVELS = 10_000
 """Noise levels of a grid or of a network, far more than any was trained with: a file may ask for a thousand million."""
+NOISES = ("cpu", "cuda")
+"""Whose random numbers the seeds stand for: those of torch's generator on the CPU, or on CUDA."""
 KEPT = ("npz", "png", "latents")
 """Formats in which a job keeps its images, see `outputs.FORMATS`."""
 PRODUCTS = ("adm", "grid")
@@ -39,7 +44,9 @@ class SamplingConfig:
     Attributes:
         num_steps: noise levels above 0. Heun spends 2 num_steps - 1 score evaluations.
         solver: "heun" (order 2), "euler" (order 1), "dpmpp-2m" (DPM-Solver++(2M), arXiv 2211.01095, order 2), "ddpm"
-            (ancestral, arXiv 2006.11239) or "ddim" (arXiv 2010.02502).
+            (ancestral, arXiv 2006.11239) or "ddim" (arXiv 2010.02502); for networks of flow matching also "flow-euler",
+            "flow-heun", "flow-sde" and "flow-sde-heun" (arXiv 2401.08740), which take num_steps even steps in the time
+            of the path and none of the settings of a grid of noise levels.
         respacing: the grid, for networks of discrete time: which of their own noise levels, in guided-diffusion's
             notation ("250", "ddim25", "10,10,5", "" for all). num_steps and discretization then say nothing.
         clip_denoised: keep the denoised images, before any gradient guidance, in [-1, 1].
@@ -53,6 +60,10 @@ class SamplingConfig:
         alpha: Heun's second point, as a share of the step (1: trapezoidal, 1/2: midpoint).
         S_churn: noise added anew over the whole run; S_min, S_max: the noise levels between which; S_noise: its
             standard deviation, 1 for what the theory says.
+        diffusion: how large the noise of flow-sde is at time t, see `flow_sde.diffusion`; diffusion_norm: a factor in
+            it. last_step: what the last step is, without noise: "mean" (the SDE's), "euler" (the ODE's), "tweedie"
+            (the denoised image) or "none" (no such step); last_size: its size in t.
+        reverse: go from images to noise, see `Sampler.integrate`.
         epsilon_s: last time of the "vp" discretisation and schedule. C_1, C_2, M: iDDPM's grid.
     """
 
@@ -77,6 +88,11 @@ class SamplingConfig:
     clip_denoised: bool = False
     eta: float = 0.0
     fixed_variance: str = "small"
+    diffusion: str = "sigma"
+    diffusion_norm: float = 1.0
+    last_step: str = "mean"
+    last_size: float = 0.04
+    reverse: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -85,13 +101,15 @@ class SamplingConfig:
             ("schedule", SCHEDULES),
             ("scaling", SCALINGS),
             ("fixed_variance", VARIANCES),
+            ("diffusion", DIFFUSIONS),
+            ("last_step", LAST_STEPS),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         counted = isinstance(self.num_steps, int) and isinstance(self.M, int)
         if not counted or self.M < 1 or max(self.num_steps, self.M) > MOST_LEVELS:
             raise UserError(
-                f"num_steps {self.num_steps} and M {self.M} must be whole numbers, M at least 1, "
+                f"num_steps (--steps) {self.num_steps} and M {self.M} must be whole numbers, M at least 1, "
                 f"and at most {MOST_LEVELS:,}"
             )
         ends = [0 if end is None else end for end in (self.sigma_min, self.sigma_max)]
@@ -105,12 +123,14 @@ class SamplingConfig:
             raise UserError("rho must be above 0, alpha in (0, 1], S_churn and S_noise at least 0")
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta {self.eta} must lie between 0 and 1")
+        if not 0 <= self.diffusion_norm < math.inf or not 0 < self.last_size < 1 or not isinstance(self.reverse, bool):
+            raise UserError("diffusion_norm must be at least 0, last_size between 0 and 1, reverse true or false")
         SOLVERS[self.solver].check(self)
 
     @property
     def score_evaluations(self) -> int:
         """Score-network forwards of one image, without guidance."""
-        return SOLVERS[self.solver].points * (self.num_steps - 1) + 1
+        return SOLVERS[self.solver].evaluations(self.num_steps)
 
     def gamma(self, sigma: float) -> float:
         """Relative rise of the noise level before the step at `sigma` (EDM, algorithm 2)."""
@@ -121,6 +141,9 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class GuidanceConfig(
+    SmoothedEnergyGuidance.Options,
+    SkipLayerGuidance.Options,
+    PerturbedAttentionGuidance.Options,
     ObservationGuidance.Options,
     PredictedCleanGuidance.Options,
     LowDensityGuidance.Options,

@@ -2,8 +2,9 @@
 
 FILE is a network snapshot of NVIDIA's EDM (.pkl), which says itself what it is, or a state dict, bare or in a training
 checkpoint (.pt, .pth, .ckpt, .bin, .safetensors), whose --role must be given. OpenAI's score networks and classifiers,
-DG's discriminators and DiT are known by their shapes; any other needs --kind and the constructor's keywords. What no
-file says is printed, and how to change it. Convert each file with the same --out to join them in one bundle.
+DG's discriminators, DiT and SiT are known by their shapes; any other needs --kind and the constructor's keywords. FILE
+may be a folder of diffusers: a DDPM or DiT pipeline, or the network in it. What no file says is printed, and how to
+change it. Convert each file with the same --out to join them in one bundle.
 """
 
 import json
@@ -23,7 +24,9 @@ _PYTHON = {"True": True, "False": False, "None": None}  # as guided-diffusion's 
 @click.argument("file", type=click.Path(path_type=Path))
 @option("--role", group=Group.INPUT, type=click.Choice(DENOISERS + ENCODERS), help="Default for a snapshot: score.")
 @option("--key", group=Group.INPUT, help="Part of FILE to take: ema, state_dict.net, ...; default: ema, if it has one.")
-@option("--kind", group=Group.INPUT, help="EDMPrecond, iDDPMPrecond, DDPMPrecond, DiT, EncoderUNetModel, ...")
+@option(
+    "--kind", group=Group.INPUT, help="EDMPrecond, iDDPMPrecond, DDPMPrecond, FlowPrecond, DiT, EncoderUNetModel, ..."
+)
 @option(
     "--config",
     group=Group.INPUT,
@@ -75,11 +78,19 @@ def main(
     if vae and role != "score":
         raise UserError(f"--vae is for a score network of latents; a {role} network makes none")
 
-    from dgfast.checkpoints import joining, network  # torch takes longer to import than --help may take
+    from dgfast.checkpoints import (
+        diffusers_folder,
+        joining,
+        network,
+    )  # torch takes longer to import than --help may take
     from dgfast.checkpoints.account import account
 
     joining.room(out, role, name)  # asked before a large file is read
-    converted = network.read(file, role, kind, told, key)
+    if diffusers_folder.is_one(file):
+        converted = diffusers_folder.read(file, role, told)
+        vae = vae or (diffusers_folder.vae_of(file) if role == "score" else None)
+    else:
+        converted = network.read(file, role, kind, told, key)
     origin = provenance or f"converted from {one_line(file.name)}"
     assumed = joining.join(
         converted, out, role, name=name, fallback_name=one_line(file.stem) or "bundle", provenance=origin,
@@ -92,8 +103,13 @@ def main(
 
 def _role(file: Path, role: str | None, kind: str | None, told: dict[str, Any], key: str | None) -> str:
     """The network's role in the bundle, once it is clear that the file and the options go together."""
+    from dgfast.checkpoints import diffusers_folder
     from dgfast.checkpoints.foreign import file_format
 
+    if diffusers_folder.is_one(file):
+        if kind or key:
+            raise UserError(f"{file} is a folder, which says itself what it is: leave out --kind and --key")
+        return role or "score"
     if file_format(file) == "snapshot":
         if kind or told or key:
             raise UserError(f"{file} says itself what it is: leave out --kind, --config, --set and --key")

@@ -16,7 +16,7 @@ _MANIFEST, _LINE, _HEADERS = 4096, 128, 1024  # bytes: of the manifest, of a chu
 def estimate(drawing: Drawing) -> str:
     """Images, network calls, time and disk of what is missing in the job's folder, a line each.
 
-    One call of each function of the plan is timed, in eager mode.
+    One call of each function of the plan is timed, in eager mode: another runtime would have to be made first.
     """
     folder, sampler = drawing.folder, drawing.make("eager")
     missing = folder.chunks.images(folder.missing)
@@ -30,11 +30,15 @@ def estimate(drawing: Drawing) -> str:
         (
             f"images  {drawing.images:,}{there}; {len(folder.missing):,} chunks of {folder.chunks.size} to draw",
             f"calls   {cost(sampler)} an image",
-            f"time    about {duration(seconds)} on {sampler.device}, eager" + _processes(drawing),
+            f"time    about {duration(seconds)} on {sampler.device}, {_timed(drawing)}" + _processes(drawing),
             f"disk    at most {_size(size)} in {folder.path}/, where {_size(free)} are free"
             + (", too few" if size > free else ""),
         )
     )
+
+
+def _timed(drawing: Drawing) -> str:
+    return "eager" if drawing.runtime == "eager" else f"as eager has it; {drawing.runtime} was not timed"
 
 
 def _processes(drawing: Drawing) -> str:

@@ -3,7 +3,7 @@
 Whoever executes, exports or measures a function asks for it here. No function is put together anywhere else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -11,9 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dgfast.conditions import conditioned, declared, require_same
 from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.denoiser import FlowPrecond
 from dgfast.devices import device_of
 from dgfast.errors import UserError
+from dgfast.flow import FlowCoordinates, Path, flow_coordinates
 from dgfast.graph import Function
 from dgfast.guidance import (
     DiscriminatorGuidance,
@@ -21,18 +24,24 @@ from dgfast.guidance import (
     gradient_keeping_denoiser,
     guided_denoiser,
     guided_posterior,
+    guided_velocity,
 )
 from dgfast.guidance.weights import images, weights, with_weights
-from dgfast.networks import Networks
-from dgfast.noise_levels import coordinates, sigma_bounds
-from dgfast.plan import all_guidances, boosted, class_count, noise_grid, plan
-from dgfast.solvers import LAST, SOLVERS, Call
+from dgfast.networks import Networks, image_shape
+from dgfast.noise_levels import Coordinates, coordinates, sigma_bounds
+from dgfast.plan import all_guidances, boosted, class_count, flow_plan, noise_grid, plan
+from dgfast.solvers import LAST, SOLVERS, Call, FlowSolver, Solver
 
 _INPUTS = {
     "denoiser": ("x", "sigma", "class_labels"),
     "posterior": ("x", "sigma", "class_labels", "log_least", "log_most"),
+    "velocity": ("x", "sigma", "class_labels"),
 }
-_OUTPUTS = {"denoiser": ("denoised", "log_ratio"), "posterior": ("denoised", "shift", "variance", "log_ratio")}
+_OUTPUTS = {
+    "denoiser": ("denoised", "log_ratio"),
+    "posterior": ("denoised", "shift", "variance", "log_ratio"),
+    "velocity": ("velocity", "log_ratio"),
+}
 
 
 GuidanceLike = GuidanceConfig | Sequence[Guidance | GuidanceConfig]
@@ -44,7 +53,7 @@ class PureFunction:
     """A pure function of tensors, and what it depends on.
 
     Attributes:
-        name: "denoiser", "posterior", "step" or "generator".
+        name: "denoiser", "posterior", "velocity", "step" or "generator".
         inputs, outputs: names of its arguments and results, in their order. An argument "class_labels" may be None.
         guidances: those inside of it. weights, images: of them, those that are inputs, and the job's own values for
             them; the others are constants.
@@ -84,6 +93,7 @@ class Job:
         guidance: its configuration. own: guidances besides.
         steps: the plan. solver, coordinates: what steps, and where.
         classes: number of classes among which a label chooses, 0 for none. shape: of one image, [C, H, W].
+        conditions: extra inputs of the denoiser, by name: one sample's shape.
     """
 
     def __init__(
@@ -102,16 +112,34 @@ class Job:
             UserError: a guidance whose network is missing, or a grid that does not exist.
         """
         net = networks.denoiser
-        low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
         self._device = device or device_of(net)
-        grid = noise_grid(networks, sampling, low, high).to(self._device)
         self.guidance, self.own = _split(guidance)
-        self.networks, self.sampling = networks, replace(sampling, num_steps=len(grid))
-        self.coordinates = coordinates(sampling, low, high)
-        self.solver = SOLVERS[sampling.solver](self.sampling, self.coordinates)
-        self.classes = class_count(networks, self.guidance)
-        self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        self.steps = plan(networks, self.sampling, self.guidance, self.own, grid, self.coordinates)
+        self.networks, self.classes = networks, class_count(networks, self.guidance)
+        self.shape, self.conditions = image_shape(net), declared(net)
+        require_same(self.conditions, [networks.reference])
+        self.coordinates: Coordinates
+        self.solver: Solver
+        kind, guided = SOLVERS[sampling.solver], (self.guidance, self.own)
+        if issubclass(kind, FlowSolver):
+            if not isinstance(net, FlowPrecond):
+                raise UserError(f"{kind.name} is for networks of flow matching such as SiT; use heun for this one")
+            self.coordinates, self.sampling = flow_coordinates(net.path), sampling
+            self.solver = flow = kind(sampling, self.coordinates)
+            self.steps = flow_plan(
+                networks, sampling, *guided, flow.times(net.prediction), self.coordinates, self._device
+            )
+        else:
+            low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
+            grid = noise_grid(networks, sampling, low, high).to(self._device)
+            self.sampling = replace(sampling, num_steps=len(grid))
+            self.coordinates = coordinates(sampling, low, high)
+            self.solver = kind(self.sampling, self.coordinates)
+            self.steps = plan(networks, self.sampling, *guided, grid, self.coordinates)
+
+    @property
+    def path(self) -> Path | None:
+        """The path along which its solver steps; None: it steps in sigma."""
+        return self.coordinates.path if isinstance(self.coordinates, FlowCoordinates) else None
 
     def called(self, guidances: Sequence[Guidance], keep_gradient: bool = False) -> PureFunction:
         """The function that the solver calls under these guidances: the guided denoiser, or posterior.
@@ -124,28 +152,49 @@ class Job:
         if not keep_gradient or discriminator is None:
             return self.guided(name, guidances)
         others = [g for g in guidances if g is not discriminator]
-        net, clip = self.networks.denoiser, self.sampling.clip_denoised
-        function = gradient_keeping_denoiser(net, others, discriminator, clip)
-        return PureFunction(name, function, _INPUTS[name], (*_OUTPUTS[name], "gradient"), guidances)
+        clip = self.sampling.clip_denoised
+        make = partial(gradient_keeping_denoiser, discriminator=discriminator, clip=clip)
+        function = self._with_conditions(make, others)
+        return PureFunction(name, function, self._inputs(name), (*_OUTPUTS[name], "gradient"), guidances)
 
     def guided(self, name: str, guidances: Sequence[Guidance]) -> PureFunction:
-        """The "denoiser" or the "posterior" under these guidances."""
-        make = guided_posterior if name == "posterior" else guided_denoiser
-        function = make(self.networks.denoiser, guidances, self.sampling.clip_denoised)
-        return PureFunction(name, function, _INPUTS[name], _OUTPUTS[name], tuple(guidances))
+        """The "denoiser", the "posterior" or the "velocity" under these guidances."""
+        make: Callable[..., Function]
+        if name == "velocity":
+            assert isinstance(self.networks.denoiser, FlowPrecond), "only a solver along a path asks for it"
+            make = guided_velocity
+        else:
+            make = guided_posterior if name == "posterior" else guided_denoiser
+            make = partial(make, clip=self.sampling.clip_denoised)
+        function = self._with_conditions(make, guidances)
+        return PureFunction(name, function, self._inputs(name), _OUTPUTS[name], tuple(guidances))
+
+    def _inputs(self, name: str) -> tuple[str, ...]:
+        return *_INPUTS[name], *self.conditions
+
+    def _with_conditions(self, make: Callable[..., Function], guidances: Sequence[Guidance]) -> Function:
+        """`make(denoiser, guidances)`, with the conditions as further arguments in the end."""
+        net = self.networks.denoiser
+        if not self.conditions:
+            return make(net, guidances)
+        return partial(conditioned, make, net, tuple(guidances), tuple(self.conditions))
 
     def exported(self, name: str | None = None) -> PureFunction:
         """A function under all guidances of the job at once, whose weights and images are inputs: for the whole plan.
 
         Args:
-            name: "denoiser", "posterior" or "step"; None: what the solver calls.
+            name: "denoiser", "posterior", "velocity" or "step"; None: what the solver calls.
 
         Raises:
-            UserError: a step, and a plan whose steps are not all alike.
+            UserError: a step, and a plan whose steps are not all alike; a velocity, and a solver that calls none.
         """
         name = name or self.solver.function
+        if (name == "velocity") != (self.solver.function == "velocity") and name != "step":
+            raise UserError(f"--what {name}: {self.solver.name} calls a {self.solver.function}; export that, or a step")
         levels = [*(step.sigma for step in self.steps), 0.0]
-        first, second = all_guidances(self.networks, self.guidance, self.own, levels, self._device)
+        first, second = all_guidances(
+            self.networks, self.guidance, self.own, levels, self._device, self.solver.function
+        )
         first = boosted(first) if self.guidance.boosting else first
         if name == "step":
             function = self._step(first, second)
@@ -154,7 +203,7 @@ class Job:
         return function if self.classes else function.without_labels()
 
     def _with_weights(self, name: str, guidances: Sequence[Guidance]) -> PureFunction:
-        own, pictures, state = weights(guidances), images(guidances), _INPUTS[name]
+        own, pictures, state = weights(guidances), images(guidances), self._inputs(name)
 
         def function(*arguments: Tensor) -> tuple[Tensor, ...]:
             values = dict(zip((*own, *pictures), arguments[len(state) :], strict=True))
@@ -164,24 +213,26 @@ class Job:
         return PureFunction(name, function, inputs, _OUTPUTS[name], tuple(guidances), own, pictures)
 
     def _step(self, first: Sequence[Guidance], second: Sequence[Guidance]) -> PureFunction:
-        """(x, sigma, sigma_next, class_labels, what the solver needs more, weights) -> x_next."""
+        """(x, sigma, sigma_next, class_labels, what the solver needs more, conditions, weights) -> x_next."""
         self._require_plain_steps()
         solver, two_points = self.solver, self.solver.points == 2
         own = weights(first) | (weights(second, second=True) if two_points else {})
         pictures = images(first) | (images(second) if two_points else {})
-        names = ("x", "sigma", "sigma_next", "class_labels", *solver.inputs, *own, *pictures)
+        names = ("x", "sigma", "sigma_next", "class_labels", *solver.inputs, *self.conditions, *own, *pictures)
         remembers = LAST[0] in solver.inputs
 
         def function(*arguments: Tensor) -> tuple[Tensor, ...]:
             named = dict(zip(names, arguments, strict=True))
-            t, t_next = (named[name].view(-1, 1, 1, 1) for name in ("sigma", "sigma_next"))
+            levels = (named[name].view(-1, 1, 1, 1) for name in ("sigma", "sigma_next"))
+            t, t_next = (self.coordinates.sigma_inv(level) for level in levels)
             more = {name: named[name] for name in solver.inputs}
             if remembers:
                 more[LAST[1]] = more[LAST[1]].view(-1, 1, 1, 1)
 
             def call(guidances: Sequence[Guidance]) -> Call:
                 guided = self.guided(solver.function, guidances)
-                return lambda x, t, *bounds: guided(x, t.flatten(), named["class_labels"], *bounds)
+                conditions, sigma = [named[name] for name in self.conditions], self.coordinates.sigma
+                return lambda x, t, *more: guided(x, sigma(t).flatten(), named["class_labels"], *more, *conditions)
 
             correct = call(with_weights(second, named, second=True)) if two_points else None
             predict = call(with_weights(first, named))

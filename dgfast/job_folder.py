@@ -21,7 +21,7 @@ from dgfast.errors import StorageError, UserError
 from dgfast.files import replacing, sha256
 from dgfast.image_folder import read_files
 from dgfast.manifest import Manifest
-from dgfast.outputs import FORMATS, Chunk, Drawn, Format, grid_png, write_adm
+from dgfast.outputs import FORMATS, PICTURE_CHANNELS, Chunk, Drawn, Format, grid_png, write_adm
 from dgfast.ranges import Ranges
 
 _LOCK = ".lock"
@@ -92,6 +92,7 @@ class JobFolder:
         self._kept: list[Format] = kept or [FORMATS["npz"]]
         self._products = {name: self._adm if name == "adm" else self._grid for name in formats if name not in FORMATS}
         self.missing, self.damaged = Ranges(), 0
+        self._beside = ""  # how the grid shows images that are no pictures
 
     @property
     def arrays(self) -> set[str]:
@@ -250,7 +251,7 @@ class JobFolder:
         """What the finished folder holds, for the user."""
         made = {
             "adm": "samples_*.npz: all images as arr_0, three channels each",
-            "grid": f"grid.png: the first {self.shown}",
+            "grid": f"grid.png: the first {self.shown}{self._beside}",
         }
         kept = [] if self._passing else [form.keeps for form in self._kept]
         return [*kept, *(made[name] for name in self._products)]
@@ -292,6 +293,8 @@ class JobFolder:
         path = self.path / "grid.png"
         with replacing(path) as file:
             file.write(grid_png(np.concatenate([images for images, _ in shown])[:GRID_IMAGES]))
+        channels = shown[0][0].shape[-1]
+        self._beside = "" if channels in PICTURE_CHANNELS else f", their {channels} channels side by side"
         return path
 
     def _adm(self) -> Path:

@@ -14,7 +14,7 @@ from dgfast.bundle import Bundle
 from dgfast.errors import UserError
 from dgfast.guidance import DiscriminatorGuidance
 from dgfast.nets.features import FeatureNet
-from dgfast.networks import load
+from dgfast.networks import image_shape, load
 from dgfast.training.classifier import to_vp
 from dgfast.training.data import ImageSet
 
@@ -53,11 +53,11 @@ class Judge:
         if len(images) < FEWEST:
             raise UserError(f"{name}: {len(images)} images; {FEWEST} at least can be compared, better some thousands")
         _, height, width, channels = images.images.shape
-        side = self._held_out.images.shape[1] if self._bundle.vae else self._networks.denoiser.img_resolution
-        if (channels, height, width) != (self._net.in_channels, side, side):
+        sides = self._held_out.images.shape[1:3] if self._bundle.vae else image_shape(self._networks.denoiser)[1:]
+        if (channels, height, width) != (self._net.in_channels, *sides):
             raise UserError(
                 f"{name}: these are {channels} x {height} x {width} images, and the networks of bundle "
-                f"{self._bundle.name} judge {self._net.in_channels} x {side} x {side}"
+                f"{self._bundle.name} judge {' x '.join(map(str, (self._net.in_channels, *sides)))}"
             )
         classes = self._networks.denoiser.label_dim
         if self._networks.discriminator is not None and classes:

@@ -20,13 +20,16 @@ Decode = Callable[[Tensor], Tensor]
 
 _AT_ONCE = 8  # a decoder's activations are the images' size at 128 channels: a batch of latents is no batch of images
 IMAGE_CHANNELS = (1, 3)
+NONE = "none"
+"""In the place of a VAE: what is drawn are pixels, however many channels they have."""
 
 
 def decoder(bundle: "Bundle", channels: int, device: torch.device, source: str | None = None) -> Decode | None:
     """A function of latents [B, C, H, W] -> images [B, 3, f H, f W] in about [-1, 1]; None for a bundle of images.
 
     Args:
-        channels: how many the bundle's score network makes. Other than 1 and 3, they are latents.
+        channels: how many the bundle's score network makes. Other than 1 and 3, they are latents, unless the bundle or
+            `source` says `NONE`.
         source: folder or hub name of another VAE than the bundle's own.
 
     Raises:
@@ -34,12 +37,13 @@ def decoder(bundle: "Bundle", channels: int, device: torch.device, source: str |
     """
     spec = bundle.vae
     source = source or (spec.source if spec else None)
+    if source == NONE or (source is None and channels in IMAGE_CHANNELS):
+        return None
     if source is None:
-        if channels in IMAGE_CHANNELS:
-            return None
         raise UserError(
             f"bundle {bundle.name} makes latents of {channels} channels and has no VAE to decode them: "
-            "name one with --vae, a folder or a hub name such as stabilityai/sd-vae-ft-mse"
+            "name one with --vae, a folder or a hub name such as stabilityai/sd-vae-ft-mse; "
+            f"or --vae {NONE}, if they are pixels"
         )
     inside = bundle.folder / source
     vae = _load(inside if inside.is_dir() else Path(source) if Path(source).is_dir() else source)

@@ -32,22 +32,32 @@ class ScoreNet(Protocol):
     Called with x [B, C, H, W], sigma [B] and class_labels [B, label_dim] or None, it returns the denoised images.
 
     Attributes:
-        img_channels, img_resolution: shape of its images.
+        img_channels, img_resolution: shape of its images; (height, width) where they are not square.
         label_dim: number of its classes, 0 if unconditional.
         sigma_min, sigma_max: noise levels that it knows.
+        conditions: if it has any, its extra conditions, see `dgfast.conditions`.
+        draws_every_step: if it has it, and it is False: see `Sampler.integrate`, noise.
     """
 
     img_channels: int
-    img_resolution: int
     label_dim: int
     sigma_min: float
     sigma_max: float
+
+    @property
+    def img_resolution(self) -> int | tuple[int, int]: ...
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, /) -> Tensor: ...
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest noise level that it knows."""
         ...
+
+
+def image_shape(net: ScoreNet) -> tuple[int, int, int]:
+    """Channels, height and width of the images that it denoises."""
+    side = net.img_resolution
+    return (net.img_channels, side, side) if isinstance(side, int) else (net.img_channels, *side)
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,13 +82,10 @@ class Networks:
         """Two lines: the denoiser, and the networks beside it."""
         net = self.denoiser
         classes = f"{net.label_dim} classes" if net.label_dim else "unconditional"
-        side = net.img_resolution
+        shape = " x ".join(map(str, image_shape(net)))
         beside = {name: getattr(self, name) for name in ("discriminator", "classifier", "reference")}
         others = [f"{name} {described(net)}" for name, net in beside.items() if net is not None]
-        return (
-            f"Networks: {described(net)}, images {net.img_channels} x {side} x {side}, {classes}\n"
-            f"  beside it: {', '.join(others) or 'none'}"
-        )
+        return f"Networks: {described(net)}, images {shape}, {classes}\n  beside it: {', '.join(others) or 'none'}"
 
 
 def described(net: object) -> str:
@@ -115,12 +122,14 @@ def load(
             f"bundle {opened.name}: its classifier, a {type(trunk).__name__}, reads no noise level; guidance needs a "
             "noise-aware one, such as `dgfast train classifier` makes"
         )
-    score, read = nets["score"], (getattr(trunk, "in_channels", None), getattr(trunk, "image_size", None))
-    if trunk is not None and read != (score.img_channels, score.img_resolution):
-        raise UserError(
-            f"bundle {opened.name}: the classifier reads {read[0]} x {read[1]} x {read[1]} images, "
-            f"the score network makes {score.img_channels} x {score.img_resolution} x {score.img_resolution}"
-        )
+    score = nets["score"]
+    if trunk is not None:
+        read, made = (trunk.in_channels, trunk.image_size, trunk.image_size), image_shape(score)
+        if read != made:
+            shapes = [" x ".join(map(str, shape)) for shape in (read, made)]
+            raise UserError(
+                f"bundle {opened.name}: the classifier reads {shapes[0]} images, the score network makes {shapes[1]}"
+            )
     try:
         return Networks(
             denoiser=score,

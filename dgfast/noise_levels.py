@@ -220,6 +220,17 @@ def ddpm_levels(noise_schedule: str, steps: int) -> Tensor:
         betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clip(max=0.999)
     if not bool((betas < 1).all()):
         raise ValueError(f"noise_schedule {noise_schedule} needs more than {steps} steps: its beta would reach 1")
+    return levels_of_betas(betas)
+
+
+def levels_of_betas(betas: Tensor) -> Tensor:
+    """sigma of each timestep of a process of these variances beta [steps], rising: [steps].
+
+    Raises:
+        ValueError: a beta that does not lie between 0 and 1, or more of them than any network has.
+    """
+    if not len(betas) <= MOST_LEVELS or not bool(((betas > 0) & (betas < 1)).all()):
+        raise ValueError(f"its betas must lie between 0 and 1, and be at most {MOST_LEVELS:,}")
     alpha_bar = (1 - betas).cumprod(0)
     return ((1 - alpha_bar) / alpha_bar).sqrt()
 

@@ -14,7 +14,7 @@ from dgfast.guidance import OUTSIDE_WINDOW
 from dgfast.job import GeneratorNet, generator
 from dgfast.networks import described, one_hot
 from dgfast.plan import Step
-from dgfast.randomness import SeedStreams
+from dgfast.randomness import MakeStreams, source
 from dgfast.runtimes import Kept, RuntimeLike, chosen
 from dgfast.sampler import OnStep
 
@@ -40,18 +40,19 @@ class OneStep:
         generator: GeneratorNet,
         device: torch.device | str | None = None,
         runtime: RuntimeLike = "eager",
+        noise: str | MakeStreams = "cpu",
     ) -> None:
         """
         Args:
             device: where to draw; None: where the generator's weights are.
-            runtime: what executes the generator; see `Sampler`.
+            runtime, noise: what executes the generator, and what the seeds stand for; see `Sampler`.
 
         Raises:
-            UserError: no runtime of that name.
+            UserError: no runtime or source of noise of that name.
         """
         self.generator = generator
         self.device = device_of(generator) if device is None else torch.device(device)
-        self._runtime = chosen(runtime)
+        self._runtime, self._streams = chosen(runtime), source(noise, generator.latent_dim)
         self._functions = Kept()
 
     @classmethod
@@ -133,7 +134,7 @@ class OneStep:
 
     def _draw(self, seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Latents [N, latent_dim], and the class indices that come after them in the seeds' streams."""
-        streams, classes = SeedStreams(seeds), self.generator.label_dim
+        streams, classes = self._streams(seeds), self.generator.label_dim
         latents = streams.normal((self.generator.latent_dim,), torch.float32, self.device)
         return latents, streams.labels(classes) if classes else None
 

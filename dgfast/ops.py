@@ -57,6 +57,19 @@ def kernels(choice: Choice) -> Iterator[None]:
         _CHOICE.reset(token)
 
 
+def require_kernels(choice: Choice, device: str) -> None:
+    """
+    Raises:
+        UserError: kernels were asked for that tensors on devices of that type do not take.
+    """
+    with kernels(choice):
+        if choice == "triton" and not takes_triton(device):
+            raise UserError(
+                f"the Triton kernels run on CUDA, not on {device}: use the reference or auto, "
+                "or Triton's interpreter (TRITON_INTERPRET=1)"
+            )
+
+
 def takes_triton(device: str) -> bool:
     """Whether the operations take a kernel for tensors on devices of that type, as chosen here and now."""
     choice = _CHOICE.get()

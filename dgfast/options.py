@@ -16,7 +16,7 @@ from dgfast import __version__, bounds
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.guidance import declaration
 from dgfast.ranges import Ranges
-from dgfast.solvers import SOLVERS
+from dgfast.solvers import DIFFUSIONS, LAST_STEPS, SOLVERS
 
 
 class Group(StrEnum):
@@ -136,6 +136,9 @@ def option(*names: str, group: str, **settings: Any) -> Callable[[Callable[..., 
     return click.option(*names, cls=Option, group=group, **settings)
 
 
+_MOST_TEXT = 2**24  # of numbers in a file: a device may have no end
+
+
 class IntegerRanges(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
     """Integers and inclusive ranges, such as 0-63,100, or @FILE, a file of them.
 
@@ -154,7 +157,10 @@ class IntegerRanges(click.ParamType):  # type: ignore[type-arg]  # generic only 
         text = str(value)
         try:
             if text.startswith("@"):
-                text = Path(text[1:]).read_text()
+                with Path(text[1:]).open() as file:
+                    text = file.read(_MOST_TEXT + 1)
+                if len(text) > _MOST_TEXT:
+                    raise ValueError(f"longer than {_MOST_TEXT:,} characters")
             numbers = Ranges.parse(text)
         except OSError as error:
             self.fail(f"{text[1:]}: can't be read ({error.strerror})", param, ctx)
@@ -249,6 +255,11 @@ class GuidedCommand(Command):
         clip = "Keep denoised images in [-1, 1]; or =false."
         option("--solver", group=Group.SOLVER, type=click.Choice(tuple(SOLVERS)), help=solver)(self)
         option("--eta", group=Group.SOLVER, type=NUMBER, metavar="eta", help=eta)(self)
+        noise, norm = "Noise of the flow-sde solvers along the path.", "Factor in --diffusion."
+        last = "Their last step, without noise: of the SDE, of the ODE, to the denoised image, or no such step."
+        option("--diffusion", group=Group.SOLVER, type=click.Choice(DIFFUSIONS), help=noise)(self)
+        option("--diffusion-norm", group=Group.SOLVER, type=NUMBER, metavar="c", help=norm)(self)
+        option("--last-step", group=Group.SOLVER, type=click.Choice(LAST_STEPS), help=last)(self)
         option("--clip-denoised", group=Group.SOLVER, type=bool, is_flag=False, flag_value="true", help=clip)(self)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -281,8 +292,8 @@ EXPORTED_OUT = option(
 """Where to leave the file."""
 
 WHAT = option(
-    "--what", group=Group.INPUT, type=click.Choice(["denoiser", "posterior", "step", "generator"]),
-    help="The guided denoiser; what the ddpm solver calls in its place; a whole step of the solver; the one-step "
-    "generator.  [default: what the bundle's solver calls]",
+    "--what", group=Group.INPUT, type=click.Choice(["denoiser", "posterior", "velocity", "step", "generator"]),
+    help="The guided denoiser; what the ddpm and the flow solvers call in its place; a whole step of the solver; the "
+    "one-step generator.  [default: what the bundle's solver calls]",
 )  # fmt: skip
 """Which function of a bundle to export."""

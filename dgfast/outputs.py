@@ -6,8 +6,8 @@ Where the files lie, what is there already and who writes is the business of `jo
 import io
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -16,6 +16,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from dgfast.errors import UserError
 from dgfast.files import replacing
 from dgfast.ranges import Ranges
 
@@ -80,11 +81,13 @@ class Chunk:
     Attributes:
         index: its place in the job. seeds: one an image.
         labels: one class index a seed; None takes those that the seeds give.
+        conditions: of a denoiser that declares some, one row a seed each; see `conditions.given`.
     """
 
     index: int
     seeds: Ranges
     labels: Sequence[int] | None = None
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,14 +176,35 @@ FORMATS: dict[str, Format] = {"npz": Shards("images"), "png": PngTree(), "latent
 """How a job's images are kept, chunk by chunk."""
 
 
+PICTURE_CHANNELS = (1, 3)
+"""Of images that can be looked at: grey, and colour."""
+
+
 def _png(pixels: np.ndarray, texts: PngImagePlugin.PngInfo | None = None) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, format="png", pnginfo=texts)
     return file.getvalue()
 
 
+def require_pictures(formats: Sequence[str], channels: int) -> None:
+    """
+    Raises:
+        UserError: a format of pictures, for images of other channels than grey and colour have.
+    """
+    pictures = [name for name in formats if name in ("png", "adm")]
+    if pictures and channels not in PICTURE_CHANNELS:
+        raise UserError(
+            f"--format {pictures[0]} keeps grey and colour images, and these have {channels} channels; use npz"
+        )
+
+
 def grid_png(images: np.ndarray) -> bytes:
-    """One PNG of uint8 images [N, H, W, C], row by row, as near to a square as can be."""
+    """One PNG of uint8 images [N, H, W, C], row by row, as near to a square as can be.
+
+    Of images that are neither grey nor colour, the channels stand side by side, each in grey.
+    """
+    if images.shape[-1] not in PICTURE_CHANNELS:
+        images = images.transpose(0, 1, 3, 2).reshape(*images.shape[:2], -1, 1)
     count, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

@@ -6,21 +6,26 @@ So a compiled function has no branch, and a guidance outside of its window, or o
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dgfast.config import VARIANCES, GuidanceConfig, SamplingConfig
+from dgfast.denoiser import FlowPrecond
 from dgfast.errors import UserError
-from dgfast.guidance import DiscriminatorGuidance, Guidance
+from dgfast.guidance import DiscriminatorGuidance, Guidance, of_velocities
 from dgfast.guidance.declaration import guiding
-from dgfast.networks import Networks
+from dgfast.networks import Networks, image_shape
 from dgfast.noise_levels import Coordinates, posterior_log_variances, respaced_levels, sigma_grid
-from dgfast.solvers import SOLVERS
+from dgfast.solvers import SOLVERS, FlowSolver
 
 # DG's boosting (arXiv 2211.17091, published code): every 5th step churns, every 2nd doubles the guidance.
 _BOOST_CHURN, _BOOST_CHURN_PERIOD = 4.0, 5
 _BOOST_WEIGHT, _BOOST_WEIGHT_PERIOD = 2.0, 2
+_FOR_FLOWS = ", ".join(
+    [*(name for name, solver in SOLVERS.items() if issubclass(solver, FlowSolver)), "heun, euler or dpmpp-2m"]
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class Step:
     corrector: tuple[Guidance, ...] | None
     log_variances: tuple[float, float] = (-math.inf, -math.inf)
     carried: tuple[DiscriminatorGuidance | None, DiscriminatorGuidance | None] = (None, None)
+
+    @property
+    def churns(self) -> bool:
+        """Whether any sample's noise level may rise before it."""
+        return self.gamma > 0 or self.boost_gamma is not None
 
 
 def noise_grid(networks: Networks, config: SamplingConfig, sigma_min: float, sigma_max: float) -> Tensor:
@@ -75,6 +85,10 @@ def plan(
     solver = SOLVERS[config.solver]
     if (solver.unit_start and guidance.boosting) or (solver.function == "posterior" and guidance.dg_every > 1):
         raise UserError(f"boosting does not go with {config.solver}, nor dg_every above 1 with ddpm")
+    if solver.unit_start and hasattr(networks.denoiser, "path"):
+        raise UserError(
+            f"{config.solver} draws in discrete time, this network was trained by flow matching: use {_FOR_FLOWS}"
+        )
     net = networks.denoiser
     levels = net.round_sigma(sigmas).cpu()
     times = [*coordinates.sigma_inv(levels).tolist(), 0.0]
@@ -101,6 +115,33 @@ def plan(
     return _with_reuse(steps, guidance.dg_every)
 
 
+def flow_plan(
+    networks: Networks, config: SamplingConfig, guidance: GuidanceConfig, own: Sequence[Guidance],
+    times: Sequence[float], path: Coordinates, device: torch.device,
+) -> tuple[Step, ...]:  # fmt: skip
+    """The steps through the times of a path, the last one's end included; `own` as in `plan`. device: where to sample.
+
+    Raises:
+        UserError: a guidance whose network is missing or does not fit.
+    """
+    if guidance.boosting or guidance.dg_every > 1:
+        raise UserError(f"boosting and dg_every above 1 do not go with {config.solver}")
+    solver = SOLVERS[config.solver]
+    sigmas = path.sigma(torch.tensor(times, dtype=torch.float64)).tolist()
+    predictors, correctors = all_guidances(networks, guidance, own, sigmas, device, solver.function)
+    calls = solver.evaluations(len(times) - 1)
+    steps = []
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        corrector = _seeing(correctors, sigmas[i + 1]) if solver.points == 2 and 2 * i + 1 < calls else None
+        steps.append(Step(i, t, t_next, sigmas[i], 0.0, None, _seeing(predictors, sigmas[i]), corrector))
+    return tuple(steps)
+
+
+def _seeing(guidances: list[Guidance], sigma: float) -> tuple[Guidance, ...]:
+    """Those that act there; at infinite noise and at none these are few, see `guidance.velocity`."""
+    return tuple(g for g in _active(guidances, sigma, sigma) if g.mixes_velocities or 0 < sigma < math.inf)
+
+
 def class_count(networks: Networks, guidance: GuidanceConfig) -> int:
     """Number of classes among which a label chooses: the score network's, or those of the classifier that guides it."""
     return networks.denoiser.label_dim or max(
@@ -121,19 +162,23 @@ def _log_variances(networks: Networks, config: SamplingConfig, levels: Tensor) -
 
 
 def all_guidances(
-    networks: Networks, config: GuidanceConfig, own: Sequence[Guidance], levels: Sequence[float], device: torch.device
+    networks: Networks,
+    config: GuidanceConfig,
+    own: Sequence[Guidance],
+    levels: Sequence[float],
+    device: torch.device,
+    function: str = "denoiser",
 ) -> tuple[list[Guidance], list[Guidance]]:
     """The guidances at the solver's first and at its second point, on a plan of these noise levels, 0 last.
 
     Args:
-        own: guidances besides those of the configuration.
+        own: guidances besides those of the configuration. function: what the solver calls.
         device: where to sample.
 
     Raises:
         UserError: a guidance whose network is missing, or which does not fit the images.
     """
-    net = networks.denoiser
-    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    shape = image_shape(networks.denoiser)
     own = [guidance.fitted(shape, device) for guidance in own]
     first: list[Guidance] = []
     second: list[Guidance] = []
@@ -142,6 +187,10 @@ def all_guidances(
         first += [guidance] if kind.on(config) else []
         second += [guidance.at_second_point(config)] if kind.on(config, second=True) else []
     first, second = [*first, *own], [*second, *(guidance.at_second_point(config) for guidance in own)]
+    if function == "velocity":
+        net = networks.denoiser
+        assert isinstance(net, FlowPrecond), "the job has looked"
+        first, second = ([of_velocities(g, net) for g in guidances] for guidances in (first, second))
     return [g.along(levels) for g in first], [g.along(levels[1:]) for g in second]
 
 

@@ -20,6 +20,7 @@ from dgfast.config import (
     DISCRETIZATIONS,
     GRID_IMAGES,
     KEPT,
+    NOISES,
     PRODUCTS,
     SCALINGS,
     SCHEDULES,
@@ -39,6 +40,7 @@ PROVIDERS = ("cpu", "cuda", "tensorrt")
 _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
     "S_churn", "S_min", "S_max", "S_noise", "respacing", "clip_denoised", "eta", "fixed_variance",
+    "diffusion", "diffusion_norm", "last_step", "last_size",
 )  # fmt: skip
 
 
@@ -65,6 +67,14 @@ _SAMPLING = (
     help="Classes, repeated over the seeds, or @FILE of them; default: drawn from the seeds.",
 )
 @option(
+    "--noise",
+    group=Group.INPUT,
+    type=click.Choice(NOISES),
+    default="cpu",
+    show_default=True,
+    help="Whose numbers a seed stands for: torch's on the CPU, or on CUDA, as in NVIDIA's published images; anywhere.",
+)
+@option(
     "--batch", group=Group.RUNTIME, type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time."
 )
 @option(
@@ -73,7 +83,7 @@ _SAMPLING = (
     is_flag=True,
     help="One forward of the bundle's generator, without solver and guidance.",
 )
-@option("--steps", "num_steps", group=Group.SOLVER, type=int, metavar="N", help="Noise levels above 0.")
+@option("--steps", "num_steps", group=Group.SOLVER, type=int, metavar="N", help="Steps: noise levels above 0.")
 @option(
     "--grid",
     "discretization",
@@ -118,6 +128,7 @@ _SAMPLING = (
 @option(
     "--fixed-variance", group=Group.SOLVER, type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none."
 )
+@option("--last-size", group=Group.SOLVER, type=NUMBER, metavar="t", help="Size of --last-step in the path's time.")
 @option(
     "--dtype",
     group=Group.RUNTIME,
@@ -136,7 +147,11 @@ _SAMPLING = (
     flag_value="always",
     help="Compile the guided denoiser before sampling; --compile=try samples without where that can't be done.",
 )
-@option("--vae", group=Group.INPUT, help="What decodes latents: folder or hub name; default: the bundle's own.")
+@option(
+    "--vae",
+    group=Group.INPUT,
+    help="What decodes latents: folder or hub name; none if they are pixels; default: the bundle's own.",
+)
 @option(
     "--runtime",
     group=Group.RUNTIME,
@@ -202,6 +217,7 @@ def _main(options: dict[str, Any], began: float) -> None:
     from dgfast.drawing import Drawing, run
     from dgfast.estimate import estimate
     from dgfast.job_folder import JobFolder
+    from dgfast.ops import require_kernels
     from dgfast.team import Team
 
     bundle = bundles.read(options["bundle"])
@@ -210,15 +226,17 @@ def _main(options: dict[str, Any], began: float) -> None:
     team = Team.join()
     device, dtype = _device_and_dtype(options["device"], options["dtype"], team.local_rank)
     settings = _settings(bundle, set_options)
+    require_kernels(options["kernels"], device.type)
     networks = _networks(bundle, settings, device, dtype)
     fetcher = _fetcher(bundle, networks, device, options["vae"], formats)
     runtime, engine = _runtime(options), None
     if options["engine"]:
         engine = _engine(runtime, options["engine"], device, options["provider"])
         _require_fit(engine, bundle, settings)
+        options["dtype"] = _dtype_of(engine, options["dtype"])
 
     def make(runtime: str) -> Any:
-        return _sampler(networks, settings, device, _executing(runtime, engine, options["provider"]))
+        return _sampler(networks, settings, device, _executing(runtime, engine, options["provider"]), options["noise"])
 
     _check_labels(make("eager"), options["labels"])
     chunks = _chunks(options, engine)
@@ -331,6 +349,19 @@ def _require_fit(engine: Any, bundle: Any, settings: tuple[SamplingConfig, Guida
         require_fit(engine, bundle, *settings)
 
 
+def _dtype_of(engine: Any, asked: str) -> str:
+    """The type that the file computes in, which decides on the images whatever --dtype is by default.
+
+    Raises:
+        UserError: another was asked for.
+    """
+    said = str(engine.metadata.get("dtype", asked))
+    source = click.get_current_context().get_parameter_source("dtype")
+    if said != asked and source is not click.core.ParameterSource.DEFAULT:
+        raise UserError(f"--dtype {asked}: {engine.path} computes in {said}; leave --dtype out, or export another file")
+    return said
+
+
 def _device_and_dtype(name: str | None, dtype: str, local_rank: int) -> tuple[Any, Any]:
     """The device of this process, and the type of the weights."""
     import torch
@@ -353,12 +384,14 @@ def _networks(bundle: Any, settings: tuple[SamplingConfig, GuidanceConfig] | Non
 
 
 def _sampler(
-    networks: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, device: Any, runtime: Runtime
+    networks: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, device: Any, runtime: Runtime, noise: str
 ) -> Any:
     from dgfast.one_step import OneStep
     from dgfast.sampler import Sampler
 
-    return OneStep(networks, device, runtime) if settings is None else Sampler(networks, *settings, device, runtime)
+    if settings is None:
+        return OneStep(networks, device, runtime, noise)
+    return Sampler(networks, *settings, device, runtime, noise=noise)
 
 
 def _fetcher(bundle: Any, networks: Any, device: Any, vae: str | None, formats: list[str]) -> Any:
@@ -368,13 +401,15 @@ def _fetcher(bundle: Any, networks: Any, device: Any, vae: str | None, formats: 
         UserError: latents of a bundle that makes images, or no VAE for those of another.
     """
     from dgfast.latents import IMAGE_CHANNELS, decoder
-    from dgfast.outputs import Fetcher
+    from dgfast.outputs import Fetcher, require_pictures
 
     channels = getattr(networks, "denoiser", networks).img_channels
     if "latents" in formats and not (vae or bundle.vae) and channels in IMAGE_CHANNELS:
         raise UserError(f"--format latents: bundle {bundle.name} makes images, there are no latents; use npz or png")
     images = formats != ["latents"]
-    return Fetcher(decoder(bundle, channels, device, vae) if images else None, images, "latents" in formats)
+    decode = decoder(bundle, channels, device, vae) if images else None
+    require_pictures(formats, channels if decode is None else 3)
+    return Fetcher(decode, images, "latents" in formats)
 
 
 def _check_labels(sampler: Any, labels: Ranges | None) -> None:
@@ -410,6 +445,7 @@ def _job(
         "labels": options["labels"] and str(options["labels"]),
         **({"vae": decoding} if decoding else {}),
         **({"engine": sha256(options["engine"])} if options["engine"] else {}),
+        **({"noise": options["noise"]} if options["noise"] != "cpu" else {}),
         "dtype": options["dtype"],
         "arithmetic": arithmetic(),
         "runtime": runtime,

@@ -1,7 +1,8 @@
 """Noise levels + guided denoiser + solver + runtime = a sampler."""
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields
 from functools import partial
@@ -9,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dgfast.conditions import given
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.devices import device_of, require_float64, seconds_of
 from dgfast.errors import UserError
@@ -17,7 +19,7 @@ from dgfast.guidance import CarriedGradient, DiscriminatorGuidance, Guidance
 from dgfast.job import GuidanceLike, Job
 from dgfast.networks import Networks, one_hot
 from dgfast.plan import Step
-from dgfast.randomness import SeedStreams
+from dgfast.randomness import MakeStreams, source
 from dgfast.runtimes import Kept, RuntimeLike, chosen
 from dgfast.solvers import LAST, Call, churn
 
@@ -48,6 +50,7 @@ class Sampler:
         device: torch.device | str | None = None,
         runtime: RuntimeLike = "eager",
         state_dtype: torch.dtype = torch.float64,
+        noise: str | MakeStreams = "cpu",
     ) -> None:
         """
         Args:
@@ -57,10 +60,12 @@ class Sampler:
                 such as `engines.runtime_of` an opened engine file; or a function (function, example) -> function that
                 makes a faster callable of a pure one for arguments of the example's shapes.
             state_dtype: type of the solver's state; float64 as EDM's.
+            noise: which generator's numbers the seeds stand for: one of `config.NOISES`, torch's on the CPU or on CUDA,
+                wherever they are drawn; or a function that makes `randomness.Streams` of seeds.
 
         Raises:
-            UserError: a guidance whose network is missing, a grid that does not exist, no runtime of that name, or a
-                device without float64.
+            UserError: a guidance whose network is missing, a grid that does not exist, no runtime or source of noise of
+                that name, or a device without float64.
         """
         self.device = device_of(networks.denoiser) if device is None else torch.device(device)
         require_float64(self.device)
@@ -68,7 +73,10 @@ class Sampler:
         self.networks, self.guidance, self.sampling = networks, job.guidance, job.sampling
         self.coordinates, self.steps, self.classes, self.shape = job.coordinates, job.steps, job.classes, job.shape
         self.state_dtype, self._solver = state_dtype, job.solver
-        self._churns = bool(job.sampling.S_churn or self.guidance.boosting)
+        every_step = getattr(networks.denoiser, "draws_every_step", True)
+        churns = bool(job.sampling.S_churn or self.guidance.boosting)
+        self._churning = [churns and (every_step or step.churns) for step in self.steps]
+        self._streams = source(noise, math.prod(self.shape))
         self._runtime = chosen(runtime)
         self._capture = self._runtime.capture(self.device)
         self._functions = Kept()
@@ -93,32 +101,37 @@ class Sampler:
         seeds: Sequence[int],
         labels: Sequence[int] | Tensor | None = None,
         on_step: OnStep | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Images of the seeds in one batch: float32 [N, C, H, W], about [-1, 1], on the sampler's device.
 
         Args:
             seeds: one a sample. Image k depends on seed k (and label k) alone.
             labels: class indices [N]; None takes those of `draw_labels` if the net is conditional.
-            on_step: see `integrate`.
+            on_step, conditions: see `integrate`.
 
         Raises:
-            UserError: no seeds, labels out of range or of another number, NaN in the images.
+            UserError: no seeds, labels out of range or of another number, a condition that is missing or misshapen,
+                NaN in the images.
         """
         if not len(seeds):
             raise UserError("no seeds: give one an image")
-        streams = SeedStreams(seeds)
+        if self.sampling.reverse:
+            raise UserError("reverse goes from images to noise: give them to integrate(), seeds have none")
+        given(self.job.conditions, conditions, len(seeds), self.device)  # before anything is drawn
+        streams = self._streams(seeds)
         latents = streams.normal(self.shape, torch.float32, self.device)
         drawn = streams.labels(self.classes) if self.classes else None
         class_labels = self.class_labels(drawn if labels is None else labels, len(latents))
-        draws = len(self.steps) * (self._churns + ("noise" in self._solver.inputs))
+        draws = sum(self._churning) + len(self.steps) * ("noise" in self._solver.inputs)
         with closing(streams.normals(draws, self.shape, self.state_dtype, self.device)) as noises:
-            return self.integrate(latents, class_labels, noises.__next__, on_step).float()
+            return self.integrate(latents, class_labels, noises.__next__, on_step, conditions).float()
 
     def draw_labels(self, seeds: Sequence[int]) -> Tensor | None:
         """The class indices [N] that the seeds themselves give, as in EDM's generator; None without classes."""
         if not self.classes:
             return None
-        streams = SeedStreams(seeds)
+        streams = self._streams(seeds)
         streams.normal(self.shape, torch.float32, torch.device("cpu"))  # which come before them
         return streams.labels(self.classes)
 
@@ -137,25 +150,28 @@ class Sampler:
         class_labels: Tensor | None = None,
         noise: Callable[[], Tensor] | None = None,
         on_step: OnStep | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Run the solver from given latents.
 
         Args:
-            latents: unit normal noise [B, C, H, W].
+            latents: unit normal noise [B, C, H, W]; with `SamplingConfig.reverse` images, of which x is the noise.
             class_labels: rows [B, label_dim] or None.
-            noise: called once a step, gives unit normal noise [B, C, H, W]; needed with churn, boosting, eta
-                and the ddpm solver alone.
+            noise: gives unit normal noise [B, C, H, W]; needed with churn, boosting, eta, ddpm and flow-sde alone.
+                Called once a step, but for the steps without churn of networks that do not draw in every step.
             on_step: called after each step with the step, the state x [B, C, H, W] that it arrived at, and the
                 denoised images and log-ratios [B] that it set out from (`guidance.OUTSIDE_WINDOW` where no
                 discriminator was asked). A state that it returns takes the place of x.
+            conditions: what the denoiser declares, by name, one row a sample or one for all; see `conditions.given`.
 
         Returns:
             x [B, C, H, W] in `state_dtype`, in clean-image coordinates.
 
         Raises:
-            UserError: x became NaN or infinite; step and sigma are named.
+            UserError: a condition that is missing or misshapen; x became NaN or infinite; step and sigma are named.
         """
         batch = len(latents)
+        extra = given(self.job.conditions, conditions, batch, latents.device)
         times = self._uploaded([(step.t, step.t_next) for step in self.steps], batch).view(-1, 2, batch, 1, 1, 1)
         log_variances = self._uploaded([step.log_variances for step in self.steps], batch)
         log_ratio = torch.full((batch,), torch.inf, dtype=torch.float64, device=latents.device)
@@ -165,7 +181,7 @@ class Sampler:
         x = self.first_state(latents)
         for step, (t, t_next), bounds in zip(self.steps, times, log_variances, strict=True):
             t_hat, x_hat = self._churn(step, x, t, log_ratio, noise)
-            arguments = (x_hat, t_hat, t_next, class_labels, *self._more(last, bounds, noise))
+            arguments = (x_hat, t_hat, t_next, class_labels, *self._more(last, bounds, noise), *extra)
             x, denoised, log_ratio = self._step_function(step, arguments, carried)(*arguments)
             last = denoised, t_hat
             changed = None if on_step is None else on_step(step, x, denoised, log_ratio)
@@ -210,7 +226,8 @@ class Sampler:
             call()
         if self._capture is not None:
             x, _, labels = self._example(batch)
-            self.integrate(x.float(), labels, lambda: torch.zeros_like(x))
+            zeros = {name: x.new_zeros(shape) for name, shape in self.job.conditions.items()}
+            self.integrate(x.float(), labels, lambda: torch.zeros_like(x), conditions=zeros)
 
     def forget(self) -> None:
         """Give up all functions that were built, and the memory that captured ones hold; the next call builds anew."""
@@ -234,7 +251,8 @@ class Sampler:
 
     def _call_example(self, batch: int) -> tuple[Tensor | None, ...]:
         bounds = self._uploaded([self.steps[0].log_variances], batch)[0] if self._solver.function == "posterior" else ()
-        return *self._example(batch), *bounds
+        shapes = self.job.conditions.values()
+        return *self._example(batch), *bounds, *(torch.zeros(batch, *shape, device=self.device) for shape in shapes)
 
     def _example(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         x = torch.zeros((batch, *self.shape), dtype=self.state_dtype, device=self.device)
@@ -244,8 +262,8 @@ class Sampler:
     def _churn(
         self, step: Step, x: Tensor, t: Tensor, log_ratio: Tensor, noise: Callable[[], Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """Time and state after the step's churn; without churn in the whole run, those given."""
-        if not self._churns:
+        """Time and state after the step's churn; those given where no noise is drawn for it."""
+        if not self._churning[step.index]:
             return t, x
         assert noise is not None, "churn and boosting need noise"
         gamma = torch.full_like(t, step.gamma)
@@ -264,7 +282,7 @@ class Sampler:
         """What the solver's step needs beyond state, times and labels: its `inputs`."""
         values, names = dict(zip(LAST, last, strict=True)), self._solver.inputs
         if "noise" in names:
-            assert noise is not None, "the ddpm solver and eta need noise"
+            assert noise is not None, "the solvers ddpm and flow-sde, and eta, need noise"
             values["noise"] = noise()
         values["log_least"], values["log_most"] = log_variances
         return tuple(values[name] for name in names)
@@ -281,11 +299,12 @@ class Sampler:
         def advance(
             x_hat: Tensor, t_hat: Tensor, t_next: Tensor, labels: Tensor | None, *more: Tensor
         ) -> tuple[Tensor, ...]:
-            predict = self._call(step.predictor, labels, step.carried[0], carried)
+            extra = more[len(self._solver.inputs) :]
+            predict = self._call(step.predictor, labels, extra, step.carried[0], carried)
             correct = None
             if step.corrector is not None:
-                correct = self._call(step.corrector, labels, step.carried[1], carried)
-            named = dict(zip(self._solver.inputs, more, strict=True))
+                correct = self._call(step.corrector, labels, extra, step.carried[1], carried)
+            named = dict(zip(self._solver.inputs, more, strict=False))  # of which the conditions are the rest
             x, denoised, log_ratio = self._solver.step(x_hat, t_hat, t_next, predict, correct, named)
             return x.to(self.state_dtype), denoised, log_ratio
 
@@ -298,15 +317,18 @@ class Sampler:
         self,
         guidances: tuple[Guidance, ...],
         class_labels: Tensor | None,
+        extra: Sequence[Tensor] = (),
         reusing: DiscriminatorGuidance | None = None,
         carried: CarriedGradient | None = None,
     ) -> Call:
-        """The solver's function under the given guidances."""
+        """The solver's function under the given guidances, with the conditions `extra`."""
         coords = self.coordinates
 
         def call(x: Tensor, t: Tensor, *bounds: Tensor) -> tuple[Tensor, ...]:
             sigma = coords.sigma(t).flatten()
-            arguments = (x / coords.s(t)).to(self.state_dtype), sigma, class_labels, *bounds
+            # A velocity is asked for at the path's own state: at its beginning s is 0.
+            seen = x if self._solver.function == "velocity" else (x / coords.s(t)).to(self.state_dtype)
+            arguments = seen, sigma, class_labels, *bounds, *extra
             results = self._function(guidances, arguments, carried is not None)(*arguments)
             if carried is None:
                 return results

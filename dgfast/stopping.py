@@ -17,8 +17,12 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM becomes an exception as Ctrl-C is one, and either, unless handled inside, one line and an exit code."""
+def interruptible(left: str = "stopped before anything was drawn") -> Iterator[None]:
+    """SIGTERM becomes an exception as Ctrl-C is one, and either, unless handled inside, one line and an exit code.
+
+    Args:
+        left: that line.
+    """
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated
@@ -28,7 +32,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        say("stopped before anything was drawn", error=True)
+        say(left, error=True)
         raise Exit(code(stop)) from None
     finally:
         if main:

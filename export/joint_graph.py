@@ -20,11 +20,11 @@ def joint(networks: Networks, sampling: SamplingConfig, guidance: GuidanceConfig
         UserError: a missing network, or a plan whose steps are not all alike.
     """
     made = job.Job(networks, sampling, guidance)
-    function, net = made.exported(what), networks.denoiser
+    function, net, path = made.exported(what), networks.denoiser, made.path
     return Joint(
         function.name, function, function.inputs, function.outputs, dict(function.weights),
         (*(step.sigma for step in made.steps), 0.0), made.shape, made.classes,
-        isinstance(net, Preconditioner) and not isinstance(net, EDMPrecond),
+        isinstance(net, Preconditioner) and not isinstance(net, EDMPrecond), path, made.conditions,
         {name: image.float() for name, image in function.images.items()},
     )  # fmt: skip
 

@@ -12,13 +12,13 @@ import torch
 
 from dgfast.export.half_products import half_products, round_on_a_cpu, wide_products
 from dgfast.export.parity import ParityError, Report, Row, signature
-from dgfast.export.proof import TOLERANCES, value_rows
+from dgfast.export.proof import tolerance, value_rows
 from dgfast.export.subject import Subject
 from dgfast.export.written_out import written_out
 from dgfast.runtimes.onnx.cuda import FUSED
 from dgfast.runtimes.onnx.file import remove, save
 from dgfast.runtimes.onnx.fused import OPERATORS
-from dgfast.runtimes.onnx.session import OnnxEngine, stored_tensor
+from dgfast.runtimes.onnx.session import KINDS, OnnxEngine, stored_tensor
 from dgfast.runtimes.onnx.writer import convert, operations
 
 OPSET = 18
@@ -39,7 +39,7 @@ def export(
     """Write `subject` to `path`, reopen it, compare the two, and leave the file there only if it is right.
 
     Args:
-        batch: None leaves it open. dtype: of the matrix products, "float32" or "fp16".
+        batch: None leaves it open. dtype: of the matrix products, "float32" or "fp16"; or "float64", of all numbers.
         target: who reads the file, "onnxruntime", "onnxruntime-cuda" or "tensorrt".
 
     Raises:
@@ -64,10 +64,10 @@ def _written(
     """Write the file; how many nodes of each kind it has. The model itself, which may be large, is left behind here."""
     example = dict(subject.example(batch or 2, seed=1))
     model = convert(
-        subject.function, example, subject.outputs, dynamic=batch is None, opset=opset, rank_4=target == "tensorrt",
-        fused=target == FUSED,
+        subject.function, example, subject.outputs, dynamic=subject.varied() if batch is None else (),
+        double=dtype == "float64", opset=opset, rank_4=target == "tensorrt", fused=target == FUSED,
     )  # fmt: skip
-    if dtype != "float32":
+    if dtype == "fp16":
         half_products(model, dtype)
         if target != "tensorrt":  # which has no double precision
             wide_products(model)
@@ -89,7 +89,7 @@ def _proved(path: Path, subject: Subject, batch: int | None, dtype: str, target:
         readable = path if target != FUSED else _on_a_cpu(path, Path(folder), written_out)
         engine = OnnxEngine(readable)
         rows = list(_signature_rows(engine, subject, batch)) or value_rows(engine, subject, batch, dtype)
-        if dtype != "float32" and not any(row.problem for row in rows):
+        if dtype == "fp16" and not any(row.problem for row in rows):
             rounded = OnnxEngine(_on_a_cpu(readable, Path(folder, "rounded"), round_on_a_cpu))
             rows += [
                 replace(row, case=f"{row.case}, rounded as on a GPU")
@@ -121,19 +121,21 @@ def _on_a_cpu(path: Path, folder: Path, rewrite: Callable[[Any], Any]) -> Path:
 
 
 def _signature_rows(engine: OnnxEngine, subject: Subject, batch: int | None) -> Iterator[Row]:
-    size: Any = batch or "batch"
-    shapes: dict[str, tuple[Any, ...]] = {name: (size, *rest) for name, rest in subject.sizes().items()}
+    forms = subject.forms(batch)
     for what, names, found in (("inputs", subject.inputs, engine.inputs), ("outputs", subject.outputs, engine.outputs)):
-        yield from signature({name: (shapes.get(name, (1,)), "tensor(float)") for name in names}, found, what)
+        yield from signature({name: (forms[name][0], KINDS[forms[name][1]]) for name in names}, found, what)
 
 
 def _self_test(engine: OnnxEngine, subject: Subject, batch: int | None, dtype: str) -> str:
-    """One sample's inputs and outputs, repeated to the file's batch when they are run."""
-    case, count = subject.example(1, seed=11), batch or 1
-    inputs = {n: x.expand(count, *x.shape[1:]) if n not in subject.weights else x for n, x in case.items()}
-    results = engine(inputs)
-    stored = {k: {n: stored_tensor(x) for n, x in v.items()} for k, v in (("inputs", inputs), ("outputs", results))}
-    return json.dumps({"tolerance": 10 * TOLERANCES[dtype], **stored})
+    """One sample's inputs and outputs, repeated to the file's batch when they are run; of no samples, all of them."""
+    case, count, varied = subject.example(1, seed=11), batch or 1, subject.varied()
+    inputs = {n: x.expand(count, *x.shape[1:]) if n in varied else x for n, x in case.items()}
+    results, sides, whole = engine(inputs), ("inputs", "outputs"), subject.what == "function"
+    stored = {
+        side: {name: stored_tensor(x, whole) for name, x in tensors.items()}
+        for side, tensors in zip(sides, (inputs, results), strict=True)
+    }
+    return json.dumps({"tolerance": 10 * tolerance(dtype), **stored})
 
 
 def _stamp(model: Any, metadata: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dgfast.export.parity import Report
-from dgfast.export.proof import TOLERANCES, value_rows
+from dgfast.export.proof import tolerance, value_rows
 from dgfast.export.subject import Subject
 from dgfast.graph.cache import lowered
 from dgfast.runtimes.package.engine import INPUTS, OUTPUTS, TOLERANCE, PackageEngine, add_self_test
@@ -33,15 +33,15 @@ def export(
     """
     example = subject.example(batch, seed=1)
     said = {INPUTS: json.dumps(subject.inputs), OUTPUTS: json.dumps(subject.outputs), "dtype": dtype}
-    said[TOLERANCE] = str(TOLERANCES[dtype])
+    said[TOLERANCE] = str(tolerance(dtype))
     arguments = [example[name].to(device) for name in subject.inputs]
     with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         new = Path(folder, path.name)
         write(lowered(subject.function, arguments), arguments, new, {**metadata, **said})
-        engine = PackageEngine(new, device)
+        engine, dtypes = PackageEngine(new, device), reference.dtypes()
 
         def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: x.float().cpu() for name, x in engine(inputs).items()}
+            return {name: x.to("cpu", dtypes[name]) for name, x in engine(inputs).items()}
 
         report = Report(value_rows(run, reference, batch, dtype))
         if not report.passed:

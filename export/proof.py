@@ -1,15 +1,19 @@
-"""The values of an exported file against eager float32: calls that it has not seen, and a whole run."""
-
-import torch
+"""The values of an exported file against eager: calls that it has not seen, and a whole run."""
 
 from dgfast.export.parity import Row, Runs, compare
 from dgfast.export.subject import Subject
+from dgfast.functions.compiled import DOUBLE
 
 TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1}
 """Most that an output may be off, see `parity.Row`: in the other types than float32 what eager's own rounding makes."""
 TRAJECTORY_TOLERANCES = {"float32": 2e-3, "fp16": 1e-2, "bf16": 1e-1}
 """The same for a whole run, as a share of the pixel range, which is 2."""
 OPEN_BATCHES = 1, 5
+
+
+def tolerance(dtype: str) -> float:
+    """The most that an output may be off; functions of users may be in double precision, too."""
+    return DOUBLE if dtype == "float64" else TOLERANCES[dtype]
 
 
 def value_rows(engine: Runs, subject: Subject, batch: int | None, dtype: str) -> list[Row]:
@@ -19,5 +23,5 @@ def value_rows(engine: Runs, subject: Subject, batch: int | None, dtype: str) ->
     """
     sizes = [batch] if batch else list(OPEN_BATCHES)
     cases = [case for size in sizes for case in subject.cases(size)]
-    rows = compare(subject, engine, cases, TOLERANCES[dtype], dict.fromkeys(subject.outputs, torch.float32)).rows
-    return rows + subject.whole_run(subject, engine, batch or 1, TRAJECTORY_TOLERANCES[dtype])
+    rows = compare(subject, engine, cases, tolerance(dtype), subject.dtypes()).rows
+    return rows + subject.whole_run(subject, engine, batch or 1, TRAJECTORY_TOLERANCES.get(dtype, 0.0))

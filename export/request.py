@@ -24,7 +24,14 @@ from dgfast.manifest import recorded
 from dgfast.networks import load
 from dgfast.runtimes.onnx.cuda import FUSED
 
-_SAMPLING = ("solver", "eta", "clip_denoised")  # what an exported function depends on beside guidance
+_SAMPLING = (
+    "solver",
+    "eta",
+    "clip_denoised",
+    "diffusion",
+    "diffusion_norm",
+    "last_step",
+)  # what an exported function depends on beside guidance
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgfast.export.parity import Case, Row, Runs, Tensors, ValueMismatchError
+from dgfast.flow import Path
 from dgfast.graph.agreement import least_sizes
 from dgfast.guidance.declaration import off_values
 from dgfast.noise_levels import posterior_log_variances
 from dgfast.solvers import LAST, ancestral_step, ddim_step
 
+Forms = dict[str, tuple[tuple[int | str, ...], torch.dtype]]
 Function = Callable[..., tuple[Tensor, ...]]
 _DOUBLE = ("x", "sigma", "sigma_next", "noise", "log_least", "log_most", *LAST)
 _LEVELS = 80.0, 0.5, 5.0, 0.01, 0.1, 160.0, 1.0, 20.0, 0.002, 2.0  # the window is 0.0447 to 152 by default
 _MOST_STEPS = 40
+_LEAST_OF_EVEN_STEPS = 0.004  # of 250 in a path's time; a shorter one is lost in a float32 of t
 
 
 class Subject(Protocol):
@@ -47,8 +50,16 @@ class Subject(Protocol):
         """The eager reference."""
         ...
 
-    def sizes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one sample of every tensor that has one a sample."""
+    def varied(self) -> tuple[str, ...]:
+        """The inputs that have one entry a sample."""
+        ...
+
+    def forms(self, batch: int | None) -> Forms:
+        """Sizes of inputs and outputs, "batch" where that is open, and their types."""
+        ...
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Types of the outputs."""
         ...
 
     def example(self, batch: int, seed: int) -> Tensors:
@@ -64,13 +75,38 @@ class Subject(Protocol):
         ...
 
 
+class _OfSamples:
+    """What functions of samples in single precision have in common."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weights: dict[str, float]
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one sample of every tensor that has one a sample."""
+        raise NotImplementedError
+
+    def varied(self) -> tuple[str, ...]:
+        return tuple(name for name in self.inputs if name not in self.weights)
+
+    def forms(self, batch: int | None) -> Forms:
+        size, sizes = batch or "batch", self.sizes()
+        shapes = {n: (size, *sizes[n]) if n in sizes else (1,) for n in (*self.inputs, *self.outputs)}
+        return {name: (shape, torch.float32) for name, shape in shapes.items()}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return dict.fromkeys(self.outputs, torch.float32)
+
+
 @dataclass(frozen=True)
-class Joint:
+class Joint(_OfSamples):
     """A guided denoiser, its posterior, or a whole step; see `Subject`.
 
     Attributes:
         sigmas: the plan's noise levels, 0 last. image: shape of one. label_dim: number of classes, 0 for none.
         predicts_noise: the network does, see `agreement.least_sizes`.
+        path: of flow matching, of which x are states; None: they are clean images with noise.
+        conditions: the denoiser's extra inputs, by name: one sample's shape.
         images: what the guidances know of images [1 or B, C, H, W], which are inputs too.
     """
 
@@ -83,6 +119,8 @@ class Joint:
     image: tuple[int, int, int]
     label_dim: int
     predicts_noise: bool = False
+    path: Path | None = None
+    conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     images: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, inputs: Tensors) -> dict[str, Tensor]:
@@ -91,17 +129,17 @@ class Joint:
         return _run(self.function, arguments, self.outputs)
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
-        images = dict.fromkeys(("x", "x_next", "noise", "denoised_last", "denoised", "shift", "variance"), self.image)
-        images |= dict.fromkeys(self.images, self.image)
+        names = "x", "x_next", "noise", "denoised_last", "denoised", "shift", "variance", "velocity", *self.images
+        images = dict.fromkeys(names, self.image)
         numbers = dict.fromkeys(("sigma", "sigma_next", "sigma_last", "log_least", "log_most", "log_ratio"), ())
-        return {**images, **numbers, "class_labels": (self.label_dim,)}
+        return {**images, **numbers, **self.conditions, "class_labels": (self.label_dim,)}
 
     def case(self, name: str, levels: Sequence[float], seed: int, weights: Mapping[str, float] | None = None) -> Case:
         """Noise of those levels, one a sample, with classes, under the export's own weights or others."""
         generator = torch.Generator().manual_seed(seed)
         count, sigma = len(levels), torch.tensor(levels)
         clean = 0.5 * torch.randn(count, *self.image, generator=generator)
-        x = clean + sigma.view(-1, 1, 1, 1) * torch.randn(clean.shape, generator=generator)
+        x = self._noisy(clean, sigma.view(-1, 1, 1, 1), torch.randn(clean.shape, generator=generator))
         classes = torch.randint(max(self.label_dim, 1), (count,), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         values = {"x": x, "sigma": sigma, "sigma_next": 0.8 * sigma, "sigma_last": 1.25 * sigma}
@@ -109,9 +147,16 @@ class Joint:
         values["log_least"], values["log_most"] = (s * sigma**2 / (1 + sigma**2) for s in (0.2, 0.4))
         values |= {key: values[key].log() for key in ("log_least", "log_most")}
         values["class_labels"] = F.one_hot(classes, max(self.label_dim, 1)).float()
+        values |= {key: torch.randn(count, *shape, generator=generator) for key, shape in self.conditions.items()}
         values |= {key: torch.tensor([value]) for key, value in (self.weights | dict(weights or {})).items()}
         values |= {key: image[:1].expand(count, *self.image) for key, image in self.images.items()}
         return Case(name, {key: values[key] for key in self.inputs}, least_sizes(self.predicts_noise, values))
+
+    def _noisy(self, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        if self.path is None:
+            return clean + sigma * noise
+        t = self.path.sigma_inv(sigma)
+        return self.path.s(t) * clean + self.path.spread(t) * noise
 
     def example(self, batch: int, seed: int) -> Tensors:
         return self.case("", [1.5] * batch, seed).inputs
@@ -133,7 +178,8 @@ class Joint:
 
     def cases(self, batch: int) -> list[Case]:
         """Noise levels inside and outside of the window; the guidance as it is and amplified."""
-        levels = [s for s in _LEVELS if s <= max(*self.sigmas, 160.0)]
+        least = _LEAST_OF_EVEN_STEPS if self.path and self.what == "step" else 0.0
+        levels = [s for s in _LEVELS if least <= s <= max(*self.sigmas, 160.0)]
         cases = []
         for i, start in enumerate(range(0, len(levels), max(batch, 2))):
             chosen = [levels[(start + k) % len(levels)] for k in range(batch)]
@@ -173,13 +219,15 @@ class Joint:
                 last = {"denoised_last": results.get("denoised", x), "sigma_last": values["sigma"]}
             elif self.what == "denoiser":
                 x = ddim_step(x, results["denoised"], t, t_next, None, 0.0)
+            elif self.path is not None:
+                x = x + (self.path.sigma_inv(t_next) - self.path.sigma_inv(t)) * results["velocity"]
             else:
                 x = ancestral_step(x, results["denoised"], results["shift"], results["variance"], t, t_next, noise)
         return x
 
 
 @dataclass(frozen=True)
-class GeneratorSubject:
+class GeneratorSubject(_OfSamples):
     """A one-step generator; see `Subject`.
 
     Attributes:

@@ -15,6 +15,7 @@ if __name__ == "__main__" and not __package__:  # run by its path: no file here 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dgfast.options import EXPORTED_BUNDLE, EXPORTED_OUT, WHAT, Group, GuidedCommand, option
+from dgfast.stopping import interruptible
 
 
 class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
@@ -51,19 +52,20 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in c
 @WHAT
 @EXPORTED_OUT
 def main(bundle: str, batch: int | None, dtype: str, opset: int, target: str, out: Path, **options: Any) -> None:
-    from dgfast.extras import require
+    with interruptible("stopped before a file was written"):
+        from dgfast.extras import require
 
-    require("onnx", "onnxruntime")
-    from dgfast.export import request
-    from dgfast.runtimes.onnx.file import files_of
+        require("onnx", "onnxruntime")
+        from dgfast.export import request
+        from dgfast.runtimes.onnx.file import files_of
 
-    asked = request.read(bundle, options)
-    request.make_folder(out)
-    began = time.perf_counter()
-    path = asked.write(out, batch=batch, dtype=dtype, opset=opset, target=target)
-    for file in files_of(path):
-        click.echo(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
-    click.echo(f"exported and proved in {time.perf_counter() - began:.0f} s")
+        asked = request.read(bundle, options)
+        request.make_folder(out)
+        began = time.perf_counter()
+        path = asked.write(out, batch=batch, dtype=dtype, opset=opset, target=target)
+        for file in files_of(path):
+            click.echo(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+        click.echo(f"exported and proved in {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

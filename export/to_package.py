@@ -17,6 +17,7 @@ if __name__ == "__main__" and not __package__:  # run by its path: no file here 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dgfast.options import EXPORTED_BUNDLE, EXPORTED_OUT, WHAT, Group, GuidedCommand, option
+from dgfast.stopping import interruptible
 
 
 @click.command(cls=GuidedCommand, exported=True, help=__doc__)
@@ -34,15 +35,16 @@ from dgfast.options import EXPORTED_BUNDLE, EXPORTED_OUT, WHAT, Group, GuidedCom
 @option("--batch", group=Group.OUTPUT, type=click.IntRange(min=1), default=64, show_default=True, help="Images a call.")
 @EXPORTED_OUT
 def main(bundle: str, device: str | None, dtype: str, batch: int, out: Path, **options: Any) -> None:
-    from dgfast.devices import pick_device
-    from dgfast.export import request
+    with interruptible("stopped before a file was written"):
+        from dgfast.devices import pick_device
+        from dgfast.export import request
 
-    asked, at = request.read(bundle, options), pick_device(device)
-    request.make_folder(out)
-    began = time.perf_counter()
-    path = asked.package(out, batch=batch, dtype=dtype, device=at)
-    click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-    click.echo(f"compiled and proved in {time.perf_counter() - began:.0f} s")
+        asked, at = request.read(bundle, options), pick_device(device)
+        request.make_folder(out)
+        began = time.perf_counter()
+        path = asked.package(out, batch=batch, dtype=dtype, device=at)
+        click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+        click.echo(f"compiled and proved in {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

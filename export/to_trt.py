@@ -10,6 +10,7 @@ without a GPU; what can't be executed on this machine is said to be just that.
 import hashlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ from dgfast.errors import UserError
 from dgfast.export import request
 from dgfast.export.proof import TOLERANCES
 from dgfast.export.request import Request
+from dgfast.export.subject import Subject
 from dgfast.extras import require
 from dgfast.options import WHAT, Group, GuidedCommand, option
 from dgfast.runtimes.onnx.file import files_of
 from dgfast.runtimes.tensorrt.builder import HARDWARE, Built, Options, build, parse
 from dgfast.runtimes.tensorrt.file import EXECUTED, EngineFile
 from dgfast.runtimes.tensorrt.library import FLAVORS, find, layer_table
+
+_Subjects = Callable[[Any], Subject] | None
 
 
 class BatchRange(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
@@ -113,6 +117,22 @@ def main(bundle: str | None, onnx: Path | None, dtype: str, flavor: str | None, 
         count = parse(trt, source)
         click.echo(f"{source}: {trt.__name__} {trt.__version__} reads it: {count} layers, no error; nothing was built")
         return
+    built_of(reference, source, dtype, options, name, trt, out, asked.subject if asked else None)
+
+
+def built_of(
+    reference: Path, source: Path, dtype: str, options: Options, name: str, trt: Any, out: Path,
+    subject: _Subjects,
+) -> None:  # fmt: skip
+    """Build the engine of an ONNX file in that folder, execute it where that is possible, and say what is known of it.
+
+    Args:
+        reference: the float32 file. source: the one to build from. name, trt: the library, see `library.find`.
+        subject: the function in eager PyTorch, for a device; None for a file alone.
+
+    Raises:
+        UserError, ParityError: the library refuses the file; or the engine is wrong, and gone.
+    """
     built = build(trt, name, source, options)
     file = EngineFile(
         out, hashlib.sha256(built.plan).hexdigest(), name, trt.__version__, dtype, built.batch, TOLERANCES[dtype],
@@ -121,7 +141,7 @@ def main(bundle: str | None, onnx: Path | None, dtype: str, flavor: str | None, 
         never_because="; ".join(built.obstacles), **_gpu(),
     )  # fmt: skip
     _write(file, built, reference)
-    _report(file, built, reference, asked)
+    _report(file, built, reference, subject)
 
 
 def _asked(bundle: str | None, onnx: Path | None, given: dict[str, Any]) -> Request | None:
@@ -219,7 +239,7 @@ def _write(file: EngineFile, built: Built, reference: Path) -> None:
     file.write()
 
 
-def _report(file: EngineFile, built: Built, reference: Path, asked: Request | None) -> None:
+def _report(file: EngineFile, built: Built, reference: Path, subject: _Subjects) -> None:
     """Execute the engine where that is possible, and say what is known of it.
 
     Raises:
@@ -230,7 +250,7 @@ def _report(file: EngineFile, built: Built, reference: Path, asked: Request | No
     report, latency = None, ""
     if not built.obstacles:
         try:
-            report, latency = _executed(file, reference, asked)
+            report, latency = _executed(file, reference, subject)
             report.check()
         except UserError:
             file.path.unlink()
@@ -244,7 +264,7 @@ def _report(file: EngineFile, built: Built, reference: Path, asked: Request | No
     click.echo(text, nl=False)
 
 
-def _executed(file: EngineFile, reference: Path, asked: Request | None) -> tuple[Any, str]:
+def _executed(file: EngineFile, reference: Path, of: _Subjects) -> tuple[Any, str]:
     """Parity against eager, or for a given file against ONNX Runtime, and the latency table."""
     import torch
 
@@ -257,17 +277,17 @@ def _executed(file: EngineFile, reference: Path, asked: Request | None) -> tuple
     engine, onnx, device = load(file.folder), OnnxEngine(reference), torch.device("cuda")
     engine.self_test()
     sizes = list(dict.fromkeys(file.batch))
-    if asked is None:
+    if of is None:
         cases = [self_test.case(onnx, size, seed=1) for size in sizes]
         report = compare(onnx, engine, cases, file.tolerance)
         timed = {size: case.inputs for size, case in zip(sizes, cases, strict=True)}
         return report, engine_report.latency_table({"engine": engine}, timed, device)
-    subject = asked.subject()
+    subject = of("cpu")
     cases = [case for size in {min(size, 8) for size in sizes} for case in subject.cases(size)]
     report = compare(subject, engine, cases, file.tolerance)
     timed = {size: subject.example(size, seed=3) for size in sizes}
     with precision("float32"):
-        return report, engine_report.against_eager(engine, asked.subject(device), timed, device)
+        return report, engine_report.against_eager(engine, of(device), timed, device)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("golden_path", paths, ids=[path.stem for path in paths])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def deterministic_torch() -> Iterator[None]:
     """Repeatable kernels; this mode also fills `torch.empty` with NaN, so reading what nobody wrote shows."""
@@ -127,6 +131,18 @@ def tiny_net(filled_net: Callable[..., Any]) -> Callable[..., Any]:
         shape = {"img_resolution": 8, "img_channels": 1, "label_dim": label_dim}
         size = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8]}
         return filled_net(kind, {"model_type": "SongUNet", **shape, **size, **keywords}, prefix)
+
+    return net
+
+
+@pytest.fixture(scope="session")
+def tiny_sit(filled_net: Callable[..., Any]) -> Callable[..., Any]:
+    """(label_dim, other keywords) -> a transformer of flow matching for 8 x 8 images, as quick."""
+
+    def net(label_dim: int = 0, prefix: str = "tiny/sit/", **keywords: Any) -> Any:
+        shape = {"img_resolution": 8, "img_channels": 1, "label_dim": label_dim}
+        size = {"patch_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2, "learn_sigma": False}
+        return filled_net("FlowPrecond", {"model_type": "SiT", **shape, **size, **keywords}, prefix)
 
     return net
 

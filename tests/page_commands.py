@@ -4,10 +4,10 @@ Each page gets a fresh copy of the checkout and an empty home. Prints a row a co
 exits with 1 if anything failed. A command is left out only where its own comment says why, `# needs a GPU`; it may end
 with another exit code than 0 only where its comment names that.
 
---short runs in the current virtual environment, of which a page sees only the extras that it has installed by then,
-and cuts commands down as the rows show; `--help` stands for checking that the options exist. Without --short the
-page's own commands make the environment and nothing is cut down, which takes hours, but what runs on a stand-in for
-somebody else's checkpoint: that draws two images.
+--short runs in the current virtual environment, of which a page sees only the extras that it has installed by then, in
+a Python that has imported torch already, and cuts commands down as the rows show; `--help` stands for checking that the
+options exist. Without --short the page's own commands make the environment and nothing is cut down, which takes hours,
+but what runs on a stand-in for somebody else's checkpoint: that draws two images.
 """
 
 import re
@@ -49,6 +49,7 @@ SHORT = (
     (r"to_package", "{} --help"),
     (r"package_only|TORCH=", "ls examples/package_only.cpp"),
     (r"examples/observe\.py", "ls examples/observe.py"),
+    (r"examples/(?:forces|guided_diffusers)", "ls examples"),  # tests/export/test_functions.py runs them
     (r"export/to_onnx\.py .*--(?:batch|what step)|--engine", "{} --help"),
     (r"dgfast[ .]sample .*--one-step", "{} --seeds 0-15"),
     (r"dgfast[ .]sample .*--(?:compile|runtime)", "{} --seeds 0-1 --steps 2 --dg-weight 0"),

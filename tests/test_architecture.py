@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import dgfast
 from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "dgfast"
@@ -29,29 +30,56 @@ ROOMS = {
     ),
     "team": ({"errors", "ranges"}, {"torch"}),
     "config": ({"errors", "guidance", "solvers"}, set()),
+    "conditions": ({"errors", "guidance"}, {"torch"}),
     "vp": (set(), {"torch"}),
     "noise_levels": ({"config", "errors", "vp"}, {"torch"}),
     "randomness": ({"errors"}, {"torch"}),
     "kernels": (set(), {"torch", "triton"}),
     "ops": ({"errors", "extras", "kernels"}, {"torch"}),
     "solvers": ({"errors", "vp"}, {"torch"}),
-    "denoiser": ({"noise_levels"}, {"torch"}),
-    "nets": ({"denoiser", "errors", "ops"}, {"torch", "numpy"}),
+    "flow": ({"noise_levels", "vp"}, {"torch"}),
+    "denoiser": ({"flow", "noise_levels"}, {"torch"}),
+    "nets": ({"denoiser", "errors", "extras", "ops"}, {"torch", "numpy", "diffusers"}),
     "guidance": ({"bounds", "errors", "vp"}, {"torch", "numpy"}),
+    "functions": ({"errors", "graph", "runtimes"}, {"torch"}),
     "graph": ({"IMPORTED_AT", "errors", "ops"}, {"torch"}),
     "runtimes": ({"bounds", "devices", "errors", "extras", "graph", "ops"}, {"torch", "numpy", "onnx", "onnxruntime"}),
     "job": (
-        {"config", "devices", "errors", "graph", "guidance", "networks", "noise_levels", "plan", "solvers"},
+        {
+            "conditions",
+            "config",
+            "denoiser",
+            "devices",
+            "errors",
+            "flow",
+            "graph",
+            "guidance",
+            "networks",
+            "noise_levels",
+        }
+        | {"plan", "solvers"},
         {"torch"},
     ),
     "sampler": (
-        {"config", "devices", "errors", "graph", "guidance", "job", "networks", "plan", "randomness", "runtimes"}
+        {
+            "conditions",
+            "config",
+            "devices",
+            "errors",
+            "graph",
+            "guidance",
+            "job",
+            "networks",
+            "plan",
+            "randomness",
+            "runtimes",
+        }
         | {"solvers"},
         {"torch"},
     ),
     "engines": ({"bundle", "config", "errors", "graph", "guidance", "job", "runtimes", "solvers"}, {"torch"}),
     "outputs": ({"errors", "files", "ranges"}, {"torch", "numpy", "PIL"}),
-    "plan": ({"config", "errors", "guidance", "networks", "noise_levels", "solvers"}, {"torch"}),
+    "plan": ({"config", "denoiser", "errors", "guidance", "networks", "noise_levels", "solvers"}, {"torch"}),
     "options": ({"__version__", "bounds", "config", "guidance", "ranges", "solvers"}, {"click"}),
     "one_step": (
         {"bundle", "devices", "errors", "graph", "guidance", "job", "networks", "plan", "randomness", "runtimes"}
@@ -119,11 +147,20 @@ def test_architecture_package_needs_neither_its_tools_nor_heavy_packages(path: P
     inside = path.is_relative_to(PACKAGE / "export")
     assert inside or not any(name.startswith("dgfast.export") for name in imports(path)), "not for importing"
     kernel = path.is_relative_to(PACKAGE / "kernels")
-    assert not {name.split(".")[0] for name in imports(path, whole_file=False)} & (
-        HEAVY - {"triton"} if kernel else HEAVY
-    )
+    own = {"triton"} if kernel else {"diffusers"} if path == PACKAGE / "diffusers.py" else set()
+    assert not {name.split(".")[0] for name in imports(path, whole_file=False)} & (HEAVY - own)
+    assert not any(name.startswith("dgfast.diffusers") for name in imports(path)), "for its users alone"
     ours = {name for name in imports(path) if name.startswith("dgfast.kernels")}
     assert kernel or path.name == "ops.py" or not ours, "only ops.py chooses kernels"
+
+
+def test_architecture_three_names_of_the_package_lead_to_its_tools() -> None:
+    """They are looked up when they are asked for: `import dgfast` reads none of `export/`."""
+    homes = {name for name, home in dgfast._HOMES.items() if home.split(".")[0] == "export"}
+    assert homes == {"export_onnx", "export_package", "export_tensorrt"}
+    code = "import sys, dgfast; assert not [name for name in sys.modules if name.startswith('dgfast.export')]"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT).returncode == 0
 
 
 def test_architecture_package_works_without_heavy_packages() -> None:

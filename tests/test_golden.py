@@ -28,6 +28,7 @@ from tests.support.golden_networks import (
 )
 from tests.support.golden_posterior import judge_posterior
 from tests.support.golden_samplers import judge_adm, judge_dg_sampler, judge_edm_sampler, judge_vpsde
+from tests.support.golden_sit import judge_sit
 
 
 def kind_of(meta: dict[str, Any]) -> str:
@@ -40,6 +41,8 @@ def kind_of(meta: dict[str, Any]) -> str:
         return "dit"
     if "pigdm_tau2" in meta.get("config", {}):
         return "posterior"
+    if source.startswith("willisma/SiT"):
+        return "sit"
     if "vpsde" in source:
         return "vpsde"
     if meta.keys() >= {"cls", "config"}:
@@ -78,6 +81,7 @@ def test_golden_outputs_agree_with_the_official_code(
         "dit": lambda: judge_dit(golden, monkeypatch),
         "posterior": lambda: judge_posterior(golden),
         "pickle": lambda: judge_pickle(golden),
+        "sit": lambda: judge_sit(golden),
     }
     kind = kind_of(golden.meta)
     assert kind in judges, f"{golden_path.name}: unknown kind of golden file, meta has {sorted(golden.meta)}"

@@ -13,7 +13,20 @@ from dgfast.vp import adm_time_schedule
 
 _DIT_WINDOW = (0.1011, 2.0)  # DiT-G++ guides at timesteps above 100: tau is 0.1006 at 100, 0.1016 at 101, 1.0034 at 999
 _LATENT_CHANNELS = 4
-_OF_TIME = ("noise_schedule", "steps", "predict_xstart", "rescale_timesteps")  # what networks of one bundle share
+_OF_DIFFUSERS = ("solver", "respacing")
+_SIT_STEPS = 250
+_SIT_CHANNELS = 3  # which classifier-free guidance guides; REPA's code guides all
+_OF_TIME = (
+    "noise_schedule",
+    "steps",
+    "predict_xstart",
+    "rescale_timesteps",
+    "path",
+    "prediction",
+)  # what networks of one bundle share
+
+
+_OWN_TIME = ("DDPMPrecond", "FlowPrecond")
 
 
 def beside_score(
@@ -21,15 +34,19 @@ def beside_score(
 ) -> tuple[Bundle, list[Assumed]]:
     """The bundle, to which such a score network is to be added, with its authors' sampling, window and decoder."""
     assumed = _of_the_classifier(bundle, kind, keywords)
-    is_dit = keywords.get("model_type") == "DiT"
+    is_dit, is_sit = (keywords.get("model_type") == name for name in ("DiT", "SiT"))
+    of_latents = (is_dit or is_sit) and keywords["img_channels"] == _LATENT_CHANNELS
     if vae:
         bundle = replace(bundle, vae=VaeSpec(vae))
         assumed.append(Assumed("vae.scale", VaeSpec(vae).scale, "Stable Diffusion's", "vae.scale in bundle.json"))
-    elif bundle.vae is None and is_dit and keywords["img_channels"] == _LATENT_CHANNELS:
+    elif bundle.vae is None and of_latents:
         assumed.append(Assumed("vae", "none", "it draws latents, which one decodes", "--vae"))
     if bundle.guidance == GuidanceConfig() and is_dit:
         bundle = replace(bundle, guidance=GuidanceConfig(dg_window=_DIT_WINDOW))
         assumed.append(Assumed("dg_window", ",".join(map(str, _DIT_WINDOW)), "DiT-G++'s", "dgfast sample --dg-window"))
+    if bundle.guidance == GuidanceConfig() and is_sit and of_latents and not keywords.get("toward_noise"):
+        bundle = replace(bundle, guidance=GuidanceConfig(cfg_channels=_SIT_CHANNELS))
+        assumed.append(Assumed("cfg_channels", _SIT_CHANNELS, "its authors guide so", "dgfast sample --cfg-channels"))
     if bundle.sampling == SamplingConfig():
         sampling, entries = _published_sampling(kind, keywords)
         bundle, assumed = replace(bundle, sampling=sampling), assumed + entries
@@ -39,7 +56,7 @@ def beside_score(
 def like_its_sibling(bundle: Bundle, role: str, converted: Converted) -> Converted:
     """The network with the time of the bundle's other denoiser, as far as nobody told another and both have one."""
     for other, spec in bundle.nets.items():
-        if other in DENOISERS and other != role and spec.kind == converted.kind == "DDPMPrecond":
+        if other in DENOISERS and other != role and spec.kind == converted.kind in _OWN_TIME:
             shared = {
                 entry.name: spec.keywords[entry.name]
                 for entry in converted.assumed
@@ -58,11 +75,19 @@ def like_its_sibling(bundle: Bundle, role: str, converted: Converted) -> Convert
 
 def _published_sampling(kind: str, keywords: Mapping[str, Any]) -> tuple[SamplingConfig, list[Assumed]]:
     """How the authors of such a score network sample from it."""
+    if kind == "DiffusersPrecond":
+        usual, because = SamplingConfig(solver="ddim", respacing="50"), "diffusers' usual 50 steps of DDIM"
+        entries = [Assumed(name, getattr(usual, name), because, f"dgfast sample --{name}") for name in _OF_DIFFUSERS]
+        return usual, entries
+    authors = "its authors sample so"
+    if kind == "FlowPrecond":
+        assumed = [Assumed("solver", "flow-sde", authors, "dgfast sample --solver")]
+        assumed.append(Assumed("num_steps", _SIT_STEPS, authors, "dgfast sample --steps"))
+        return SamplingConfig(solver="flow-sde", num_steps=_SIT_STEPS), assumed
     if kind != "DDPMPrecond":
         small = keywords["img_resolution"] < 64
         steps, because = (18, "EDM's for images below 64 px") if small else (40, "EDM's for images of 64 px and more")
         return SamplingConfig(num_steps=steps), [Assumed("num_steps", steps, because, "dgfast sample --steps")]
-    authors = "its authors sample so"
     chosen: dict[str, tuple[Any, str]] = {"solver": ("ddpm", authors), "respacing": ("250", authors)}
     if keywords["model_type"] != "DiT":
         chosen["clip_denoised"] = True, authors

@@ -1,6 +1,11 @@
-"""The keywords of a DiT from its tensors: shapes tell all but its heads, and whether its labels have a null class."""
+"""The keywords of a DiT, or a SiT, from its tensors.
+
+Shapes tell all but its heads, whether its labels have a null class, and which of the two it is: SiT has DiT's tensors
+under DiT's names. Only REPA's (arXiv 2410.06940) tell themselves, by the projector heads of their training.
+"""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +16,8 @@ from dgfast.errors import UserError
 from dgfast.nets.dit import PRESETS
 
 _MARK = "x_embedder.proj.weight"
+_PROJECTOR = "projectors."
+_LATER_BLOCK = "decoder_blocks."
 _LABELS = "y_embedder.embedding_table.weight"
 
 
@@ -19,10 +26,51 @@ def is_dit(tensors: Mapping[str, Tensor]) -> bool:
     return _MARK in tensors
 
 
+def without_training_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """What sampling needs of these tensors, and whether they are REPA's.
+
+    Its projectors are left out. Its first checkpoints count the blocks above the projectors anew; here they go on.
+    """
+    if not any(name.startswith(_PROJECTOR) for name in tensors):
+        return dict(tensors), False
+    below = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    own: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name.startswith(_LATER_BLOCK):
+            number, _, rest = name.removeprefix(_LATER_BLOCK).partition(".")
+            name = f"blocks.{below + int(number)}.{rest}" if re.fullmatch(r"\d{1,4}", number, re.ASCII) else name
+        if not name.startswith(_PROJECTOR):
+            own[name] = value
+    return own, True
+
+
+def kind_and_keywords(
+    tensors: Mapping[str, Tensor], kind: str | None, told: Mapping[str, Any], repa: bool, source: object
+) -> tuple[str, dict[str, Any], list[Assumed]]:
+    """The preconditioner of these tensors, its keywords, and what they assume.
+
+    Args:
+        kind: as told. repa: they are, see `without_training_parts`.
+
+    Raises:
+        UserError: see `score_keywords`.
+    """
+    model_type = told.get("model_type", "SiT" if repa or kind == "FlowPrecond" else "DiT")
+    kind = "FlowPrecond" if model_type == "SiT" else "DDPMPrecond"
+    keywords, assumed = score_keywords(tensors, {"model_type": model_type, **told}, source)
+    if model_type == "DiT" and "model_type" not in told:
+        assumed.append(Assumed("model_type", "DiT", "SiT's tensors have the same names", "--set model_type=SiT"))
+    if repa and "toward_noise" not in told:
+        keywords["toward_noise"] = True
+        because = "its projectors are REPA's, whose time runs so"
+        assumed.append(Assumed("toward_noise", True, because, "--set toward_noise=false"))
+    return kind, keywords, assumed
+
+
 def score_keywords(
     tensors: Mapping[str, Tensor], told: Mapping[str, Any], source: object
 ) -> tuple[dict[str, Any], list[Assumed]]:
-    """Keywords with which `nets.build("DDPMPrecond", ...)` makes a denoiser of these tensors, and what they assume.
+    """Keywords with which `nets.build` makes a denoiser of these tensors, and what they assume.
 
     The number of heads is that of the published network of the same width and depth. What is `told` is taken as it is.
 

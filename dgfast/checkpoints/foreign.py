@@ -25,18 +25,23 @@ _HEADS = (
     (rb"\x89HDF", "an HDF5 file; those of PyTorch and safetensors are read"),
     (rb"GGUF", "a GGUF file of quantised weights; those of PyTorch and safetensors are read"),
 )
-_THEIRS = "give the .pt of its authors (facebookresearch/DiT), which has the same weights"
-_CLASSES = {"DiTTransformer2DModel": _THEIRS, "DiTPipeline": _THEIRS, "AutoencoderKL": "name its folder with --vae"}
+_THEIRS = "give the folder of its pipeline, or the .pt of its authors (facebookresearch/DiT) with the same weights"
+_FOLDER = "give its folder"
+_CLASSES = {
+    "DiTTransformer2DModel": _THEIRS, "DiTPipeline": _THEIRS, "UNet2DModel": _FOLDER, "DDPMPipeline": _FOLDER,
+    "AutoencoderKL": "name its folder with --vae",
+}  # fmt: skip
 """What to do about diffusers' classes, by their names."""
 # What tensors' names tell: patterns with a blank between, all of which must be among them, and what that is.
 _NAMES = (
     (r"^transformer_blocks\.\d+\.attn1\. ^pos_embed\.proj\.", f"a DiT under the names of diffusers: {_THEIRS}"),
     (r"^(encoder|decoder)\.(down|up)(_blocks)?\. ^decoder\.conv_out\.", "a VAE: name its folder with --vae"),
-    (r"^down_blocks\. ^conv_in\.", "a U-Net of diffusers, which dgfast does not have"),
+    (r"^down_blocks\. ^conv_in\.", "a U-Net of diffusers: of an unconditional one give the folder of its pipeline"),
     (r"\.lora_|\.lora\.", "a LoRA, which changes another network: merge them first, and give the result"),
     (r"^(diffusion_model|first_stage_model)", "a latent diffusion checkpoint, whose U-Net dgfast does not have"),
     (r"^input_blocks\.\d+\.\d+\.transformer_blocks\.", "a U-Net of latent diffusion, which dgfast does not have"),
     (r"(^|\.)emb_noise\.", "a network of EDM2, which dgfast does not have"),
+    (r"^lvl_embed\. ^word_embed\.", "a VAR, which predicts tokens and no score: dgfast does not have it"),
     (r"^(joint|double)_blocks\.", "an MMDiT (Stable Diffusion 3, FLUX), which dgfast does not have"),
 )
 
@@ -96,8 +101,7 @@ def _folder(folder: Path) -> str:
 
 
 def _of_diffusers(name: str) -> str:
-    advice = f": {_CLASSES[name]}" if name in _CLASSES else ""
-    return f"diffusers' {name}, which dgfast does not read{advice}"
+    return f"diffusers' {name}, which dgfast does not read" + (f" so: {_CLASSES[name]}" if name in _CLASSES else "")
 
 
 def _class_name(description: Path) -> str:

@@ -14,6 +14,7 @@ from dgfast.bundle import Bundle
 from dgfast.checkpoints import defaults, one_line
 from dgfast.checkpoints.account import Assumed
 from dgfast.checkpoints.network import Converted
+from dgfast.config import SamplingConfig
 from dgfast.errors import UserError
 
 _LOCK = ".lock"
@@ -47,7 +48,9 @@ def join(
             time_schedule, entries = defaults.classifier_time(bundle, converted.keywords["image_size"], time_schedule)
             assumed += entries
         if role == "score":
+            own = converted.sampling if bundle.sampling == SamplingConfig() else {}
             bundle, entries = defaults.beside_score(bundle, converted.kind, converted.keywords, vae)
+            bundle = replace(bundle, sampling=replace(bundle.sampling, **own))
             assumed += entries
         bundle = replace(
             bundle,

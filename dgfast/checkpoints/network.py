@@ -3,7 +3,7 @@
 import inspect
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ _FORMATS = {"snapshot": "snapshot of EDM", "safetensors": "safetensors", "torch"
 _UNSEEN = {"num_heads", "num_head_channels", "use_new_attention_order"}  # raw networks' that change no tensor's shape
 
 
-_OTHERS = {"linear": "cosine", "False": "true"}  # what else a keyword may be, by its value
+_OTHERS = {"noise_schedule": "cosine", "path": "gvp", "prediction": "noise"}  # what else a keyword may be
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Converted:
 
     Attributes:
         read: facts about the file, by what they are about. assumed: what it does not say.
+        sampling: what it says of how its authors sample, as `SamplingConfig` has it.
     """
 
     net: nn.Module
@@ -38,6 +39,7 @@ class Converted:
     keywords: dict[str, Any]
     read: dict[str, str]
     assumed: list[Assumed] = field(default_factory=list)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: str | None) -> Converted:
@@ -57,7 +59,10 @@ def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: 
         kind, keywords = snapshot.kind, snapshot.keywords
     else:
         state = openai_pt.read(file, key)
-        kind, keywords, assumed = _recognised(state.tensors, role, kind, told, file)
+        own, repa = dit.without_training_parts(state.tensors)
+        left_out = (*state.left_out, *(["the projectors of its training"] if repa else []))
+        state = replace(state, tensors=own, left_out=left_out)
+        kind, keywords, assumed = _recognised(own, role, kind, told, repa, file)
     kinds = tuple(PRECONDITIONERS) if role in DENOISERS else _ENCODER_KINDS
     if kind not in kinds:
         raise UserError(f"a {role} network cannot be of the kind {kind!r}; use {', '.join(kinds)}")
@@ -65,13 +70,13 @@ def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: 
         net = weights.build(kind, keywords, _as_in_a_bundle(state.tensors, kind), file)
     except UserError as error:
         raise UserError(f"{error.message}; mend its keywords with --set") if told_kind else error from error
-    _require_finite(state.tensors, file)
+    require_finite(state.tensors, file)
     told_too = {name: value for name, value in keywords.items() if name in told}
     assumed_too = {entry.name for entry in assumed}
     seen = {name: value for name, value in keywords.items() if name not in told and name not in assumed_too}
     facts = {
         "file": _about(file, form, state, kind),
-        "tensors": _counted(state.tensors),
+        "tensors": counted(state.tensors),
         "in the file" if form == "snapshot" else "by shapes": listed(seen),
         "told": listed(told_too),
     }
@@ -79,7 +84,7 @@ def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: 
 
 
 def _recognised(
-    tensors: Mapping[str, Tensor], role: str, kind: str | None, told: Mapping[str, Any], file: Path
+    tensors: Mapping[str, Tensor], role: str, kind: str | None, told: Mapping[str, Any], repa: bool, file: Path
 ) -> tuple[str, dict[str, Any], list[Assumed]]:
     """The kind of network that has these tensors, its keywords, and which of them are assumed."""
     require_own_names(tensors, file)
@@ -94,9 +99,10 @@ def _recognised(
             f"{file} is an upsampler of guided-diffusion: it also reads an image of lower resolution, which dgfast "
             "does not draw from"
         )
-    if kind == "DiT" or (kind in (None, "DDPMPrecond") and dit.is_dit(tensors)):
-        keywords, assumed = dit.score_keywords(tensors, told, file)
-    elif kind is None:
+    if kind == "DiT" or (kind in (None, "DDPMPrecond", "FlowPrecond") and dit.is_dit(tensors)):
+        kind, keywords, assumed = dit.kind_and_keywords(tensors, kind, told, repa, file)
+        return kind, keywords, assumed + _defaults(kind, keywords)
+    if kind is None:
         keywords, assumed = openai_pt.score_keywords(tensors, told, file)
     else:
         keywords, assumed = openai_pt.with_script_defaults(kind, told)
@@ -128,7 +134,7 @@ def _defaults(kind: str, keywords: Mapping[str, Any]) -> list[Assumed]:
         unseen.discard("num_head_channels")
     because = "dgfast's default" if kind == "EncoderUNetModel" else "its authors' default"
     return [
-        Assumed(name, value, because, f"--set {name}={_OTHERS.get(str(value), '...')}")
+        Assumed(name, value, because, f"--set {name}={'true' if value is False else _OTHERS.get(name, '...')}")
         for name, value in left_out.items()
         if name in unseen - {"learn_sigma"}  # which the last layer shows
     ]
@@ -141,7 +147,7 @@ def _as_in_a_bundle(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {f"model.{name}": value for name, value in tensors.items()}
 
 
-def _require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+def require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
     """
     Raises:
         UserError: which tensors are not, in float32, and how much of them.
@@ -171,7 +177,7 @@ def _about(file: Path, form: str, state: StateDict, kind: str) -> str:
     return one_line("; ".join(note for note in notes if note))
 
 
-def _counted(tensors: Mapping[str, Tensor]) -> str:
+def counted(tensors: Mapping[str, Tensor]) -> str:
     by_dtype = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
     kept = "" if set(by_dtype) == {"float32"} else ", kept as float32"
     return " and ".join(f"{count:,} of {dtype}" for dtype, count in by_dtype.items()) + kept

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dgfast.denoiser.preconditioner import Preconditioner
+from dgfast.denoiser.preconditioner import Preconditioner, class_indices
 from dgfast.noise_levels import ddpm_levels
 
 
@@ -24,7 +24,7 @@ class DDPMPrecond(Preconditioner):
     levels: Tensor
 
     def __init__(
-        self, model: nn.Module, img_resolution: int, img_channels: int, label_dim: int,
+        self, model: nn.Module, img_resolution: int | tuple[int, int], img_channels: int, label_dim: int,
         noise_schedule: str = "linear", steps: int = 1000, learn_sigma: bool = True, predict_xstart: bool = False,
         rescale_timesteps: bool = False,
     ) -> None:  # fmt: skip
@@ -49,26 +49,13 @@ class DDPMPrecond(Preconditioner):
         """The same in units of 999, as a noise-aware network reads it that was trained beside this one."""
         return self.timesteps(sigma) / 999
 
-    def coefficients(self, sigma: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor | float, Tensor, Tensor, Tensor]:
         c_skip, c_out = (0.0, torch.ones_like(sigma)) if self.predict_xstart else (1.0, -sigma)
         return c_skip, c_out, (sigma**2 + 1).rsqrt(), self.timesteps(sigma)
 
     def labels(self, class_labels: Tensor | None, batch: int) -> Tensor | None:
-        """Class indices [B] of one-hot rows [B, label_dim]; the unknown class for a row of zeros, or for None.
-
-        Raises:
-            ValueError: no labels for a network that knows no unknown class.
-        """
-        if self.label_dim == 0:
-            return None
-        if class_labels is None:
-            if self.null_class is None:
-                raise ValueError("this network has no unknown class: it needs class labels")
-            return torch.full((batch,), self.null_class, device=self.levels.device)
-        indices = class_labels.argmax(dim=1)
-        if self.null_class is None:
-            return indices
-        return torch.where(class_labels.any(dim=1), indices, self.null_class)
+        """Class indices [B] of one-hot rows [B, label_dim], see `class_indices`."""
+        return class_indices(class_labels, batch, self.label_dim, self.null_class, self.levels.device)
 
     def with_variance(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Denoised images [B, C, H, W] and v, of the same shape; None from a network that does not learn it."""

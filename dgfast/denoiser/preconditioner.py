@@ -8,6 +8,7 @@ computes its coefficients in float32, runs F in the dtype of F's weights and ret
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 
@@ -16,13 +17,16 @@ class Preconditioner(nn.Module, ABC):
 
     Attributes:
         sigma_min, sigma_max: noise levels for which the network was trained.
-        img_resolution, img_channels, label_dim: shape of its images and number of its classes (0: none).
+        img_resolution, img_channels, label_dim: shape of its images, which have one side or height and width, and
+            number of its classes (0: none).
     """
 
     sigma_min: float
     sigma_max: float
 
-    def __init__(self, model: nn.Module, img_resolution: int, img_channels: int, label_dim: int) -> None:
+    def __init__(
+        self, model: nn.Module, img_resolution: int | tuple[int, int], img_channels: int, label_dim: int
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
@@ -56,3 +60,21 @@ class Preconditioner(nn.Module, ABC):
         dtype = next(self.model.parameters()).dtype
         out = self.model((c_in * x).to(dtype), c_noise.flatten(), class_labels, augment_labels)
         return c_skip * x + c_out * out[:, : self.img_channels].float()
+
+
+def class_indices(
+    class_labels: Tensor | None, batch: int, label_dim: int, null_class: int | None, device: torch.device
+) -> Tensor | None:
+    """Class indices [B] of one-hot rows [B, label_dim]; the unknown class for a row of zeros, or for None.
+
+    Raises:
+        ValueError: no labels for a network that knows no unknown class.
+    """
+    if label_dim == 0:
+        return None
+    if class_labels is None:
+        if null_class is None:
+            raise ValueError("this network has no unknown class: it needs class labels")
+        return torch.full((batch,), null_class, device=device)
+    indices = class_labels.argmax(dim=1)
+    return indices if null_class is None else torch.where(class_labels.any(dim=1), indices, null_class)

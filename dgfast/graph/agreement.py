@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 PREDICTS_NOISE = "predicts_noise"
 """Key of an exported file's metadata: "true" or "false"."""
+LEAST = "least"
+"""The same: JSON, by output the size [] of `relative_error` in the self-test of a function without samples."""
 _SHARE_OF_NOISE = 0.01
 
 
@@ -16,8 +19,11 @@ def relative_error(result: Tensor, reference: Tensor, least: Tensor | None = Non
     anything is not a number.
 
     Args:
-        least: sizes [B] to take the share of where the reference's are smaller, see `least_sizes`.
+        least: sizes [B] to take the share of where the reference's are smaller, see `least_sizes`; or one size [], of a
+            result without samples, which is then judged by its own largest value.
     """
+    if least is not None and not least.dim() and result.shape == reference.shape:
+        result, reference, least = result.reshape(1, -1), reference.reshape(1, -1), least.reshape(1)
     result, reference = result.detach().double().cpu(), reference.detach().double().cpu()
     if result.shape != reference.shape:
         return float("inf")
@@ -43,3 +49,14 @@ def least_sizes(predicts_noise: bool, inputs: Mapping[str, Tensor]) -> dict[str,
         return {}
     least = _SHARE_OF_NOISE * inputs["x"].abs().flatten(1).amax(1)
     return {"x_next": least} | ({"denoised": least} if predicts_noise else {})
+
+
+def least_said(said: object) -> dict[str, Tensor]:
+    """What a file says under `LEAST`, parsed.
+
+    Raises:
+        TypeError, ValueError: it is no table of numbers.
+    """
+    if not isinstance(said, Mapping) or not all(isinstance(size, float) and size >= 0 for size in said.values()):
+        raise ValueError("sizes that are no numbers")
+    return {str(name): torch.tensor(size, dtype=torch.float64) for name, size in said.items()}

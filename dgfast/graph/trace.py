@@ -5,7 +5,6 @@ once on fake tensors and records what autograd would do.
 """
 
 import gc
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,12 +18,24 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dgfast.errors import UserError
+from dgfast.errors import UserError, one_line
 from dgfast.graph import Function
+from dgfast.graph.calls import CALLED, source_line
 from dgfast.graph.nodes import drop_identities
 
 aten = torch.ops.aten
-_CALLED = {"torch", *sys.stdlib_module_names}
+
+
+class UntraceableError(UserError):
+    """A function that does not trace.
+
+    Attributes:
+        reason: what failed, and where.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"this network does not trace: {reason}; run it without --compile")
+        self.reason = reason
 
 
 def trace(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
@@ -34,8 +45,8 @@ def trace(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
     the same at every batch size.
 
     Raises:
-        UserError: the function branches on the value of a tensor, or calls what cannot be traced; names where. Errors
-            of dgfast itself, which are no matter of tracing, come as they are.
+        UntraceableError: the function branches on the value of a tensor, or calls what cannot be traced;
+            names where. Errors of dgfast itself, which are no matter of tracing, come as they are.
     """
     try:
         with torch.no_grad(), without_collecting():
@@ -47,7 +58,7 @@ def trace(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
     except Exception as error:
         if _of_dgfast(error):
             raise
-        raise UserError(f"this network does not trace: {_where(error)}; run it without --compile") from error
+        raise UntraceableError(_where(error)) from error
     drop_identities(graph)
     return graph
 
@@ -84,12 +95,12 @@ class _NoReading(TorchDispatchMode):
 def _of_dgfast(error: BaseException) -> bool:
     """Whether it was raised by dgfast's own code, or by what torch and Python do for that."""
     homes = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
-    homes = [home for home in homes if home != __name__ and home.partition(".")[0] not in _CALLED]
+    homes = [home for home in homes if home != __name__ and home.partition(".")[0] not in CALLED]
     return bool(homes) and homes[-1].partition(".")[0] == "dgfast"
 
 
 def _where(error: BaseException) -> str:
-    """What failed, and in which module."""
+    """What failed, in which module, and in which line."""
     modules, step = [], error.__traceback__
     while step is not None:
         owner = step.tb_frame.f_locals.get("self")
@@ -97,4 +108,6 @@ def _where(error: BaseException) -> str:
             modules.append(type(owner).__name__)
         step = step.tb_next
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{reason[0]} (in {'.'.join(modules)})" if modules else reason[0]
+    line = source_line(walk_tb(error.__traceback__))
+    inside = f" (in {'.'.join(modules)})" if modules else ""
+    return one_line(f"{reason[0]}{inside}" + (f", at {line}" if line else ""))

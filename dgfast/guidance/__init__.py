@@ -19,12 +19,16 @@ from dgfast.guidance.gradient import OUTSIDE_WINDOW
 from dgfast.guidance.loss import LossGuidance
 from dgfast.guidance.low_density import LowDensityGuidance
 from dgfast.guidance.observation import Mask, ObservationGuidance
+from dgfast.guidance.perturbed_attention import PerturbedAttentionGuidance
 from dgfast.guidance.predicted_clean import PredictedCleanGuidance
 from dgfast.guidance.schedule import WeightSchedule
+from dgfast.guidance.skip_layer import SkipLayerGuidance
+from dgfast.guidance.smoothed_energy import SmoothedEnergyGuidance
 
 if TYPE_CHECKING:
     from dgfast.guidance.compose import Denoiser, GuidedDenoiser, guided_denoiser, guided_posterior
     from dgfast.guidance.reuse import CarriedGradient, gradient_keeping_denoiser
+    from dgfast.guidance.velocity import guided_velocity, of_velocities
 
 __all__ = [
     "GUIDANCES",
@@ -41,12 +45,17 @@ __all__ = [
     "LowDensityGuidance",
     "Mask",
     "ObservationGuidance",
+    "PerturbedAttentionGuidance",
     "PredictedCleanGuidance",
     "Repair",
+    "SkipLayerGuidance",
+    "SmoothedEnergyGuidance",
     "WeightSchedule",
     "gradient_keeping_denoiser",
     "guided_denoiser",
     "guided_posterior",
+    "guided_velocity",
+    "of_velocities",
     "option",
 ]
 
@@ -54,5 +63,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:  # what needs torch, which the declarations do without
     if name not in __all__:
         raise AttributeError(f"module 'dgfast.guidance' has no attribute {name!r}")
-    home = "reuse" if name in ("CarriedGradient", "gradient_keeping_denoiser") else "compose"
-    return getattr(import_module(f"dgfast.guidance.{home}"), name)
+    homes = {
+        "CarriedGradient": "reuse",
+        "gradient_keeping_denoiser": "reuse",
+        "guided_velocity": "velocity",
+        "of_velocities": "velocity",
+    }
+    return getattr(import_module(f"dgfast.guidance.{homes.get(name, 'compose')}"), name)

@@ -36,7 +36,7 @@ class Autoguidance(Guidance):
     cost = "1 forward of the reference net"
     use = "to correct the score net by a worse one"
     roles = ("reference",)
-    evaluations = 1
+    evaluations, mixes_velocities = 1, True
 
     @classmethod
     def make(cls, networks: Networks, config: GuidanceConfig) -> Autoguidance:

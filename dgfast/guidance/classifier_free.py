@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from dgfast.errors import UserError
 from dgfast.guidance.declaration import Guidance, option
+from dgfast.guidance.schedule import lower_bound
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ class ClassifierFreeGuidance(Guidance):
     Attributes:
         denoiser: the conditional denoiser; without labels it gives D_u.
         scale: 1 guides nothing.
-        interval: (low, high], the noise levels sigma at which it acts, judged for each sample.
+        interval: (low, high], the noise levels sigma at which it acts, judged for each sample; a low of 0 is no bound.
         scale_low: scale at noise levels sigma of `branch` and below; None: the same as above it.
         channels: guide the first so many channels alone; None: all.
     """
@@ -60,7 +61,7 @@ class ClassifierFreeGuidance(Guidance):
     formula = "D_u + s (D - D_u)"
     cost = "1 forward of the score net in the interval"
     use = "the same, without a classifier"
-    evaluations = 1
+    evaluations, mixes_velocities = 1, True
 
     @classmethod
     def check(cls, config: GuidanceConfig) -> None:
@@ -84,7 +85,7 @@ class ClassifierFreeGuidance(Guidance):
         low = self.scale if self.scale_low is None else self.scale_low
         above, below = sigma_high > self.branch, sigma_low <= self.branch
         guides = bool((above and self.scale != 1) or (below and low != 1))
-        return guides and sigma_high > self.interval[0] and sigma_low <= self.interval[1]
+        return guides and sigma_high > lower_bound(self.interval) and sigma_low <= self.interval[1]
 
     def correct(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
@@ -95,7 +96,7 @@ class ClassifierFreeGuidance(Guidance):
         direction = denoised - unconditional
         if self.channels is not None:
             direction = torch.cat([direction[:, : self.channels], torch.zeros_like(direction[:, self.channels :])], 1)
-        inside = ((self.interval[0] < sigma) & (sigma <= self.interval[1])).to(sigma.dtype)
+        inside = ((lower_bound(self.interval) < sigma) & (sigma <= self.interval[1])).to(sigma.dtype)
         scale = self.scale
         if self.scale_low is not None:
             scale = torch.where(sigma > self.branch, self.scale, self.scale_low)

@@ -58,12 +58,12 @@ def corrected(denoised: Tensor, direction: Tensor, gate: Tensor) -> Tensor:
 def _guided_denoiser(
     denoiser: Denoiser, guidances: Sequence[Guidance], clip: bool, x: Tensor, sigma: Tensor, class_labels: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    (plain, _), through = _predicted(
+    (plain, _), through = predicted(
         lambda x: (denoiser(x, sigma, class_labels), None), guidances, x, sigma, class_labels
     )
-    denoised = mixed = _mixed(plain, guidances, x, sigma, class_labels, clip)
+    denoised = mixed = with_mixing(plain, guidances, x, sigma, class_labels, clip)
     log_ratio = torch.full_like(sigma, OUTSIDE_WINDOW)
-    for direction, gate, ratio in (*through, *_gradients(mixed, guidances, x, sigma, class_labels)):
+    for direction, gate, ratio in (*through, *gradient_corrections(mixed, guidances, x, sigma, class_labels)):
         denoised = corrected(denoised, direction, gate)
         log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
     return denoised, log_ratio
@@ -80,20 +80,20 @@ def _guided_posterior(
         prediction: Prediction = with_variance(x, sigma, class_labels)
         return prediction
 
-    (plain, v), through = _predicted(predict, guidances, x, sigma, class_labels)
-    denoised = mixed = _mixed(plain, guidances, x, sigma, class_labels, clip)
+    (plain, v), through = predicted(predict, guidances, x, sigma, class_labels)
+    denoised = mixed = with_mixing(plain, guidances, x, sigma, class_labels, clip)
     for direction, gate, _ in through:
         denoised = corrected(denoised, direction, gate)
     variance = _variance(v, log_least, log_most).to(x.dtype).expand_as(x)
     shift, log_ratio = torch.zeros_like(x), torch.full_like(sigma, OUTSIDE_WINDOW)
-    for direction, gate, ratio in _gradients(mixed, guidances, x, sigma, class_labels):
+    for direction, gate, ratio in gradient_corrections(mixed, guidances, x, sigma, class_labels):
         weight = (gate / denoiser_gate(sigma)).view(-1, 1, 1, 1).to(x.dtype)
         shift = shift + variance * weight * direction
         log_ratio = log_ratio if ratio is None else ratio.to(log_ratio.dtype)
     return denoised, shift, variance, log_ratio
 
 
-def _predicted(
+def predicted(
     predict: Callable[[Tensor], Prediction],
     guidances: Sequence[Guidance],
     x: Tensor,
@@ -116,11 +116,12 @@ def _predicted(
     return (plain.detach(), v if v is None else v.detach()), corrections
 
 
-def _mixed(
-    plain: Tensor, guidances: Sequence[Guidance], x: Tensor, sigma: Tensor, class_labels: Tensor | None, clip: bool
-) -> Tensor:
-    """The denoised images under the guidances that mix, and repaired."""
-    denoised = plain
+def with_mixing(
+    plain: Tensor, guidances: Sequence[Guidance], x: Tensor, sigma: Tensor, class_labels: Tensor | None,
+    clip: bool = False, begun: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The denoised images under the guidances that mix, and repaired; `begun` holds what others have mixed before."""
+    denoised = plain if begun is None else begun
     for guidance in guidances:
         if not (guidance.gradients or guidance.backwards or isinstance(guidance, Repair)):
             direction, gate, _ = guidance.correct(x, sigma, class_labels, plain)
@@ -131,7 +132,7 @@ def _mixed(
     return denoised.clamp(-1, 1) if clip else denoised
 
 
-def _gradients(
+def gradient_corrections(
     denoised: Tensor, guidances: Sequence[Guidance], x: Tensor, sigma: Tensor, class_labels: Tensor | None
 ) -> Iterator[Correction]:
     """What the gradient guidances say, all of them to the same denoised images."""

@@ -113,6 +113,8 @@ class Guidance(ABC):
             puts the step's variance in that one's place. With a backward pass, `correct` gets an x that requires a
             gradient and a `denoised` that was made of it. With neither, it mixes denoisers. The last two correct the
             denoised image whatever the solver. Properties, where they depend on how a guidance was made.
+        mixes_velocities: it mixes what its networks predict, so that it mixes velocities as well, see
+            `guidance.velocity`; its fields are the networks.
     """
 
     Options: ClassVar[type | None] = None
@@ -122,6 +124,7 @@ class Guidance(ABC):
     use: ClassVar[str] = ""
     roles: ClassVar[tuple[str, ...]] = ()
     evaluations: ClassVar[int] = 0
+    mixes_velocities: ClassVar[bool] = False
     config: ClassVar[type | None] = None
 
     @property

@@ -126,8 +126,9 @@ class ObservationGuidance(Guidance):
         from dgfast.guidance.observation_file import read
 
         assert config.observe is not None, "it is on"
-        net = networks.denoiser
-        image, mask = read(config.observe, (net.img_channels, net.img_resolution, net.img_resolution))
+        net, side = networks.denoiser, networks.denoiser.img_resolution
+        h, w = (side, side) if isinstance(side, int) else side
+        image, mask = read(config.observe, (net.img_channels, h, w))
         return cls(
             Mask(mask), image, config.observe_std, config.observe_weight, config.observe_gamma, config.observe_method,
             config.observe_iterations,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,11 @@ from dgfast.vp import vp_time
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def lower_bound(interval: tuple[float, float]) -> float:
+    """The noise level above which a guidance of this interval acts; 0 is no bound: it acts where no noise is left."""
+    return interval[0] or -math.inf
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from dgfast import denoiser
+from dgfast.nets import from_diffusers
 from dgfast.nets.adm import EncoderUNetModel, create_classifier
 from dgfast.nets.adm_unet import UNetModel, create_model
 from dgfast.nets.dhariwal_unet import DhariwalUNet
@@ -33,6 +34,8 @@ def _dit(img_resolution: int, in_channels: int, out_channels: int, label_dim: in
 
 _RAW: dict[str, Callable[..., nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 _DDPM_RAW: dict[str, Callable[..., nn.Module]] = {"create_model": _adm, "DiT": _dit}
+_FLOW_RAW: dict[str, Callable[..., nn.Module]] = {"SiT": _dit}  # SiT's blocks are DiT's
+_RAW_OF = {"DDPMPrecond": _DDPM_RAW, "FlowPrecond": _FLOW_RAW}
 _PLAIN: dict[str, Callable[..., nn.Module]] = {
     "EncoderUNetModel": EncoderUNetModel,
     "UNetModel": UNetModel,
@@ -53,10 +56,11 @@ def build(kind: str, **keywords: Any) -> nn.Module:
 
     Kinds: EDM's preconditioners `EDMPrecond`, `VPPrecond`, `VEPrecond` and `iDDPMPrecond`, whose keyword `model_type`
     names the raw network (SongUNet or DhariwalUNet) and which pass it what they do not use themselves; `DDPMPrecond`,
-    whose raw network is ADM's (create_model) or DiT; ADM's `EncoderUNetModel` and `UNetModel`, and `create_classifier`
-    and `create_model`, the same from guided-diffusion's and DG's option names; `DiT`; and our own: `FeatureNet`
-    for the metrics, the one-step `Generator`, and the `NoisePredictor` that trains it. Where a constructor has a list
-    of numbers, one number and text such as "16,8" are taken too.
+    whose raw network is ADM's (create_model) or DiT; `FlowPrecond`, whose raw network is SiT; `DiffusersPrecond`, whose
+    raw network is one of diffusers; ADM's `EncoderUNetModel` and `UNetModel`, and `create_classifier` and
+    `create_model`, the same from guided-diffusion's and DG's option names; `DiT`; and our own: `FeatureNet` for the
+    metrics, the one-step `Generator`, and the `NoisePredictor` that trains it. Where a constructor has a list of
+    numbers, one number and text such as "16,8" are taken too.
 
     Raises:
         ValueError: unknown kind or model type, a keyword that the constructor does not know or misses, a
@@ -66,6 +70,8 @@ def build(kind: str, **keywords: Any) -> nn.Module:
         keywords |= {name: numbers(keywords[name], name) for name in _LISTS if name in keywords}
         if kind in _PLAIN:
             return _PLAIN[kind](**keywords)
+        if kind == "DiffusersPrecond":
+            return from_diffusers.build(**keywords)
         if kind in denoiser.PRECONDITIONERS:
             return _build_denoiser(kind, **keywords)
     except (TypeError, ZeroDivisionError) as error:
@@ -95,7 +101,7 @@ def check_types(kind: str, keywords: Mapping[str, Any]) -> None:
 
 
 def _parameters(kind: str, keywords: Mapping[str, Any]) -> list[inspect.Parameter]:
-    raw = {**_RAW, "create_model": create_model, "DiT": DiT}.get(keywords.get("model_type", ""))
+    raw = {**_RAW, "create_model": create_model, "DiT": DiT, "SiT": DiT}.get(keywords.get("model_type", ""))
     constructors = [denoiser.PRECONDITIONERS.get(kind, _PLAIN.get(kind)), raw]
     signatures = [inspect.signature(constructor) for constructor in constructors if constructor]
     return [parameter for signature in signatures for parameter in signature.parameters.values()]
@@ -111,12 +117,12 @@ def _build_denoiser(
     use_fp16: bool = False,  # how the official code would run it; precision is the runtime's choice here
     **keywords: Any,
 ) -> denoiser.Preconditioner:
-    known = _DDPM_RAW if kind == "DDPMPrecond" else _RAW
+    known = _RAW_OF.get(kind, _RAW)
     if model_type not in known:
         raise ValueError(f"{kind}: unknown model_type {model_type!r}; known: {', '.join(known)}")
     wrap = denoiser.PRECONDITIONERS[kind]
     own = {name: keywords.pop(name) for name in inspect.signature(wrap).parameters if name in keywords}
-    doubled = kind == "iDDPMPrecond" or (kind == "DDPMPrecond" and own.get("learn_sigma", True))
+    doubled = kind == "iDDPMPrecond" or (kind in _RAW_OF and own.get("learn_sigma", True))
     raw = known[model_type](
         img_resolution=img_resolution,
         in_channels=img_channels,

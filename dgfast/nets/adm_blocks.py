@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dgfast.nets.attention import Attend, dot_product
 from dgfast.nets.blocks import FusedGroupNorm
 
 
@@ -105,11 +106,14 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, num_heads: int, new_order: bool = False) -> None:
         super().__init__()
         self.num_heads, self.new_order = num_heads, new_order
+        self.attend: Attend | None = dot_product
         self.norm = normalization(channels)
         self.qkv = nn.Conv1d(channels, channels * 3, 1)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.attend is None:
+            return x
         b, c, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
         weight, bias = self.qkv.weight.squeeze(-1), self.qkv.bias
@@ -120,7 +124,7 @@ class AttentionBlock(nn.Module):
         else:
             q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
         # each [B, heads, HW, C / heads]
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = self.attend(q, k, v).transpose(1, 2).flatten(2)
         out = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias)  # type: ignore[operator, arg-type]
         return x + out.transpose(1, 2).reshape(b, c, height, width)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgfast import ops
+from dgfast.nets.attention import Attend, dot_product
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -194,6 +195,7 @@ class UNetBlock(nn.Module):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.num_heads = (num_heads or out_channels // channels_per_head) if attention else 0
+        self.attend: Attend | None = dot_product if self.num_heads else None
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
 
         def resampling(kernel: int) -> Conv2d:
@@ -224,9 +226,11 @@ class UNetBlock(nn.Module):
             h = self.norm1(h, channel_bias=params, silu=True)
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
-        return (self.proj(self._attend(self.norm2(x))) + x) * self.skip_scale if self.num_heads else x
+        if self.attend is None:
+            return x * self.skip_scale if self.num_heads else x
+        return (self.proj(self._attended(self.norm2(x), self.attend)) + x) * self.skip_scale
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attended(self, x: Tensor, attend: Attend) -> Tensor:
         b, c, height, width = x.shape
         tokens = x.flatten(2).transpose(1, 2)  # [B, HW, C]
         # EDM interleaves query, key and value channel by channel inside each head. Turning the weights instead of the
@@ -234,7 +238,7 @@ class UNetBlock(nn.Module):
         weight, bias = (_deinterleaved(parameter, self.num_heads) for parameter in (self.qkv.weight, self.qkv.bias))
         qkv = F.linear(tokens, weight.flatten(1), bias).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, HW, C / heads]
-        return F.scaled_dot_product_attention(q, k, v).permute(0, 1, 3, 2).reshape(b, c, height, width)
+        return attend(q, k, v).permute(0, 1, 3, 2).reshape(b, c, height, width)
 
 
 def _deinterleaved(parameter: Tensor | None, heads: int) -> Tensor:

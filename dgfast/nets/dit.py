@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgfast.nets.adm_blocks import timestep_embedding
+from dgfast.nets.attention import Attend, dot_product
 
 _FREQUENCIES = 256  # length of the time's sinusoids
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -68,12 +69,13 @@ class _Attention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.attend: Attend = dot_product
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class _Mlp(nn.Module):
@@ -96,11 +98,14 @@ def _modulation(width: int, parts: int) -> nn.Sequential:
 class _Block(nn.Module):
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
+        self.skipped = False  # a guidance sets it: the tokens then pass as they are
         self.attn = _Attention(width, num_heads)
         self.mlp = _Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = _modulation(width, 6)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        if self.skipped:
+            return x
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(condition).chunk(6, dim=1)
         x = x + gate[:, None] * self.attn(_modulated(x, shift, scale))
         return x + gate_mlp[:, None] * self.mlp(_modulated(x, shift_mlp, scale_mlp))

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from dgfast.noise_levels import Coordinates
 
 Call = Callable[..., "tuple[Tensor, ...]"]
-"""(x, t) -> (denoised images, log-ratios); or (x, t, log_least, log_most) -> what `guided_posterior` returns."""
+"""(x, t) -> (denoised images, log-ratios), or (velocities, log-ratios) along a path; or (x, t, log_least, log_most) ->
+what `guided_posterior` returns."""
 LAST = ("denoised_last", "sigma_last")
 """The last step's denoised images and noise level [B, 1, 1, 1], for solvers that remember them; before the first step
 zeros and infinity."""
@@ -40,6 +41,8 @@ class Solver(ABC):
         sigma_alone: it steps in sigma, without churn, other schedules and scaling.
         unit_start: it starts at unit variance, as DDPM does: as if the state were all noise.
         takes_eta: its noise has a size, `eta`.
+        takes_diffusion: its noise has a size along a path, `diffusion`, and a last step without. reversible: it can go
+            back from images to noise.
     """
 
     config: SamplingConfig
@@ -47,11 +50,13 @@ class Solver(ABC):
 
     name: ClassVar[str]
     order: ClassVar[int]
-    function: ClassVar[Literal["denoiser", "posterior"]] = "denoiser"
+    function: ClassVar[Literal["denoiser", "posterior", "velocity"]] = "denoiser"
     points: ClassVar[int] = 1
     sigma_alone: ClassVar[bool] = False
     unit_start: ClassVar[bool] = False
     takes_eta: ClassVar[bool] = False
+    takes_diffusion: ClassVar[bool] = False
+    reversible: ClassVar[bool] = False
 
     @classmethod
     def check(cls, config: SamplingConfig) -> None:
@@ -60,6 +65,16 @@ class Solver(ABC):
             raise UserError(f"{cls.name} takes no churn and only the linear schedule without scaling")
         if config.eta and not cls.takes_eta:
             raise UserError(f"eta {config.eta}: {cls.name} has none, which is the noise of ddim")
+        about_noise = config.diffusion, config.diffusion_norm, config.last_step, config.last_size
+        if about_noise != ("sigma", 1.0, "mean", 0.04) and not cls.takes_diffusion:
+            raise UserError(f"diffusion, diffusion_norm, last_step and last_size are of flow-sde; {cls.name} has none")
+        if config.reverse and not cls.reversible:
+            raise UserError(f"reverse: {cls.name} does not go from images to noise; flow-euler and flow-heun do")
+
+    @classmethod
+    def evaluations(cls, num_steps: int) -> int:
+        """Calls of its function in so many steps."""
+        return cls.points * (num_steps - 1) + 1
 
     @property
     def inputs(self) -> tuple[str, ...]:

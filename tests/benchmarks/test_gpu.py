@@ -349,6 +349,12 @@ def test_gpu_dry_run_as_a_user_starts_it(tmp_path: Path) -> None:
     assert "## two streams against one (never ran on a GPU before)" in table and "| torch | " in table
 
 
+def test_gpu_refuses_a_device_that_is_none_before_anything_starts(tmp_path: Path) -> None:
+    result = CliRunner().invoke(gpu.main, ["--device", "nonsense", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "'nonsense' is not cpu, cuda or cuda:1" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_gpu_stopped_in_the_middle_leaves_what_it_measured(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--small", "--out", str(tmp_path)]
     with subprocess.Popen([*command, "--part", "command line"], cwd=ROOT, stdout=subprocess.DEVNULL) as process:

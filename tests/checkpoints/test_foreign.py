@@ -53,7 +53,7 @@ def test_files_that_hold_no_weights_are_named(tmp_path: Path, ending: str, conte
 
 
 CONV = (4, 4, 1, 1)
-THEIRS = "give the .pt of its authors (facebookresearch/DiT), which has the same weights"
+THEIRS = "give the folder of its pipeline, or the .pt of its authors (facebookresearch/DiT) with the same weights"
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,8 @@ def test_upsamplers_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("description", "content", "complaint"),
     [
-        pytest.param("config.json", {"_class_name": "DiTTransformer2DModel"}, THEIRS, id="dit"),
-        pytest.param("model_index.json", {"_class_name": "DiTPipeline"}, f"does not read: {THEIRS}", id="pipeline"),
-        pytest.param("config.json", {"_class_name": "UNet2DModel"}, "diffusers' UNet2DModel, which", id="unet"),
+        pytest.param("model_index.json", {"_class_name": "DiTPipeline"}, f"does not read so: {THEIRS}", id="pipeline"),
+        pytest.param("config.json", {"_class_name": "UNet1DModel"}, "diffusers' UNet1DModel, which", id="unet"),
         pytest.param("config.json", {"_class_name": "AutoencoderKL"}, "name its folder with --vae", id="vae"),
         pytest.param("config.json", {"_class_name": 5}, "a folder without checkpoints", id="odd"),
         pytest.param("config.json", [], "a folder without checkpoints", id="list"),

@@ -81,7 +81,7 @@ def test_help_needs_no_bundle_that_can_be_read(text: str | None, tmp_path: Path)
 @pytest.mark.parametrize("section", _GUIDANCES)
 def test_the_symbols_of_a_guidances_options_are_those_of_its_formula(section: str) -> None:
     formula, parameters = section.split(", ", 1)[1], sample.main.get_params(click.Context(sample.main))
-    weights = {"w", "s", "a", "b"} & {str(p.metavar) for p in parameters if getattr(p, "group", None) == section}
+    weights = {"w", "s", "a", "b", "p"} & {str(p.metavar) for p in parameters if getattr(p, "group", None) == section}
     assert weights and all(f"{weight} " in formula for weight in weights)
 
 

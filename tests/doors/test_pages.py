@@ -12,6 +12,7 @@ from tests.support.paths import ROOT
 _LINKED = ["CONTRIBUTING.md", *PAGES]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", [page for page in PAGES if next(commands(page), None)])
 def test_the_commands_of_a_page_run_in_order(page: str, tmp_path: Path) -> None:
     """In the short form of `python -m tests.page_commands`; minutes of work, since each command is a process."""

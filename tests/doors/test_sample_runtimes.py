@@ -96,6 +96,13 @@ def test_sample_kernels_choose_the_implementation(
     assert manifest_of(tmp_path / "triton")["job"]["kernels"] == "triton"
 
 
+def test_sample_kernels_of_cuda_are_refused_on_the_cpu(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    result = draw(tiny, tmp_path / "out", "--kernels", "triton")
+    (error,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert result.exit_code == 2 and "run on CUDA, not on cpu" in error and not (tmp_path / "out").exists()
+
+
 def test_sample_kernels_without_triton_are_one_line(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,19 @@ def test_engine_samples_the_images_of_eager(bundle: Bundle, denoiser_file: Path,
     assert json.loads((tmp_path / "onnx/manifest.json").read_text())["job"]["runtime"] == "onnx"
 
 
+def test_engine_decides_on_the_type_whatever_the_default_is(
+    bundle: Bundle, denoiser_file: Path, tmp_path: Path
+) -> None:
+    model, half = onnx.load(str(denoiser_file)), tmp_path / "half.onnx"
+    next(entry for entry in model.metadata_props if entry.key == "dtype").value = "fp16"
+    save(model, half)
+    options = ["--runtime", "onnx", "--engine", str(half), "--steps", "2"]
+    assert _sample(bundle, tmp_path / "out", *options).exit_code == 0
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["job"]["dtype"] == "fp16"
+    refused = _sample(bundle, tmp_path / "other", *options, "--dtype", "float32")
+    assert refused.exit_code == 2 and "half.onnx computes in fp16; leave --dtype out" in refused.output
+
+
 def test_engine_refuses_another_job(bundle: Bundle, denoiser_file: Path, step_file: Path, tmp_path: Path) -> None:
     engine = OnnxEngine(denoiser_file)
 

@@ -24,6 +24,7 @@ from tests.export.test_onnx_file import ABOUT, subject
 from tests.support.export import write_bundle
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.long
 CPU = torch.device("cpu")
 OPTIONS = ["--device", "cpu", "--what", "step", "--solver", "euler", "--batch", "40"]
 

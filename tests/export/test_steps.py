@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.denoiser import FlowPrecond
 from dgfast.export.joint_graph import joint
 from dgfast.nets.discriminator import Discriminator
 from dgfast.networks import Networks
@@ -19,7 +20,8 @@ from dgfast.sampler import Sampler
 from dgfast.solvers import SOLVERS
 
 _MORE: dict[str, list[str]] = {
-    "dpmpp-2m": ["denoised_last", "sigma_last"], "ddpm": ["noise", "log_least", "log_most"], "ddim": ["noise"]
+    "dpmpp-2m": ["denoised_last", "sigma_last"], "ddpm": ["noise", "log_least", "log_most"], "ddim": ["noise"],
+    "flow-sde": ["noise"], "flow-sde-heun": ["noise"],
 }  # fmt: skip
 _GUIDANCE = GuidanceConfig(dg_weight=2.0, dg_weight_2nd=0.5)
 
@@ -29,9 +31,10 @@ def _drawn_by_file(engine: OnnxEngine, sampler: Sampler, latents: Tensor, labels
     batch, noise = len(latents), iter(noises)
     x = sampler.first_state(latents)
     more = {"denoised_last": torch.zeros_like(x), "sigma_last": torch.full((batch,), torch.inf)}
-    for step in sampler.steps:
+    following = [*(step.sigma for step in sampler.steps[1:]), 0.0]
+    for step, sigma_next in zip(sampler.steps, following, strict=True):
         least, most = step.log_variances
-        numbers = {"sigma": step.t, "sigma_next": step.t_next, "log_least": least, "log_most": most}
+        numbers = {"sigma": step.sigma, "sigma_next": sigma_next, "log_least": least, "log_most": most}
         more |= {name: torch.full((batch,), number) for name, number in numbers.items()}
         more |= {"noise": next(noise)} if "noise" in engine.inputs else {}
         more |= {name: torch.tensor([getattr(_GUIDANCE, name)]) for name in ("dg_weight", "dg_weight_2nd")}
@@ -42,19 +45,32 @@ def _drawn_by_file(engine: OnnxEngine, sampler: Sampler, latents: Tensor, labels
     return x
 
 
+class Hill(nn.Module):
+    """A discriminator whose gradient costs nothing."""
+
+    def forward(self, u: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        return -(u**2 * (1 + t.view(-1, 1, 1, 1))).mean(dim=(1, 2, 3))
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_exported_step_draws_what_the_sampler_draws(
     solver: str,
     tiny_net: Callable[..., nn.Module],
+    tiny_sit: Callable[..., FlowPrecond],
     small_discriminator: Callable[[int], Discriminator],
     tmp_path: Path,
 ) -> None:
-    networks: Any = Networks(tiny_net(label_dim=3, channel_mult=[1], attn_resolutions=[]), small_discriminator(3))  # type: ignore[arg-type]
-    sampling = SamplingConfig(num_steps=5, solver=solver, sigma_min=0.1, eta=0.7 if solver == "ddim" else 0.0)
+    score: Any
+    if solver.startswith("flow-"):
+        score, sampling = tiny_sit(3), SamplingConfig(num_steps=5, solver=solver)
+    else:
+        score = tiny_net(label_dim=3, channel_mult=[1], attn_resolutions=[])
+        sampling = SamplingConfig(num_steps=5, solver=solver, sigma_min=0.1, eta=0.7 if solver == "ddim" else 0.0)
+    networks = Networks(score, Hill() if solver.startswith("flow-") else small_discriminator(3))
     subject = joint(networks, sampling, _GUIDANCE, "step")
     save(convert(subject.function, dict(subject.example(2, seed=1)), subject.outputs), tmp_path / "step.onnx")
     engine = OnnxEngine(tmp_path / "step.onnx")
-    second = ["dg_weight_2nd"] if solver == "heun" else []
+    second = ["dg_weight_2nd"] if SOLVERS[solver].points == 2 else []
     assert list(engine.inputs) == [
         "x",
         "sigma",

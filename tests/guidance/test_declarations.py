@@ -102,7 +102,7 @@ def test_declared_guidance_is_in_the_configuration_and_in_bundles(
 
 def test_every_option_is_a_field_of_the_configuration_and_turns_its_guidance_on() -> None:
     names = {one.name for one in all_options()}
-    assert names <= {one.name for one in fields(GuidanceConfig)} and len(names) == 29
+    assert names <= {one.name for one in fields(GuidanceConfig)} and len(names) == 39
     assert not any(kind.on(GuidanceConfig()) or kind.on(GuidanceConfig(), second=True) for kind in GUIDANCES)
     assert [kind.name for kind in GUIDANCES if kind.on(GuidanceConfig(dg_weight_2nd=1.0), second=True)] == [
         "discriminator guidance"

@@ -94,14 +94,14 @@ def compared(network: Any, guidances: list[Guidance], build: Any) -> None:
     assert relative_error(plain.double(), wanted) > 1e-3
 
 
-@pytest.mark.parametrize("network", KINDS, indirect=True)
+@pytest.mark.parametrize("network", [kind for kind in KINDS if kind != "ddpmpp"], indirect=True)
 def test_through_the_denoiser_of_every_kind_onnx_runtime_agrees_with_eager(network: Any) -> None:
     compared(network, GUIDANCES["sda"], onnx.build)
 
 
-@pytest.mark.parametrize(("network", "name"), [("ddpmpp", "sda"), ("dit", "mmps")], indirect=["network"])
-def test_through_the_denoiser_compiled_agrees_with_eager(network: Any, name: str) -> None:
-    compared(network, GUIDANCES[name], cpu.build)
+@pytest.mark.parametrize("network", ["ddpmpp"], indirect=True)
+def test_through_the_denoiser_of_a_unet_compiled_agrees_with_eager(network: Any) -> None:
+    compared(network, GUIDANCES["sda"], cpu.build)
 
 
 @pytest.mark.parametrize("build", [onnx.build, cpu.build], ids=["onnx", "compiled"])

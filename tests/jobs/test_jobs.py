@@ -122,6 +122,7 @@ def test_another_job_in_the_folder_is_refused(small_bundle: Bundle, undisturbed:
     for options, differing in (
         (["--steps", "5"], "num_steps 4 there, 5 here"), (["--seeds", "0-10"], "seeds 0-9 there, 0-10 here"),
         (["--labels", "1"], "labels none there, 1 here"), (["--dtype", "bf16"], "dtype float32 there, bf16 here"),
+        (["--noise", "cuda"], "noise none there, cuda here"),
         (["--batch", "5"], "batch 4 there, 5 here"), (["--format", "npz"], "formats grid,npz there, npz here"),
     ):  # fmt: skip
         result = _run(small_bundle, undisturbed, *options)
@@ -198,6 +199,11 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_names_the_runtime_that_it_did_not_time(small_bundle: Bundle, tmp_path: Path) -> None:
+    printed = _run(small_bundle, tmp_path / "out", "--dry-run", "--compile").output
+    assert "on cpu, as eager has it; compiled was not timed" in printed
+
+
 def test_a_dry_run_counts_what_is_there(small_bundle: Bundle, undisturbed: Path) -> None:
     before = contents(undisturbed)
     result = _run(small_bundle, undisturbed, "--dry-run")
@@ -254,6 +260,8 @@ def test_every_format_keeps_every_image(small_bundle: Bundle, undisturbed: Path,
         (["--seeds", str(2**63)], "seeds go up to 4294967295"), (["--seeds", f"0-{2**32}"], "seeds go up to"),
         (["--seeds", "0-9999999999"], "seeds go up to"), (["--seeds", "-1"], "expected integers and ranges"),
         (["--seeds", "1.5"], "expected integers and ranges"), (["--labels", "0-9999999999"], "is out of range"),
+        (["--seeds", "@/dev/zero"], "/dev/zero: longer than 16,777,216 characters"),
+        (["--steps", "20000"], "num_steps (--steps) 20000"),
         (["--seeds", "@nowhere"], "nowhere: can't be read (No such file or directory)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -293,6 +301,7 @@ def test_torchrun_draws_the_files_of_one_process(small_bundle: Bundle, undisturb
     assert _manifest(tmp_path / "out")["runs"][0]["processes"] == 2
 
 
+@pytest.mark.long
 def test_faults_lose_nothing() -> None:
     """21 random moments of three signals, and every other fault of the table; its long form has 300."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

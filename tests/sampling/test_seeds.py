@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgfast import randomness
 from dgfast.config import SamplingConfig
 from dgfast.networks import Networks
 from dgfast.one_step import OneStep
 from dgfast.randomness import SeedStreams
+from dgfast.randomness import seeds as module_of_seeds
 from dgfast.sampler import Sampler
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.arrivals: list[Callable[[], object]] = []
-        monkeypatch.setattr(randomness, "_sent", self._sent)
+        monkeypatch.setattr(module_of_seeds, "_sent", self._sent)
         buffer = SeedStreams._buffer
         monkeypatch.setattr(SeedStreams, "_buffer", lambda streams, shape, dtype, _: buffer(streams, shape, dtype, CPU))
 
@@ -160,7 +160,7 @@ def test_seeds_are_sent_with_an_event_that_waits_for_them(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     buffer = torch.ones(2)
-    noise, arrival = randomness._sent(buffer, CPU)
+    noise, arrival = module_of_seeds._sent(buffer, CPU)
     assert torch.equal(noise, buffer) and calls == ["recorded"]
     arrival()
     assert calls == ["recorded", "waited"]

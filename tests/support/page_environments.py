@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, packages_distributions, requires
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.support.paths import ROOT
+from tests.support.warm_python import warm_python
 
 _TREE = ("benchmarks", "dgfast", "docs", "examples", "export", "kernels", "tests")
 _FILES = ("LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py")
@@ -49,7 +51,7 @@ class Shell:
         """The exit status of a command, and what it printed; None if it was ended after so many seconds."""
         if self._stand_in and command.startswith("pip install"):
             return self._install(command)
-        without = ",".join(sorted(_invisible(self._extras))) if self._stand_in else ""
+        without = ",".join(sorted(_invisible(frozenset(self._extras)))) if self._stand_in else ""
         script = (
             f'set -a; . {self._state}; cd "$PWD"; PAGES_WITHOUT={without}\n'
             f"{command}\nstatus=$?; export -p > {self._state}; exit $status"
@@ -97,8 +99,10 @@ def _pretend_environment(venv: Path) -> None:
     assert (running / "pyvenv.cfg").is_file(), "run this in a virtual environment"
     (venv / "bin").mkdir(parents=True)
     for entry in (running / "bin").iterdir():
-        if entry.name not in ("activate", "dgfast"):
+        if entry.name not in ("activate", "dgfast", "python", "python3"):
             (venv / "bin" / entry.name).symlink_to(entry)
+    for name in ("python", "python3"):
+        (venv / "bin" / name).symlink_to(warm_python())
     for name in ("lib", "pyvenv.cfg"):
         (venv / name).symlink_to(running / name)
     (venv / "bin" / "activate").write_text(f'PATH="{venv / "bin"}:$PATH"\n')
@@ -114,7 +118,8 @@ def _extras() -> dict[str, list[str]]:
     return project["optional-dependencies"] | {"": project["dependencies"]}
 
 
-def _invisible(extras: Iterable[str]) -> set[str]:
+@cache
+def _invisible(extras: frozenset[str]) -> set[str]:
     """Modules that some extra would install, and neither dgfast itself nor any of these extras."""
     optional = {canonicalize_name(Requirement(line).name) for lines in _extras().values() for line in lines}
     plugins = {canonicalize_name(entry.dist.name) for entry in entry_points(group="pytest11") if entry.dist}

@@ -33,6 +33,7 @@ _STATE_DICTS: dict[str, tuple[str, dict[str, Any]]] = {
     "64x64_diffusion.pt": ("create_model", PUBLISHED["adm-64"]),  # known by its full size alone
     "64x64_classifier.pt": ("create_classifier", {**_CLASSIFIER, "image_size": 64, "out_channels": 1000}),
     "DiT-XL-2-256x256.pt": ("DiT", {**PRESETS["DiT-S/8"], "input_size": 16}),
+    "SiT-XL-2-256x256.pt": ("DiT", {**PRESETS["DiT-S/8"], "input_size": 16}),  # the same tensors
 }
 _SNAPSHOT, _VAE, _DIGITS = "edm-cifar10-32x32-uncond-vp.pkl", "stabilityai/sd-vae-ft-mse", "few.npz"
 NAMES = (_SNAPSHOT, *_STATE_DICTS, _VAE, _DIGITS)

@@ -41,7 +41,7 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
     require()
     keep_freed_memory()
     with without_collecting():
-        graph = compile(lowered(function, example), len(next(x for x in example if x is not None)))
+        graph = compile(lowered(function, example), next((len(x) for x in example if x is not None and x.dim()), 1))
 
     @torch.no_grad()
     def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:

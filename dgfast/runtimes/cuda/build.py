@@ -49,7 +49,7 @@ def build(function: Function, example: Sequence[Tensor | None]) -> Function:
         assert isinstance(part, GraphModule)
         return ahead_of_time(part, _example_of(part, device), name)
 
-    return concurrent(graph, compile) if len(_first(example)) <= MOST_SAMPLES else compile(graph, "")
+    return concurrent(graph, compile) if _samples(example) <= MOST_SAMPLES else compile(graph, "")
 
 
 def prepare(functions: Sequence[tuple[Function, Sequence[Tensor | None]]]) -> None:
@@ -59,7 +59,7 @@ def prepare(functions: Sequence[tuple[Function, Sequence[Tensor | None]]]) -> No
     def pieces() -> Iterator[tuple[GraphModule, Sequence[Tensor | None], str]]:
         for function, example in functions:
             graph = lowered(function, example)
-            parts = split(graph) if len(_first(example)) <= MOST_SAMPLES else None
+            parts = split(graph) if _samples(example) <= MOST_SAMPLES else None
             for name, part in [("", graph)] if parts is None else parts.named_children():
                 assert isinstance(part, GraphModule)
                 yield part, _example_of(part, _first(example).device), name
@@ -69,6 +69,11 @@ def prepare(functions: Sequence[tuple[Function, Sequence[Tensor | None]]]) -> No
 
 def _first(example: Sequence[Tensor | None]) -> Tensor:
     return next(x for x in example if x is not None)
+
+
+def _samples(example: Sequence[Tensor | None]) -> int:
+    first = _first(example)
+    return len(first) if first.dim() else 1
 
 
 def ahead_of_time(graph: GraphModule, example: Sequence[Tensor | None], part: str = "") -> Callable[..., Any]:

@@ -29,10 +29,10 @@ Dim = int | Batch
 Shape = tuple[Dim, ...]
 
 NUMPY = {
-    torch.float32: np.float32, torch.float64: np.float32, torch.float16: np.float16, torch.int64: np.int64,
-    torch.int32: np.int32, torch.bool: np.bool_,
+    torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16, torch.int64: np.int64,
+    torch.int32: np.int32, torch.bool: np.bool_, torch.uint8: np.uint8,
 }  # fmt: skip
-"""Types of tensors in a file. Double precision is none of them: engines have no use for it."""
+"""Types of tensors in a file."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,15 @@ class OnnxGraph:
         sums: both terms of every sum, by its name.
     """
 
-    def __init__(self, rank_4: bool = False, fused: bool = False) -> None:
+    def __init__(self, rank_4: bool = False, fused: bool = False, double: bool = False) -> None:
         """
         Args:
+            double: keep double precision; else it becomes single: samplers compute noise levels in it, and engines have
+                no use for it.
             rank_4: keep images in four dimensions throughout, as TensorRT must have them.
             fused: take operators that ONNX Runtime's CUDA provider alone has, see `fused`.
         """
-        self.rank_4, self.fused = rank_4, fused
+        self.rank_4, self.fused, self.double = rank_4, fused, double
         self.records: list[Record] = []
         self.constants: dict[str, Array] = {}
         self.inputs: list[Value] = []
@@ -91,7 +93,7 @@ class OnnxGraph:
     def constant(self, array: Any, dtype: Any = None) -> Value:
         """An array as a value; the same array twice is the same value."""
         held = np.array(array, dtype=dtype, order="C")
-        if held.dtype == np.float64:
+        if held.dtype == np.float64 and not self.double:
             held = held.astype(np.float32)
         key = held.shape, held.dtype.str, hashlib.blake2b(held.tobytes()).digest()
         if key not in self._digests:
@@ -102,6 +104,20 @@ class OnnxGraph:
     def array(self, value: Value) -> Array | None:
         """The array of a constant."""
         return self.constants.get(value.name)
+
+    def kind(self, dtype: torch.dtype) -> Any:
+        """The numpy type that tensors of this type have in the file.
+
+        Raises:
+            KeyError: there is none.
+        """
+        kind = NUMPY[dtype]
+        return np.float32 if kind is np.float64 and not self.double else kind
+
+    @property
+    def wide(self) -> Any:
+        """The type in which means, and what follows from them, are computed."""
+        return np.float64 if self.double else np.float32
 
     def emit(
         self, op: str, inputs: Sequence[Value | None], shapes: Sequence[Shape], dtypes: Sequence[Any] | Any,
@@ -232,7 +248,8 @@ class OnnxGraph:
         unknown = [d for d in shape if isinstance(d, Batch)]
         if len(unknown) <= open_size:
             return self.constant([-1 if isinstance(d, Batch) else d for d in shape], np.int64)
-        batch = self.emit("Shape", [self.inputs[0]], [(1,)], np.int64, start=0, end=1)[0]
+        open_input = next(x for x in self.inputs if x.shape[:1] == (Batch(1),))
+        batch = self.emit("Shape", [open_input], [(1,)], np.int64, start=0, end=1)[0]
         parts = [
             self.binary("Mul", batch, self.constant([d.times], np.int64)) if isinstance(d, Batch) else
             self.constant([d], np.int64) for d in shape
@@ -253,17 +270,20 @@ class OnnxGraph:
         for record in reversed(self.records):
             if not needed & set(record.outputs):
                 continue
-            while record.outputs[-1] not in needed:
+            while record.op in _OPTIONAL_RESULTS and record.outputs[-1] not in needed:
                 record.outputs.pop()
             records.append(record)
             needed |= set(record.inputs)
         return records[::-1], [name for name in self.constants if name in needed]
 
 
+_OPTIONAL_RESULTS = {"LayerNormalization", "MaxPool"}
+"""Operations that may leave out their last results where nobody reads them."""
+
 _FOLDED = {
     "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Pow": np.power, "Max": np.maximum,
-    "Min": np.minimum, "And": np.logical_and, "Or": np.logical_or, "Equal": np.equal, "Less": np.less,
-    "LessOrEqual": np.less_equal, "Greater": np.greater, "GreaterOrEqual": np.greater_equal,
+    "Min": np.minimum, "And": np.logical_and, "Or": np.logical_or, "Xor": np.logical_xor, "Equal": np.equal,
+    "Less": np.less, "LessOrEqual": np.less_equal, "Greater": np.greater, "GreaterOrEqual": np.greater_equal,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Normalisations, of groups with the input gradient, in ONNX operations, with statistics in float32.
+"""Normalisations, of groups with the input gradient, in ONNX operations, with statistics in float32 at least.
 
     y = x' w + b,   x' = (x - m) r,   m and r = 1 / sqrt(v + eps) of the group (Wu and He, arXiv 1803.08494)
     dx = r (g - mean(g) - x' mean(g x')),   g = dy w,   means over the group
@@ -22,7 +22,7 @@ def group_norm(
 ) -> tuple[Value, Value, Value]:
     """y, and mean and r of the groups."""
     write = _by_channels if g.rank_4 else _by_rows
-    y, mean, rstd = write(g, g.cast(x, np.float32), weight, bias, groups, eps)
+    y, mean, rstd = write(g, g.cast(x, g.wide), weight, bias, groups, eps)
     return g.cast(y, x.dtype), mean, rstd
 
 
@@ -32,11 +32,11 @@ def layer_norm(
     """y over the last `rank` sizes, mean and 1 / sqrt(v + eps): an operation of its own, in either library."""
     sizes = elements(x.shape[-rank:])
     statistic: Shape = (*x.shape[:-rank], *[1] * rank)
-    scale = g.constant(np.ones(sizes).reshape([elements([d]) for d in x.shape[-rank:]]), np.float32)
-    parts = [g.cast(x, np.float32), scale if weight is None else g.cast(weight, np.float32)]
-    parts += [] if bias is None else [g.cast(bias, np.float32)]
+    scale = g.constant(np.ones(sizes).reshape([elements([d]) for d in x.shape[-rank:]]), g.wide)
+    parts = [g.cast(x, g.wide), scale if weight is None else g.cast(weight, g.wide)]
+    parts += [] if bias is None else [g.cast(bias, g.wide)]
     y, mean, rstd = g.emit(
-        "LayerNormalization", parts, [x.shape, statistic, statistic], np.float32, axis=-rank, epsilon=float(eps)
+        "LayerNormalization", parts, [x.shape, statistic, statistic], g.wide, axis=-rank, epsilon=float(eps)
     )
     return g.cast(y, x.dtype), mean, rstd
 
@@ -50,8 +50,8 @@ def _by_rows(
     # Not from the mean of squares, which takes one pass less: where the mean is 30 deviations, 1e-4 would be lost.
     centred = g.binary("Sub", rows, mean)
     variance = _mean_product(g, centred, centred)
-    rstd = g.unary("Reciprocal", g.unary("Sqrt", g.binary("Add", variance, g.constant(eps, np.float32))))
-    start = g.constant(np.zeros(grouped), np.float32) if bias is None else g.cast(g.reshape(bias, grouped), np.float32)
+    rstd = g.unary("Reciprocal", g.unary("Sqrt", g.binary("Add", variance, g.constant(eps, g.wide))))
+    start = g.constant(np.zeros(grouped), g.wide) if bias is None else g.cast(g.reshape(bias, grouped), g.wide)
     g.normalised[rstd.name] = centred
     shift = g.reshape(start, (1, *_wide(x)[1:]))
     return g.affine(g.reshape(centred, x.shape), _slope(g, x, rstd, weight, grouped), shift), mean, rstd
@@ -59,7 +59,7 @@ def _by_rows(
 
 def _slope(g: OnnxGraph, x: Value, rstd: Value, weight: Value | None, grouped: Shape) -> Value:
     """r w, one number a sample and channel. Two normalisations of one image have r in common, and w not."""
-    w = g.constant(np.ones(grouped), np.float32) if weight is None else g.cast(g.reshape(weight, grouped), np.float32)
+    w = g.constant(np.ones(grouped), g.wide) if weight is None else g.cast(g.reshape(weight, grouped), g.wide)
     return g.reshape(g.binary("Mul", rstd, w), _wide(x))
 
 
@@ -74,9 +74,9 @@ def _mean_product(g: OnnxGraph, a: Value, b: Value) -> Value:
         return g.reduce("ReduceMean", g.binary("Mul", a, b), [3], True)
     # Not `g.transpose`, which would make a reshape of it: ONNX Runtime takes a transpose into the product. A single
     # factor it would take in too, and then leave its fast product of a row and a column.
-    (column,) = g.emit("Transpose", [b], [(*b.shape[:2], size, 1)], np.float32, perm=[0, 1, 3, 2])
-    (total,) = g.emit("MatMul", [a, column], [(*a.shape[:2], 1, 1)], np.float32)
-    return g.binary("Mul", total, g.constant(np.full((1, *a.shape[1:2], 1, 1), 1 / size), np.float32))
+    (column,) = g.emit("Transpose", [b], [(*b.shape[:2], size, 1)], g.wide, perm=[0, 1, 3, 2])
+    (total,) = g.emit("MatMul", [a, column], [(*a.shape[:2], 1, 1)], g.wide)
+    return g.binary("Mul", total, g.constant(np.full((1, *a.shape[1:2], 1, 1), 1 / size), g.wide))
 
 
 def _by_channels(
@@ -90,13 +90,13 @@ def _by_channels(
         return g.reduce("ReduceMean", g.reshape(g.reduce("ReduceMean", image, axes, True), grouped), [2], True)
 
     def spread(statistic: Value) -> Value:
-        ones = g.constant(np.ones((1, 1, channels // groups)), np.float32)
+        ones = g.constant(np.ones((1, 1, channels // groups)), g.wide)
         return g.reshape(g.binary("Mul", statistic, ones), (x.shape[0], channels, *(1 for _ in axes)))
 
     mean = group_mean(x)
     centred = g.binary("Sub", x, spread(mean))
     variance = group_mean(g.binary("Mul", centred, centred))
-    deviation = g.unary("Sqrt", g.binary("Add", variance, g.constant(eps, np.float32)))
+    deviation = g.unary("Sqrt", g.binary("Add", variance, g.constant(eps, g.wide)))
     rstd = g.unary("Reciprocal", deviation)
     normal = g.affine(centred, spread(rstd))
     g.normalised[rstd.name] = normal
@@ -110,8 +110,8 @@ def group_norm_backward(g: OnnxGraph, grad: Value, x: Value, rstd: Value, weight
     h, scale, shift = g.affine_parts(grad) or (grad, None, None)
     if shift is not None:
         h, scale = grad, None
-    h, x = (g.cast(v, np.float32) for v in (h, x))
-    scale = None if scale is None else g.cast(scale, np.float32)
+    h, x = (g.cast(v, g.wide) for v in (h, x))
+    scale = None if scale is None else g.cast(scale, g.wide)
     if g.rank_4:
         return g.cast(_backward_by_channels(g, h, scale, x, rstd, weight, groups), grad.dtype)
     return g.cast(_backward_by_rows(g, h, scale, x, rstd, weight, groups), grad.dtype)
@@ -136,18 +136,18 @@ def _backward_by_channels(
     """The same with sums of each channel first."""
     normal, axes = g.normalised[rstd.name], list(range(2, len(x.shape)))
     per_group = groups, elements(x.shape[1:2]) // groups
-    slope = g.constant(np.ones((1, *per_group)), np.float32)
+    slope = g.constant(np.ones((1, *per_group)), g.wide)
     for factor in (scale, weight):
         if factor is not None:
             sizes = (factor.shape[0] if len(factor.shape) > 1 else 1, *per_group)
-            slope = g.binary("Mul", slope, g.reshape(g.cast(factor, np.float32), sizes))
+            slope = g.binary("Mul", slope, g.reshape(g.cast(factor, g.wide), sizes))
 
     def mean(total: Value) -> Value:
         """-r times the group's mean of slope times that of which `total` has each channel's sum, for each channel."""
         sums = g.reshape(total, (x.shape[0], *per_group))
         summed = g.reduce("ReduceSum", g.binary("Mul", sums, slope), [2], True)
-        share = g.constant(-groups / elements(x.shape[1:]), np.float32)
-        ones = g.constant(np.ones((1, 1, per_group[1])), np.float32)
+        share = g.constant(-groups / elements(x.shape[1:]), g.wide)
+        ones = g.constant(np.ones((1, 1, per_group[1])), g.wide)
         return g.reshape(g.binary("Mul", g.binary("Mul", g.binary("Mul", summed, share), rstd), ones), _wide(x))
 
     of_h = mean(g.reduce("ReduceSum", h, axes, True))
@@ -162,4 +162,4 @@ def _wide(x: Value) -> Shape:
 
 
 def _per_channel(g: OnnxGraph, parameter: Value, rank: int) -> Value:
-    return g.cast(g.reshape(parameter, (1, *parameter.shape, *([1] * (rank - 2)))), np.float32)
+    return g.cast(g.reshape(parameter, (1, *parameter.shape, *([1] * (rank - 2)))), g.wide)

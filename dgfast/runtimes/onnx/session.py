@@ -17,12 +17,18 @@ from torch import Tensor
 from dgfast import bounds
 from dgfast.errors import UserError, one_line
 from dgfast.extras import onnxruntime_for_gpus, require
-from dgfast.graph.agreement import PREDICTS_NOISE, least_sizes, relative_error
+from dgfast.graph.agreement import LEAST, PREDICTS_NOISE, least_said, least_sizes, relative_error
 from dgfast.runtimes.onnx.cuda import FUSED, CudaOptions, Replay, log, suited
 from dgfast.runtimes.onnx.file import data_of, said_of
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-_TORCH = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int64)": torch.int64}
+_TORCH = {
+    "tensor(float)": torch.float32, "tensor(double)": torch.float64, "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64, "tensor(int32)": torch.int32, "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}  # fmt: skip
+KINDS = {dtype: kind for kind, dtype in _TORCH.items()}
+"""ONNX Runtime's names of types."""
 _LARGEST = 2**28  # elements of a tensor that a file declares, a batch of images: a file may lie
 
 
@@ -132,7 +138,7 @@ class OnnxEngine:
     def _compute(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self._replay is not None:
             return self._replay(inputs)
-        batch, results = len(next(iter(inputs.values()))), dict[str, Tensor]()
+        batch, results = self._samples(inputs), dict[str, Tensor]()
         for name, (shape, kind) in self.outputs.items():
             sizes = [batch if isinstance(size, str) else size for size in shape]
             results[name] = torch.empty(sizes, dtype=_TORCH[kind], device=self.device)
@@ -159,10 +165,9 @@ class OnnxEngine:
         Raises:
             UserError: there is none, or an output that differs; the first is named.
         """
-        stored = self.stored_case()
-        arguments = {name: _stored(stored["inputs"][name], *self.inputs[name], self.batch) for name in self.inputs}
+        stored, arguments = self.stored_case(), self.stored_inputs()
         results, tolerance = self(arguments), float(stored["tolerance"])
-        least = least_sizes(self.metadata.get(PREDICTS_NOISE) == "true", arguments)
+        least = stored["least"] or least_sizes(self.metadata.get(PREDICTS_NOISE) == "true", arguments)
         for name, found in results.items():
             wanted = _stored(stored["outputs"][name], *self.outputs[name], self.batch)
             error = relative_error(found, wanted, least.get(name))
@@ -172,19 +177,30 @@ class OnnxEngine:
                     f"(allowed {tolerance:.0e}); another version of ONNX Runtime, or a damaged file: export it anew"
                 )
 
+    def stored_inputs(self) -> dict[str, Tensor]:
+        """Inputs of the self-test, by name."""
+        texts = self.stored_case()["inputs"]
+        return {name: _stored(texts[name], *self.inputs[name], self.batch) for name in self.inputs}
+
     def stored_case(self) -> dict[str, Any]:
-        """The self-test as it was written: tolerance, inputs and outputs of one sample."""
+        """The self-test as it was written: tolerance, inputs and outputs of one sample; and what is said as `LEAST`."""
         try:
             stored = bounds.parse_json(self.metadata["self_test"])
             complete = stored["inputs"].keys() == self.inputs.keys() and stored["outputs"].keys() == self.outputs.keys()
             if not complete or not 0 < float(stored["tolerance"]) < 1:
                 raise ValueError("it does not fit the file")
+            stored["least"] = least_said(bounds.parse_json(self.metadata.get(LEAST, "{}")))
         except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{self.path}: no self-test of dgfast in it ({_line(error)}); export it anew") from error
         return stored
 
+    def _samples(self, inputs: Mapping[str, Tensor]) -> int:
+        """How many there are in a call of a file that leaves that open; 0 for any other."""
+        return next((len(inputs[n]) for n, (shape, _) in self.inputs.items() if shape and isinstance(shape[0], str)), 0)
+
     def _check(self, name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
-        if name == next(iter(self.inputs)) and self.batch not in (None, len(tensor)):
+        of_samples = self.metadata.get("what") != "function" and tensor.dim()
+        if name == next(iter(self.inputs)) and of_samples and self.batch not in (None, len(tensor)):
             raise UserError(
                 f"{self.path} was made for batches of {self.batch}, not {len(tensor)}; "
                 f"give --batch {self.batch}, or export with --batch dynamic"
@@ -200,19 +216,23 @@ class OnnxEngine:
         return self.device.type, self.device.index or 0, kind, tuple(tensor.shape), tensor.data_ptr()
 
 
-def stored_tensor(tensor: Tensor) -> str:
-    """The first sample of a tensor as text for the self-test."""
-    return base64.b64encode(tensor[:1].cpu().contiguous().numpy().tobytes()).decode()
+def stored_tensor(tensor: Tensor, whole: bool = False) -> str:
+    """The first sample of a tensor, or all of it, as text for the self-test."""
+    kept = tensor if whole else tensor[:1]
+    return base64.b64encode(kept.detach().cpu().contiguous().numpy().tobytes()).decode()
 
 
 def _stored(text: str, shape: Sequence[int | str], kind: str, batch: int | None) -> Tensor:
-    """What `stored_tensor` wrote, once for every sample of the file's batch."""
+    """What `stored_tensor` wrote; of one sample, once for every sample of the file's batch."""
     sizes = [1, *(size for size in shape[1:] if isinstance(size, int))]
+    whole = [1 if isinstance(size, str) else size for size in shape]
     dtype = np.dtype(str(_TORCH[kind]).removeprefix("torch."))
     try:
         raw = base64.b64decode(text, validate=True)
     except (TypeError, ValueError):
         raw = b""
+    if len(raw) == math.prod(whole) * dtype.itemsize:
+        return torch.from_numpy(np.frombuffer(raw, dtype).reshape(whole).copy())
     if len(sizes) != len(shape) or len(raw) != math.prod(sizes) * dtype.itemsize:
         raise UserError("the self-test in this file does not fit its shapes; export it anew")
     tensor = torch.from_numpy(np.frombuffer(raw, dtype).reshape(sizes).copy())

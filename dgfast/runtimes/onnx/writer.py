@@ -4,20 +4,20 @@ Where the batch size is to stay open, the function is traced for two of them: wh
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Collection, Iterator, Sequence
+from traceback import walk_stack
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._decomp import core_aten_decompositions
 from torch.fx import GraphModule, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgfast.errors import UserError
 from dgfast.graph import Function
+from dgfast.graph.calls import modules_entered, named, source_line
 from dgfast.graph.lower import lower
 from dgfast.graph.nodes import constant
 from dgfast.graph.trace import trace
@@ -25,8 +25,10 @@ from dgfast.ops import kernels
 from dgfast.runtimes.onnx.fused import OPERATORS
 from dgfast.runtimes.onnx.graph import NUMPY, Batch, Dim, OnnxGraph, Value
 from dgfast.runtimes.onnx.operations import TABLE, NoFormError, Out
+from dgfast.runtimes.onnx.simpler import decompositions
 
 OLDEST_OPSET = 18  # the first in which sums take their axes as an input
+_ONE_SIZE = "export it for one batch size"
 _BATCHES = 2, 3  # for an open batch; 1 would be taken for a size that broadcasts
 
 
@@ -36,7 +38,8 @@ def convert(
     example: dict[str, Tensor],
     outputs: Sequence[str],
     *,
-    dynamic: bool = False,
+    dynamic: bool | Collection[str] = False,
+    double: bool = False,
     opset: int = OLDEST_OPSET,
     rank_4: bool = False,
     fused: bool = False,
@@ -46,10 +49,11 @@ def convert(
     Its metadata say for which `batch` it is, and the `dtype` of its products.
 
     Args:
-        example: its arguments by name. Values do not matter. The first has the batch as its first size.
+        example: its arguments by name. Values do not matter. The first that has sizes has the batch as its first one.
         outputs: names of its results.
-        dynamic: leave the batch size open: the first size of every argument whose first size is the example's batch.
-        rank_4, fused: see `OnnxGraph`.
+        dynamic: leave the batch size open: the first size of the arguments of these names, or (True) of every argument
+            whose first size is the example's batch.
+        double, rank_4, fused: see `OnnxGraph`.
 
     Raises:
         UserError: the function does not trace, has an operation that is not in the table (its module is named), or
@@ -57,10 +61,11 @@ def convert(
     """
     if opset < OLDEST_OPSET:
         raise UserError(f"opset {opset} is too old: dgfast writes {OLDEST_OPSET} and newer")
-    batch = len(next(iter(example.values())))
-    examples = [_resized(example, batch, size) for size in _BATCHES] if dynamic else [example]
+    batch = next((len(x) for x in example.values() if x.dim()), 1)
+    varied = [name for name, x in example.items() if x.dim() and len(x) == batch] if dynamic is True else dynamic or ()
+    examples = [_resized(example, varied, size) for size in _BATCHES] if dynamic else [example]
     graphs = [_lowered(function, tuple(e.values())) for e in examples]
-    graph = OnnxGraph(rank_4, fused)
+    graph = OnnxGraph(rank_4, fused, double)
     results = _Writer(graph, graphs[0], graphs[-1], function, examples[0]).write(list(example))
     return _model(graph, results, outputs, opset, "dynamic" if dynamic else str(batch))
 
@@ -70,22 +75,13 @@ def operations(model: Any) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
-def _resized(example: dict[str, Tensor], batch: int, size: int) -> dict[str, Tensor]:
-    return {
-        name: x[:1].expand(size, *x.shape[1:]).clone() if x.dim() and len(x) == batch else x
-        for name, x in example.items()
-    }
+def _resized(example: dict[str, Tensor], varied: Collection[str], size: int) -> dict[str, Tensor]:
+    return {name: x[:1].expand(size, *x.shape[1:]).clone() if name in varied else x for name, x in example.items()}
 
 
 def _lowered(function: Function, example: tuple[Tensor, ...]) -> GraphModule:
     with sdpa_kernel(SDPBackend.MATH):  # a softmax between two matrix products, not a fused kernel
-        return lower(trace(function, example), example, decompositions=_decompositions())
-
-
-@cache
-def _decompositions() -> dict[Any, Any]:
-    """PyTorch's own, of operations into simpler ones, for what the table has not."""
-    return {target: how for target, how in core_aten_decompositions().items() if target not in TABLE}
+        return lower(trace(function, example), example, decompositions=decompositions())
 
 
 class _Writer:
@@ -100,19 +96,28 @@ class _Writer:
 
     def write(self, names: list[str]) -> list[Value]:
         """Record everything; the results."""
-        pairs = zip(self.one.graph.nodes, self.other.graph.nodes, strict=True)
         remaining = iter(names)
-        for node, twin in pairs:
+        for node, twin in self._pairs():
             if node.op == "placeholder":
-                out = _out(node, twin)
+                out = self._out(node, twin)
                 self.values[node] = self.graph.input(next(remaining), out.shape, out.dtype)
             elif node.op == "get_attr":
                 self.values[node] = self._constant(constant(self.one, node), constant(self.other, twin))
             elif node.op == "output":
-                return [self.values[result] for result in node.args[0]]
+                results: Any = node.args[0]
+                return [self.values[result] for result in results]
             else:
                 self.values[node] = self._call(node, twin)
         raise AssertionError("a graph without results")
+
+    def _pairs(self) -> Iterator[tuple[Node, Node]]:
+        """Each operation with the one that it is at the other batch size."""
+        nodes, twins = list(self.one.graph.nodes), list(self.other.graph.nodes)
+        if [(n.op, n.target) for n in nodes if n.op != "get_attr"] != [
+            (n.op, n.target) for n in twins if n.op != "get_attr"
+        ] or len(nodes) != len(twins):
+            raise UserError(f"its operations are others at another batch size: {_ONE_SIZE}")
+        return zip(nodes, twins, strict=True)
 
     def _constant(self, value: Tensor, twin: Tensor) -> Value:
         if value.shape == twin.shape:
@@ -122,7 +127,7 @@ class _Writer:
         for dim, size in enumerate(sizes):  # repeated along the batch, as everything is that depends on weights alone
             one = one.narrow(dim, 0, 1) if isinstance(size, Batch) else one
         if not torch.equal(one.expand(twin.shape), twin):
-            raise UserError(f"a constant of shape {list(value.shape)} depends on the batch: give --batch a number")
+            raise UserError(f"a constant of shape {list(value.shape)} depends on the batch: {_ONE_SIZE}")
         return self.graph.expand(self.graph.constant(one.cpu().numpy()), sizes)
 
     def _call(self, node: Node, twin: Node) -> Any:
@@ -132,10 +137,19 @@ class _Writer:
         try:
             if node.target not in TABLE:
                 raise NoFormError("the table of operations does not have it")
-            return TABLE[node.target](self.graph, _out(node, twin), *arguments, **_meant(keywords))
+            return TABLE[node.target](self.graph, self._out(node, twin), *arguments, **_meant(keywords))
         except NoFormError as error:
-            where = _module_of(node.target, self.function, tuple(self.example.values()))
+            where = _caller_of(node.target, self.function, tuple(self.example.values()))
             raise UserError(f"cannot export {node.target}, called by {where}: {error}") from error
+
+    def _out(self, node: Node, twin: Node) -> Out:
+        value, other = node.meta["val"], twin.meta["val"]
+        if isinstance(value, list | tuple):
+            value, other = value[0], other[0]
+        read = {user.args[1] for user in node.users if "getitem" in str(user.target)}
+        if value.dtype not in NUMPY:
+            raise NoFormError(f"a result of type {str(value.dtype).removeprefix('torch.')}")
+        return Out((_sizes(value.shape, other.shape), self.graph.kind(value.dtype), read))
 
     def _merge(self, one: Any, other: Any) -> Any:
         if isinstance(one, Node):
@@ -155,7 +169,7 @@ def _meant(keywords: dict[str, Any]) -> dict[str, Any]:
 def _size(one: int, other: int) -> Dim:
     times = other - one
     if times and one != times * _BATCHES[0]:
-        raise UserError("a size that is no multiple of the batch: give --batch a number")
+        raise UserError(f"a size that is no multiple of the batch: {_ONE_SIZE}")
     return Batch(times) if times else one
 
 
@@ -163,46 +177,25 @@ def _sizes(one: Sequence[int], other: Sequence[int]) -> tuple[Dim, ...]:
     return tuple(_size(a, b) for a, b in zip(one, other, strict=True))
 
 
-def _out(node: Node, twin: Node) -> Out:
-    value, other = node.meta["val"], twin.meta["val"]
-    if isinstance(value, list | tuple):
-        value, other = value[0], other[0]
-    read = {user.args[1] for user in node.users if "getitem" in str(user.target)}
-    return Out((_sizes(value.shape, other.shape), NUMPY[value.dtype], read))
-
-
 # Whose operation it was -----------------------------------------------------------------------------------------------
 class _Caller(TorchDispatchMode):
-    """Finds the module in whose forward an operation is called."""
+    """Finds the module in whose forward an operation is called, and the line of source."""
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, target: Any, entered: list[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.target, self.found = target, ""
-        self.stack: list[nn.Module] = []
+        self._target, self._entered, self.found = target, entered, ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is self.target and not self.found:
-            self.found = self._path() or "its guidance"
+        if func is self._target and not self.found:
+            line = source_line(reversed(list(walk_stack(None))))
+            self.found = (named(self._entered) or "no module") + (f" at {line}" if line else "")
         return func(*args, **(kwargs or {}))
 
-    def _path(self) -> str:
-        if not self.stack:
-            return ""
-        names = {module: name for name, module in self.stack[0].named_modules()}
-        name, kind = names.get(self.stack[-1], ""), type(self.stack[-1]).__name__
-        return f"{type(self.stack[0]).__name__}{'.' if name else ''}{name} ({kind})"
 
-
-def _module_of(target: Any, function: Function, example: tuple[Tensor, ...]) -> str:
-    with _Caller(target) as caller:
-        enter = nn.modules.module.register_module_forward_pre_hook(lambda module, _: caller.stack.append(module))
-        leave = nn.modules.module.register_module_forward_hook(lambda *_: caller.stack.pop() and None)
-        try:
-            function(*example)
-        finally:
-            enter.remove()
-            leave.remove()
-    return caller.found or "the gradient of the network"
+def _caller_of(target: Any, function: Function, example: tuple[Tensor, ...]) -> str:
+    with modules_entered() as entered, _Caller(target, entered) as caller:
+        function(*example)
+    return caller.found or "the gradient of the function"
 
 
 # ONNX's own types -----------------------------------------------------------------------------------------------------
@@ -222,6 +215,8 @@ def _model(graph: OnnxGraph, results: Sequence[Value], outputs: Sequence[str], o
         )
 
     def info(name: str, value: Value) -> Any:
+        if any(isinstance(size, Batch) and size.times != 1 for size in value.shape):
+            raise UserError(f"{name} has a size that is a multiple of the batch: {_ONE_SIZE}")
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype))
         return helper.make_tensor_value_info(name, kind, ["batch" if isinstance(d, Batch) else d for d in value.shape])
 

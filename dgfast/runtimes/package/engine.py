@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dgfast import bounds
 from dgfast.errors import UserError, one_line
-from dgfast.graph.agreement import PREDICTS_NOISE, least_sizes, relative_error
+from dgfast.graph.agreement import LEAST, PREDICTS_NOISE, least_said, least_sizes, relative_error
 from dgfast.runtimes.package.file import Package, add, read
 
 INPUTS, OUTPUTS, TOLERANCE = "inputs", "outputs", "tolerance"
@@ -24,7 +24,7 @@ class PackageEngine:
 
     Attributes:
         inputs: sizes and types of its tensors, by name. outputs: names. metadata: what the file says of itself.
-        batch: images a call. device: where its tensors lie.
+        batch: images a call, None for a function of no images. device: where its tensors lie.
     """
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
@@ -38,7 +38,9 @@ class PackageEngine:
         try:
             names, self.outputs = (bounds.parse_json(self.metadata[key]) for key in (INPUTS, OUTPUTS))
             self.inputs = {name: (form.shape, form.dtype) for name, form in zip(names, forms, strict=True)}
-            self.batch = forms[0].shape[0]
+            of_samples = self.metadata.get("what") != "function"
+            self.batch = forms[0].shape[0] if of_samples else None
+            self._least = least_said(bounds.parse_json(self.metadata.get(LEAST, "{}")))
             self._tolerance = float(self.metadata[TOLERANCE])
             if not 0 < self._tolerance < 1 or not self.outputs:
                 raise ValueError("no outputs, or a tolerance that allows anything")
@@ -80,7 +82,7 @@ class PackageEngine:
             expected = {name: arrays[f"{OUTPUTS}/{name}"] for name in self.outputs}
         except (KeyError, TypeError, ValueError, EOFError, BadZipFile) as error:
             raise UserError(f"{self.path}: its self-test cannot be read ({one_line(error)}); make it anew") from error
-        least = least_sizes(self.metadata.get(PREDICTS_NOISE) == "true", inputs)
+        least = self._least or least_sizes(self.metadata.get(PREDICTS_NOISE) == "true", inputs)
         for name, result in self(inputs).items():
             off = relative_error(result, expected[name], least.get(name))
             if not off <= self._tolerance:

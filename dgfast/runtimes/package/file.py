@@ -33,7 +33,7 @@ MADE_FOR, ARGUMENTS = "made_for", "arguments"
 """Keys of what a file says of itself: `machine`, and the forms of its arguments, as JSON."""
 OURS = "dgfast"
 """Folder in the archive for what is no part of the code."""
-_DTYPES = ("float64", "float32", "bfloat16", "float16", "int64")
+_DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool")
 _LARGEST = 2**28  # numbers of an argument, a batch of images: a file may lie
 _NAME = "model"  # of the function in the archive, AOTInductor's default
 

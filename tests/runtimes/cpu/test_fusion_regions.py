@@ -149,7 +149,7 @@ def test_fusion_gives_the_same_however_cores_share_the_work(threads: int, batch:
 def test_fusion_compiles_equal_regions_once() -> None:
     """Equal but for their weights and place; a constant that differs makes another kind."""
     weights = [torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(k)) / 9 for k in range(6)]
-    biases, scales = torch.randn(6, 8, 1, 1), [2.0, 2.0, 2.0, 2.0, 3.0, 3.0]
+    biases, scales = torch.randn(6, 8, 1, 1, generator=torch.Generator().manual_seed(6)), [2.0, 2.0, 2.0, 2.0, 3.0, 3.0]
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
         for weight, bias, scale in zip(weights, biases, scales, strict=True):
@@ -159,7 +159,7 @@ def test_fusion_compiles_equal_regions_once() -> None:
     graph, kinds = fused(function, images(0))
     calls = [node for node in graph.graph.nodes if node.op == "call_module"]
     assert (kinds, len(calls), left(graph)) == (2, 6, [aten.convolution.default] * 6)
-    torch.testing.assert_close(graph(images(3)), function(images(3)))
+    torch.testing.assert_close(graph(images(3)), function(images(3)), rtol=1e-5, atol=1e-5)  # of six convolutions
 
 
 def test_fusion_reads_what_is_broadcast_and_what_a_library_laid_out_otherwise() -> None:

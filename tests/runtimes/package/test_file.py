@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -175,9 +176,19 @@ def test_package_that_says_nothing_of_itself_is_refused(said: str, tmp_path: Pat
 def test_package_compiled_in_another_process_reads_weights_as_they_lie(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its filters are every second of more, and on their way to the process they go through a file."""
+    """Its filters are every second of more, and on their way to the process they go through a file.
+
+    The second process fails, and leaves no file.
+    """
+    popen, started = subprocess.Popen, list[subprocess.Popen[bytes]]()
+
+    def start(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(["false"] if started else command, **settings))
+        return started[-1]
+
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(subprocess, "Popen", start)
     paths = [tmp_path / f"{seed}.pt2" for seed in (0, 1)]
     compile_all([(graph_of(seed), arguments(0), path) for seed, path in enumerate(paths)])
-    for seed, path in enumerate(paths):
-        assert _agree(Package(path, CPU, graph_of(seed))(*arguments(1)), Slope(seed)(*arguments(1)))
+    assert _agree(Package(paths[0], CPU, graph_of(0))(*arguments(1)), Slope(0)(*arguments(1)))
+    assert len(started) == 2 and [*tmp_path.iterdir()] == paths[:1]

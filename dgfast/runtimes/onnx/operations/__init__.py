@@ -6,11 +6,15 @@ that only a backward operation would read (a normalisation's statistics) are kep
 
 from dgfast.runtimes.onnx.operations import (  # each enters its operations
     elementwise,
+    indexing,
     layout,
+    numbers,
     products,
     resampling,
     sums,
 )
 from dgfast.runtimes.onnx.operations.table import TABLE, NoFormError, Out
 
-__all__ = ["TABLE", "NoFormError", "Out", "elementwise", "layout", "products", "resampling", "sums"]
+__all__ = [
+    "TABLE", "NoFormError", "Out", "elementwise", "indexing", "layout", "numbers", "products", "resampling", "sums",
+]  # fmt: skip

@@ -28,7 +28,7 @@ _ARITHMETIC = {
 }  # fmt: skip
 _LOGIC = {
     aten.logical_and.default: "And", aten.bitwise_and.Tensor: "And", aten.logical_or.default: "Or",
-    aten.bitwise_or.Tensor: "Or",
+    aten.bitwise_or.Tensor: "Or", aten.bitwise_and.Scalar: "And", aten.bitwise_or.Scalar: "Or",
 }  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def _unary(op: str) -> Entry:
 def _compared(op: str) -> Entry:
     def compare(g: OnnxGraph, out: Out, a: Value, b: Any) -> Value:
         dtype = np.result_type(a.dtype, b.dtype).type if isinstance(b, Value) else _holding(a.dtype, b)
-        dtype = np.float32 if dtype is np.float64 else dtype
+        dtype = g.wide if dtype is np.float64 else dtype
         return g.binary(op, number(g, a, dtype), number(g, b, dtype), np.bool_)
 
     return compare
@@ -55,6 +55,8 @@ def _arithmetic(op: str) -> Entry:
         left, right = number(g, a, out.dtype), number(g, b, out.dtype)
         if alpha != 1:
             right = g.mul(right, g.constant(alpha, out.dtype))
+        if out.dtype is np.bool_:
+            return g.binary({"Add": "Or", "Mul": "And"}[op], left, right)
         if op in ("Add", "Mul"):
             return getattr(g, op.lower())(left, right)
         if op == "Div" and not isinstance(b, Value):
@@ -64,13 +66,21 @@ def _arithmetic(op: str) -> Entry:
     return compute
 
 
+def _logical(op: str) -> Entry:
+    """Of truths; of whole numbers, bit by bit."""
+
+    def compute(g: OnnxGraph, out: Out, a: Any, b: Any) -> Value:
+        if out.dtype is np.bool_:
+            return g.binary(op, number(g, a, np.bool_), number(g, b, np.bool_), np.bool_)
+        return g.emit(f"Bitwise{op}", [number(g, a, out.dtype), number(g, b, out.dtype)], [out.shape], out.dtype)[0]
+
+    return compute
+
+
 TABLE |= {packet.default: _unary(op) for packet, op in _UNARY.items()}
 TABLE |= {getattr(packet, kind): _compared(op) for packet, op in _COMPARISONS.items() for kind in ("Scalar", "Tensor")}
 TABLE |= {target: _arithmetic(op) for target, op in _ARITHMETIC.items()}
-TABLE |= {
-    target: lambda g, out, a, b, op=op: g.binary(op, number(g, a, np.bool_), number(g, b, np.bool_), np.bool_)
-    for target, op in _LOGIC.items()
-}
+TABLE |= {target: _logical(op) for target, op in _LOGIC.items()}
 
 
 @entry(aten.rsub.Scalar, aten.rsub.Tensor)
@@ -161,7 +171,16 @@ TABLE |= {
     target: lambda g, out, *_, value=value, **__: g.expand(g.constant(value, out.dtype), out.shape)
     for value, targets in enumerate(
         [
-            (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default),
+            (
+                aten.zeros.default,
+                aten.zeros_like.default,
+                aten.new_zeros.default,
+                aten.empty.memory_format,
+                aten.empty_like.default,
+                aten.new_empty.default,  # of any value
+                aten.new_empty_strided.default,
+                aten.empty_strided.default,
+            ),
             (aten.ones.default, aten.ones_like.default, aten.new_ones.default),
         ]
     )

@@ -1,6 +1,5 @@
 """Convolutions, matrix products, look-ups and normalisations in ONNX."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,13 +57,6 @@ def _batched_product(g: OnnxGraph, out: Out, a: Value, b: Value) -> Value:
 @entry(aten.embedding.default)
 def _embedding(g: OnnxGraph, out: Out, table: Value, indices: Value, *_: Any) -> Value:
     return g.emit("Gather", [table, indices], [out.shape], out.dtype, axis=0)[0]
-
-
-@entry(aten.index.Tensor)
-def _index(g: OnnxGraph, out: Out, x: Value, indices: Sequence[Value | None]) -> Value:
-    if len(indices) != 1 or indices[0] is None:
-        raise NoFormError("indexing by tensors in more than the first dimension")
-    return g.emit("Gather", [x, indices[0]], [out.shape], out.dtype, axis=0)[0]
 
 
 @entry(aten.native_group_norm.default)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dgfast.runtimes.onnx.graph import OnnxGraph, Value
+from dgfast.runtimes.onnx.graph import OnnxGraph, Value, elements
 from dgfast.runtimes.onnx.operations.table import TABLE, Entry, NoFormError, Out, entry
 
 aten = torch.ops.aten
@@ -26,25 +26,60 @@ TABLE |= {aten.amin.default: _reduction("ReduceMin"), aten.min.default: _reducti
 TABLE |= {aten.amax.default: _reduction("ReduceMax"), aten.max.default: _reduction("ReduceMax")}
 
 
-@entry(aten.any.dim)
-def _any(g: OnnxGraph, out: Out, x: Value, dim: int, keepdim: bool = False) -> Value:
+TABLE |= dict.fromkeys((aten.prod.dim_int, aten.prod.default), _reduction("ReduceProd"))
+
+
+@entry(aten.any.dim, aten.any.dims, aten.any.default)
+def _any(g: OnnxGraph, out: Out, x: Value, axes: Any = None, keepdim: bool = False) -> Value:
     """Largest of zeros and ones: ONNX reduces no booleans."""
-    return g.cast(g.reduce("ReduceMax", g.cast(g.cast(x, np.bool_), np.float32), [dim], keepdim), np.bool_)
+    ones = g.cast(g.cast(x, np.bool_), np.float32)
+    return g.cast(_reduction("ReduceMax")(g, Out((out.shape, np.float32, out.read)), ones, axes, keepdim), np.bool_)
+
+
+@entry(aten.cumsum.default)
+def _cumsum(g: OnnxGraph, out: Out, x: Value, dim: int, **_: Any) -> Value:
+    if not x.shape:
+        return g.cast(x, out.dtype)
+    return g.emit("CumSum", [g.cast(x, out.dtype), g.constant(dim, np.int64)], [x.shape], out.dtype)[0]
+
+
+@entry(aten.var.correction)
+def _var(
+    g: OnnxGraph, out: Out, x: Value, axes: Any = None, *, correction: float | None = None, keepdim: bool = False
+) -> Value:
+    """The sum of squared distances from the mean, over their number less the correction."""
+    axes = list(range(len(x.shape))) if not axes else list(axes)
+    centred = g.binary("Sub", x, g.reduce("ReduceMean", x, axes, True))
+    total = g.reduce("ReduceSum", g.binary("Mul", centred, centred), axes, keepdim)
+    count = elements([x.shape[axis] for axis in axes])
+    return g.binary("Mul", total, g.constant(1 / max(count - (1 if correction is None else correction), 0), x.dtype))
 
 
 @entry(aten.linalg_vector_norm.default)
 def _norm(g: OnnxGraph, out: Out, x: Value, order: float, axes: Any = None, keepdim: bool = False, **_: Any) -> Value:
     x, axes = g.cast(x, out.dtype), range(len(x.shape)) if axes is None else axes
-    if order == math.inf:
-        return g.reduce("ReduceMax", g.unary("Abs", x), list(axes), keepdim)
-    if order != 2:
-        raise NoFormError(f"a norm of order {order}")
-    return g.reduce("ReduceL2", x, list(axes), keepdim)
+    if abs(order) == math.inf:
+        return g.reduce("ReduceMax" if order > 0 else "ReduceMin", g.unary("Abs", x), list(axes), keepdim)
+    if order in (1, 2):
+        return g.reduce(f"ReduceL{order:.0f}", x, list(axes), keepdim)
+    if order == 0:
+        raise NoFormError("a norm of order 0")
+    powers = g.binary("Pow", g.unary("Abs", x), g.constant(order, x.dtype))
+    return g.binary("Pow", g.reduce("ReduceSum", powers, list(axes), keepdim), g.constant(1 / order, x.dtype))
+
+
+def index_of(g: OnnxGraph, op: str, x: Value, dim: int | None, shape: Any, keepdim: bool) -> Value:
+    """Where the largest ("ArgMax") or smallest is, of all numbers where `dim` is None; ONNX orders no truths."""
+    x = g.cast(x, np.float32) if x.dtype is np.bool_ else x
+    if dim is None:
+        flat = g.reshape(x, (elements(x.shape),))
+        return g.reshape(g.emit(op, [flat], [()], np.int64, axis=0, keepdims=0)[0], shape)
+    return g.emit(op, [x], [shape], np.int64, axis=dim, keepdims=int(keepdim))[0]
 
 
 def _index_of(op: str) -> Entry:
-    def find(g: OnnxGraph, out: Out, x: Value, dim: int, keepdim: bool = False) -> Value:
-        return g.emit(op, [x], [out.shape], np.int64, axis=dim, keepdims=int(keepdim))[0]
+    def find(g: OnnxGraph, out: Out, x: Value, dim: int | None = None, keepdim: bool = False) -> Value:
+        return index_of(g, op, x, dim, out.shape, keepdim)
 
     return find
 

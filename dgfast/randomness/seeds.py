@@ -1,9 +1,10 @@
-"""Seeds to noise and labels: image k depends on seed k alone, whatever the batch it is drawn in."""
+"""Noise and labels of torch's generators on the CPU, and what every source of them is asked for."""
 
 import operator
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,26 +17,44 @@ SEEDS = 1 << 32
 """Seeds lie below it: EDM's generator takes them modulo 2^32, where two seeds would give one image."""
 
 
-class SeedStreams:
-    """One generator a seed, on the CPU so that every device sees the same numbers.
+class Streams(Protocol):
+    """One stream of random numbers a seed. Every draw takes the next numbers of each.
 
     The order of draws is EDM's: latents, class labels, then the noise of each step.
+    """
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Unit normal noise [seeds, *shape]."""
+        ...
+
+    def normals(
+        self, count: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Generator[Tensor, None, None]:
+        """`count` times `normal`. Nothing else may draw until it is closed."""
+        ...
+
+    def labels(self, count: int) -> Tensor:
+        """Class indices below `count`, int64 [seeds], on the CPU."""
+        ...
+
+
+class SeedStreams:
+    """One generator a seed, on the CPU so that every device sees the same numbers; see `Streams`.
 
     Raises:
         UserError: a seed that is no whole number from 0 to 2^32 - 1.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        self._generators = [torch.Generator().manual_seed(_checked(seed)) for seed in seeds]
+        self._generators = [torch.Generator().manual_seed(checked(seed)) for seed in seeds]
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Unit normal noise [len(seeds), *shape]."""
         return self._filled(self._buffer(shape, dtype, device)).to(device, non_blocking=True)
 
     def normals(
         self, count: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> Generator[Tensor, None, None]:
-        """`count` times `normal`. Nothing else may draw until it is closed, which ends its thread.
+        """See `Streams`; closing it ends its thread.
 
         On CUDA the next noise is drawn, in a thread, while the device works, and neither waits for the other. On the
         CPU the network has the cores, and each is drawn when it is asked for.
@@ -59,7 +78,6 @@ class SeedStreams:
             pool.shutdown(cancel_futures=True)
 
     def labels(self, count: int) -> Tensor:
-        """Class indices below `count`, int64 [len(seeds)], on the CPU."""
         return torch.stack([torch.randint(count, (), generator=g) for g in self._generators])
 
     def _buffer(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -77,7 +95,12 @@ def _sent(buffer: Tensor, device: torch.device) -> tuple[Tensor, Callable[[], No
     return buffer.to(device, non_blocking=True), torch.cuda.current_stream(device).record_event().synchronize
 
 
-def _checked(seed: int) -> int:
+def checked(seed: int) -> int:
+    """The seed, as a number of Python.
+
+    Raises:
+        UserError: it is no whole number from 0 to 2^32 - 1.
+    """
     try:
         number = operator.index(seed)
     except TypeError:
