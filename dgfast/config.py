@@ -10,7 +10,6 @@ from dgfast.guidance import (
     ClassifierFreeGuidance,
     ClassifierGuidance,
     DiscriminatorGuidance,
-    Guidance,
     LowDensityGuidance,
     ObservationGuidance,
     PerturbedAttentionGuidance,
@@ -18,7 +17,7 @@ from dgfast.guidance import (
     SkipLayerGuidance,
     SmoothedEnergyGuidance,
 )
-from dgfast.guidance.declaration import all_options
+from dgfast.guidance.declaration import all_options, configure
 from dgfast.solvers import DIFFUSIONS, LAST_STEPS, SOLVERS
 
 DISCRETIZATIONS = ("edm", "vp", "ve", "iddpm")
@@ -168,4 +167,4 @@ class GuidanceConfig(
             guidance.check(self)
 
 
-Guidance.config = GuidanceConfig
+configure(GuidanceConfig)

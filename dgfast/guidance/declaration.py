@@ -258,6 +258,14 @@ class Repair(Guidance):
         raise TypeError(f"{type(self).__name__} is a repair: it corrects nothing by itself")
 
 
+def configure(record: type) -> None:
+    """Let `record` have the options of all guidances, of those declared before it and of those to come."""
+    Guidance.config = record
+    for guidance in GUIDANCES:
+        if not {one.name for one in guidance.options()} <= {one.name for one in fields(record)}:
+            _grow(record, guidance.Options)
+
+
 def guiding(config: GuidanceConfig) -> Iterator[type[Guidance]]:
     """The guidances that act at one of the solver's points."""
     return (guidance for guidance in GUIDANCES if guidance.on(config) or guidance.on(config, second=True))
