@@ -25,6 +25,7 @@ from dgfast.graph.agreement import relative_error
 from dgfast.guidance import DiscriminatorGuidance
 from dgfast.nets.discriminator import Discriminator, NoisyClassifier
 from dgfast.runtimes import RUNTIMES, Runtime
+from dgfast.weights import placed
 
 FOLDER = Path(__file__).parents[1] / "tests/golden"
 JUDGED = {name: RUNTIMES[name] for name in ("compiled", "onnx")}
@@ -47,9 +48,9 @@ class Golden:
         spec.loader.exec_module(self._recipe)
 
     def net(self, kind: str, config: str = "config", prefix: str = "prefix") -> Any:
-        net = nets.build(kind, **self.meta[config])
+        net = nets.build({"Precond": "EDM2Precond"}.get(kind, kind), **self.meta[config])
         filled: nn.Module = self._recipe.fill_(net, self.meta[prefix])
-        return filled.eval().requires_grad_(False)
+        return placed(filled, "cpu", torch.float32)
 
     def calls(self) -> Calls | None:
         """What to compare; None for a file that has no network of its own."""

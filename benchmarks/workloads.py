@@ -23,7 +23,9 @@ from dgfast.denoiser import DDPMPrecond
 from dgfast.nets.adm_unet import PUBLISHED
 from dgfast.nets.discriminator import Discriminator, NoisyClassifier
 from dgfast.nets.dit import PRESETS
+from dgfast.presets import CHANNELS, SAMPLING
 from dgfast.vp import TIME_SCHEDULES
+from dgfast.weights import placed
 
 _SEED = 0
 _GPU_BATCHES = (512, 1, 64)  # throughput, latency, and what lies between: in the order of interest
@@ -64,9 +66,28 @@ class RandomNetworks:
         score = fill_(nets.build(**self.score), generator)
         trunk = fill_(nets.build(**self.trunk), generator)
         head = fill_(nets.build(**self.head, in_channels=trunk.feature_channels), generator)
-        score, trunk, head = (_placed(net, device, dtype) for net in (score, trunk, head))
+        score, trunk, head = (placed(net, device, dtype) for net in (score, trunk, head))
         time = score.time if isinstance(score, DDPMPrecond) else TIME_SCHEDULES[self.time_schedule]
         return Networks(score, Discriminator(trunk, head).eval(), NoisyClassifier(trunk).eval(), time=time)
+
+
+@dataclass(frozen=True)
+class RandomPair:
+    """A score network of published shape and a worse one that guides it, with random weights.
+
+    Attributes:
+        score, reference: kind and keywords for `nets.build`.
+    """
+
+    score: dict[str, Any]
+    reference: dict[str, Any]
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Networks:
+        """The same weights at every call, rounded to `dtype`."""
+        generator = torch.Generator().manual_seed(_SEED)
+        nets_ = (fill_(nets.build(**keywords), generator) for keywords in (self.score, self.reference))
+        score, reference = (placed(net, device, dtype) for net in nets_)
+        return Networks(score, reference=reference)
 
 
 def fill_(net: nn.Module, generator: torch.Generator) -> Any:
@@ -74,13 +95,18 @@ def fill_(net: nn.Module, generator: torch.Generator) -> Any:
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             parameter.normal_(generator=generator)
-            if not name.endswith("weight"):
+            if name.endswith("_gain"):  # EDM2's, which are near 1 after training
+                parameter.mul_(0.1).add_(1)
+            elif not name.endswith("weight"):
                 parameter.mul_(0.1)
             elif parameter.dim() == 1:
                 parameter.mul_(0.1).add_(1)
             else:
                 gain = 4 if name.endswith("c_proj.weight") else 1  # the discriminator's last layer: its logit
                 parameter.mul_(gain / math.sqrt(parameter[0].numel()))
+        for name, buffer in net.named_buffers():
+            if name.endswith(("fourier.freqs", "fourier.phases")):  # drawn once, like weights
+                buffer.normal_(generator=generator).mul_(2 * math.pi)
     return net
 
 
@@ -102,14 +128,6 @@ class _NoModules(ModuleTracker):
 
     def __exit__(self, *exception: object) -> None:
         return None
-
-
-def _placed(net: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The net as a bundle would give it: frozen, weights in `dtype`, buffers in float32, channels-last."""
-    net.eval().requires_grad_(False)
-    for parameter in net.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return net.to(device, memory_format=torch.channels_last)
 
 
 def _classifier(image_size: int, depth: int, **keywords: Any) -> dict[str, Any]:
@@ -210,6 +228,18 @@ def _dit(preset: str, devices: tuple[str, ...]) -> Workload:
     )
 
 
+def _edm2(channels: int, worse: int, **keywords: Any) -> Workload:
+    """EDM2's network of pixels, guided by one of fewer channels; keywords go to both."""
+    common = {"kind": "EDM2Precond", "img_resolution": 64, "img_channels": 3, "label_dim": 1000} | keywords
+    networks = RandomPair(common | {"model_channels": channels}, common | {"model_channels": worse})
+    return Workload(
+        load=networks.load,
+        sampling=SamplingConfig(**SAMPLING),
+        guidance=GuidanceConfig(autoguidance=1.7),  # the preset edm2-img64-s-autog-fid
+        batches={("guided-step", "cpu"): (1,), ("guided-step", "cuda"): _GPU_BATCHES},
+    )
+
+
 def _tiny() -> Workload:
     encoder = {
         "kind": "EncoderUNetModel", "image_size": 8, "model_channels": 32, "num_res_blocks": 1, "channel_mult": [1],
@@ -239,10 +269,15 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "adm-64": _adm_64,
     "dit-s2": partial(_dit, "DiT-S/2", ("cpu", "cuda")),
     "dit-xl2": partial(_dit, "DiT-XL/2", ("cuda",)),
+    "edm2-img64-s": partial(_edm2, CHANNELS["s"], CHANNELS["xs"]),
     "tiny": _tiny,
-}
-STAND_INS = ("tiny",)
+    "edm2-tiny": partial(
+        _edm2, 16, 16, img_resolution=8, label_dim=3, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
+        channels_per_head=8,
+    ),
+}  # fmt: skip
+STAND_INS = ("tiny", "edm2-tiny")
 """Workloads that try the benchmarks themselves and say nothing about speed; run only if asked for."""
 
-LONG_ON_A_CPU = ("adm-64", "dit-s2")
+LONG_ON_A_CPU = ("adm-64", "dit-s2", "edm2-img64-s")
 """Workloads that run there only if asked for: all together would take more than ten minutes."""

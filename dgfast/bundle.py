@@ -32,7 +32,7 @@ from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.denoiser import PRECONDITIONERS
 from dgfast.errors import UserError
 from dgfast.guidance.declaration import all_options
-from dgfast.latents import SCALE
+from dgfast.latents import VaeSpec as VaeSpec
 from dgfast.vp import TIME_SCHEDULES
 from dgfast.weights import load_state as load_state
 from dgfast.weights import read_tensors as read_tensors
@@ -67,26 +67,6 @@ class NetSpec:
 
 
 @dataclass(frozen=True)
-class VaeSpec:
-    """What decodes the latents that the score network makes.
-
-    Attributes:
-        source: an `AutoencoderKL` as diffusers saves it: a folder, seen from the bundle's or from here, or a hub name.
-        scale: latents are divided by it before they are decoded.
-    """
-
-    source: str
-    scale: float = SCALE
-
-    def __post_init__(self) -> None:
-        named = isinstance(self.source, str) and self.source and self.source.isprintable()
-        if not named or not 0 < self.scale < math.inf:
-            raise UserError(
-                f"vae: source {self.source!r:.80} must be a folder or name, scale {self.scale} a number above 0"
-            )
-
-
-@dataclass(frozen=True)
 class Bundle:
     """What `bundle.json` in `folder` says."""
 
@@ -112,9 +92,7 @@ class Bundle:
         return self.nets[role]
 
     def load(self, role: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The network of that role with its weights, in eval mode and frozen.
-
-        Weights become `dtype`; buffers (frequencies, noise tables, filters) stay float32, where they must.
+        """The network of that role with its weights, as `weights.placed` makes it ready for sampling.
 
         Raises:
             UserError: no such network, one that can't be built, an unreadable file, missing, superfluous or
@@ -123,10 +101,7 @@ class Bundle:
         spec = self.spec(role)
         path = self.folder / spec.file
         net = weights.build(spec.kind, spec.keywords, weights.read_tensors(path), path)
-        net.eval().requires_grad_(False)
-        for parameter in net.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return weights.placed(net, device, dtype)
 
     def fingerprint(self, roles: Collection[str] | None = None) -> str:
         """SHA-256 over the networks of these roles: their kinds, keywords and files; None: all that sampling may use.
@@ -231,7 +206,7 @@ def write(bundle: Bundle) -> None:
         "provenance": bundle.provenance,
         "license": bundle.license,
         "metrics": bundle.metrics,
-    } | ({"vae": asdict(bundle.vae)} if bundle.vae else {})
+    } | ({"vae": bundle.vae.described()} if bundle.vae else {})
     bundle.folder.mkdir(parents=True, exist_ok=True)
     partial = bundle.folder / "bundle.json.partial"
     partial.write_text(json.dumps(raw, indent=1, allow_nan=False) + "\n")

@@ -24,6 +24,7 @@ DISCRETIZATIONS = ("edm", "vp", "ve", "iddpm")
 SCHEDULES = ("linear", "vp", "ve")
 SCALINGS = ("none", "vp")
 VARIANCES = ("small", "large")
+STATE_DTYPES = ("float64", "float32")
 MOST_LEVELS = 10_000
 """Noise levels of a grid or of a network, far more than any was trained with: a file may ask for a thousand million."""
 NOISES = ("cpu", "cuda")
@@ -59,6 +60,8 @@ class SamplingConfig:
         alpha: Heun's second point, as a share of the step (1: trapezoidal, 1/2: midpoint).
         S_churn: noise added anew over the whole run; S_min, S_max: the noise levels between which; S_noise: its
             standard deviation, 1 for what the theory says.
+        state_dtype: type of the solver's state, its noise levels and the noise of its steps: "float64" as EDM's, or
+            "float32" as EDM2's; seeds give other noise in another type.
         diffusion: how large the noise of flow-sde is at time t, see `flow_sde.diffusion`; diffusion_norm: a factor in
             it. last_step: what the last step is, without noise: "mean" (the SDE's), "euler" (the ODE's), "tweedie"
             (the denoised image) or "none" (no such step); last_size: its size in t.
@@ -87,6 +90,7 @@ class SamplingConfig:
     clip_denoised: bool = False
     eta: float = 0.0
     fixed_variance: str = "small"
+    state_dtype: str = "float64"
     diffusion: str = "sigma"
     diffusion_norm: float = 1.0
     last_step: str = "mean"
@@ -100,6 +104,7 @@ class SamplingConfig:
             ("schedule", SCHEDULES),
             ("scaling", SCALINGS),
             ("fixed_variance", VARIANCES),
+            ("state_dtype", STATE_DTYPES),
             ("diffusion", DIFFUSIONS),
             ("last_step", LAST_STEPS),
         ):

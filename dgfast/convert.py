@@ -1,10 +1,11 @@
 """Put an official checkpoint into a bundle, without running code from it.
 
-FILE is a network snapshot of NVIDIA's EDM (.pkl), which says itself what it is, or a state dict, bare or in a training
-checkpoint (.pt, .pth, .ckpt, .bin, .safetensors), whose --role must be given. OpenAI's score networks and classifiers,
-DG's discriminators, DiT and SiT are known by their shapes; any other needs --kind and the constructor's keywords. FILE
-may be a folder of diffusers: a DDPM or DiT pipeline, or the network in it. What no file says is printed, and how to
-change it. Convert each file with the same --out to join them in one bundle.
+FILE is a network snapshot of NVIDIA's EDM or EDM2 (.pkl), which says itself what it is, or a state dict, bare or in a
+training checkpoint (.pt, .pth, .ckpt, .bin, .safetensors), whose --role must be given. OpenAI's score networks and
+classifiers, DG's discriminators, EDM2, DiT and SiT are known by their shapes; any other needs --kind and the
+constructor's keywords. FILE may be a folder of diffusers: a DDPM or DiT pipeline, or the network in it. What no file
+says is printed, and how to change it. Convert each file with the same --out to join them in one bundle. Several files
+are snapshots of one training of EDM2, of which --phema-std makes one average.
 """
 
 import json
@@ -15,13 +16,13 @@ import click
 
 from dgfast.checkpoints import DENOISERS, ENCODERS, one_line
 from dgfast.errors import UserError
-from dgfast.options import Command, Group, option
+from dgfast.options import NUMBER, Command, Group, option
 
 _PYTHON = {"True": True, "False": False, "None": None}  # as guided-diffusion's command lines have them
 
 
 @click.command(cls=Command, help=__doc__)
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @option("--role", group=Group.INPUT, type=click.Choice(DENOISERS + ENCODERS), help="Default for a snapshot: score.")
 @option("--key", group=Group.INPUT, help="Part of FILE to take: ema, state_dict.net, ...; default: ema, if it has one.")
 @option(
@@ -48,6 +49,20 @@ _PYTHON = {"True": True, "False": False, "None": None}  # as guided-diffusion's 
     help="What decodes the latents of a score network: folder or hub name of an AutoencoderKL.",
 )
 @option(
+    "--phema-std",
+    group=Group.INPUT,
+    type=NUMBER,
+    metavar="STD",
+    help="Relative standard deviation of the average over training to make of EDM2's snapshots.",
+)
+@option(
+    "--phema-kimg",
+    group=Group.INPUT,
+    type=int,
+    metavar="KIMG",
+    help="Thousands of images after which to make it; default: of the latest snapshot.",
+)
+@option(
     "--out",
     group=Group.OUTPUT,
     required=True,
@@ -58,7 +73,7 @@ _PYTHON = {"True": True, "False": False, "None": None}  # as guided-diffusion's 
 @option("--license", "license_", group=Group.OUTPUT, help="License of the weights.")
 @option("--provenance", group=Group.OUTPUT, help="Where they come from; default: the name of FILE.")
 def main(
-    file: Path,
+    files: tuple[Path, ...],
     out: Path,
     role: str | None,
     key: str | None,
@@ -67,12 +82,21 @@ def main(
     settings: tuple[str, ...],
     time_schedule: str | None,
     vae: str | None,
+    phema_std: float | None,
+    phema_kimg: int | None,
     name: str | None,
     license_: str | None,
     provenance: str | None,
 ) -> None:
     told = _keywords(config, settings)
-    role = _role(file, role, kind, told, key)
+    file = files[-1]
+    if phema_std is None and len(files) > 1:
+        raise UserError(f"{len(files)} files: convert one at a time, or make one average of EDM2's with --phema-std")
+    if phema_std is None and phema_kimg is not None:
+        raise UserError("--phema-kimg says when an average is to end that --phema-std asks for: give both")
+    for one in files:
+        role = _role(one, role, kind, told, key)
+    assert role is not None
     if time_schedule and role != "classifier":
         raise UserError(f"--time-schedule is for a classifier; a {role} network has none of its own")
     if vae and role != "score":
@@ -86,12 +110,16 @@ def main(
     from dgfast.checkpoints.account import account
 
     joining.room(out, role, name)  # asked before a large file is read
-    if diffusers_folder.is_one(file):
-        converted = diffusers_folder.read(file, role, told)
-        vae = vae or (diffusers_folder.vae_of(file) if role == "score" else None)
+    if phema_std is not None:
+        converted, made = network.average(files, role, phema_std, phema_kimg)
+        origin = provenance or made
     else:
-        converted = network.read(file, role, kind, told, key)
-    origin = provenance or f"converted from {one_line(file.name)}"
+        if diffusers_folder.is_one(file):
+            converted = diffusers_folder.read(file, role, told)
+            vae = vae or (diffusers_folder.vae_of(file) if role == "score" else None)
+        else:
+            converted = network.read(file, role, kind, told, key)
+        origin = provenance or f"converted from {one_line(file.name)}"
     assumed = joining.join(
         converted, out, role, name=name, fallback_name=one_line(file.stem) or "bundle", provenance=origin,
         license_=license_, time_schedule=time_schedule, vae=vae,

@@ -1,6 +1,8 @@
 """Latents to images: the decoder of diffusers' `AutoencoderKL`, which the extra `[latent]` installs."""
 
+import math
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from dgfast.errors import UserError
 from dgfast.extras import how_to_install
+from dgfast.outputs import as_pixels
 
 if TYPE_CHECKING:
     from dgfast.bundle import Bundle
@@ -20,12 +23,73 @@ Decode = Callable[[Tensor], Tensor]
 
 _AT_ONCE = 8  # a decoder's activations are the images' size at 128 channels: a batch of latents is no batch of images
 IMAGE_CHANNELS = (1, 3)
+RANGES = ("signed", "unit")
+
+
+@dataclass(frozen=True)
+class VaeSpec:
+    """What decodes the latents that the score network makes, and how those were made of what it reads.
+
+    Attributes:
+        source: an `AutoencoderKL` as diffusers saves it: a folder, seen from the bundle's or from here, or a hub name.
+        scale, bias: latents are the VAE's times scale plus bias; one number, or one a channel.
+        pixels: in which range it was shown images, "signed" [-1, 1], or "unit" [0, 1] as by EDM2; "unit" pixels are cut
+            off to whole numbers, as its code does.
+    """
+
+    source: str
+    scale: float | tuple[float, ...] = SCALE
+    bias: float | tuple[float, ...] = 0.0
+    pixels: str = "signed"
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "bias"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        named = isinstance(self.source, str) and self.source and self.source.isprintable()
+        if not named or not all(0 < one < math.inf for one in _listed(self.scale)):
+            raise UserError(
+                f"vae: source {self.source!r:.80} must be a folder or name, scale {self.scale!r:.80} a number above 0, "
+                "or one a channel"
+            )
+        if not all(map(math.isfinite, _listed(self.bias))) or self.pixels not in RANGES:
+            raise UserError(f"vae: bias {self.bias!r:.80} must be finite, pixels {self.pixels!r:.80} signed or unit")
+
+    def described(self) -> dict[str, Any]:
+        """As plain data, without what is as usual."""
+        usual = {"bias": 0.0, "pixels": "signed"}
+        return {name: value for name, value in asdict(self).items() if value != usual.get(name, ())}
+
+    def raw(self, latents: Tensor) -> Tensor:
+        """The VAE's own latents of the score network's [B, C, h, w].
+
+        Raises:
+            UserError: another number of channels.
+        """
+        for name in ("scale", "bias"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != latents.shape[1]:
+                raise UserError(f"vae: {name} has {len(value)} numbers, latents have {latents.shape[1]} channels")
+        scale, bias = (latents.new_tensor(_listed(value)).view(1, -1, 1, 1) for value in (self.scale, self.bias))
+        return (latents - bias) / scale
+
+    def as_pixels(self, decoded: Tensor) -> Tensor:
+        """What the VAE returns, [B, 3, H, W], as uint8."""
+        if self.pixels == "unit":
+            return (decoded.float().clamp(0, 1) * 255).to(torch.uint8)
+        return as_pixels(decoded)
+
+
+def _listed(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 NONE = "none"
 """In the place of a VAE: what is drawn are pixels, however many channels they have."""
 
 
 def decoder(bundle: "Bundle", channels: int, device: torch.device, source: str | None = None) -> Decode | None:
-    """A function of latents [B, C, H, W] -> images [B, 3, f H, f W] in about [-1, 1]; None for a bundle of images.
+    """A function of latents [B, C, h, w] -> pixels uint8 [B, 3, f h, f w]; None for a bundle of images.
 
     Args:
         channels: how many the bundle's score network makes. Other than 1 and 3, they are latents, unless the bundle or
@@ -53,12 +117,13 @@ def decoder(bundle: "Bundle", channels: int, device: torch.device, source: str |
             f"the score network of bundle {bundle.name} makes {channels}"
         )
     vae.eval().requires_grad_(False).to(device)
-    scale = spec.scale if spec else SCALE
+    told = spec or VaeSpec(source)
+    told.raw(torch.empty(1, channels, 1, 1))
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        parts = (latents.float() / scale).split(_AT_ONCE)
-        return torch.cat([vae.decode(part).sample for part in parts])
+        parts = told.raw(latents.float()).split(_AT_ONCE)
+        return torch.cat([told.as_pixels(vae.decode(part).sample) for part in parts])
 
     return decode
 

@@ -24,7 +24,7 @@ from dgfast.ranges import Ranges
 # From the sampler to the host -----------------------------------------------------------------------------------------
 def to_uint8(images: Tensor) -> np.ndarray:
     """Float images [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C]; values outside are clipped (as EDM does)."""
-    return fetch(_pixels(images))()
+    return fetch(as_pixels(images).permute(0, 2, 3, 1))()
 
 
 def fetch(values: Tensor) -> Callable[[], np.ndarray]:
@@ -46,8 +46,9 @@ def fetch(values: Tensor) -> Callable[[], np.ndarray]:
     return wait
 
 
-def _pixels(images: Tensor) -> Tensor:
-    return (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+def as_pixels(images: Tensor) -> Tensor:
+    """Float images in [-1, 1] -> uint8 of the same shape; values outside are clipped (as EDM does)."""
+    return (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Fetcher:
     """Starts the way of what a sampler drew, [N, C, H, W], to the arrays that the formats of a job keep.
 
     Attributes:
-        decode: makes images of latents; None where the sampler draws images.
+        decode: makes pixels, uint8 [N, 3, H, W], of latents; None where the sampler draws images.
         images, latents: whether any format keeps decoded images, and the latents as they were drawn.
     """
 
@@ -67,7 +68,8 @@ class Fetcher:
         """A function for each of "images", uint8 [N, H, W, C], and "latents", float32 [N, C, H, W], if kept."""
         waits = {}
         if self.images:
-            waits["images"] = fetch(_pixels(drawn if self.decode is None else self.decode(drawn)))
+            pixels = as_pixels(drawn) if self.decode is None else self.decode(drawn)
+            waits["images"] = fetch(pixels.permute(0, 2, 3, 1))
         if self.latents:
             waits["latents"] = fetch(drawn.float())
         return waits

@@ -24,6 +24,7 @@ from dgfast.config import (
     PRODUCTS,
     SCALINGS,
     SCHEDULES,
+    STATE_DTYPES,
     VARIANCES,
     GuidanceConfig,
     SamplingConfig,
@@ -40,6 +41,7 @@ PROVIDERS = ("cpu", "cuda", "tensorrt")
 _SAMPLING = (
     "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
     "S_churn", "S_min", "S_max", "S_noise", "respacing", "clip_denoised", "eta", "fixed_variance",
+    "state_dtype",
     "diffusion", "diffusion_norm", "last_step", "last_size",
 )  # fmt: skip
 
@@ -76,6 +78,12 @@ _SAMPLING = (
 )
 @option(
     "--batch", group=Group.RUNTIME, type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time."
+)
+@option(
+    "--preset",
+    group=Group.INPUT,
+    metavar="NAME",
+    help="EDM2's sampling and guidance by its own names, such as edm2-img512-s-autog-fid; other options go over it.",
 )
 @option(
     "--one-step",
@@ -135,7 +143,13 @@ _SAMPLING = (
     type=click.Choice(PRECISIONS),
     default="float32",
     show_default=True,
-    help="Of the networks; the solver's state stays float64.",
+    help="Of the networks.",
+)
+@option(
+    "--state-dtype",
+    group=Group.SOLVER,
+    type=click.Choice(STATE_DTYPES),
+    help="Of the solver's state, its noise levels and its noise.",
 )
 @option("--device", group=Group.RUNTIME, help="cpu, cuda, cuda:1, ...; default: what is there.")
 @option(
@@ -269,7 +283,7 @@ def _formats(names: tuple[str, ...], seeds: Ranges) -> list[str]:
 
 
 def _settings(bundle: Any, given: dict[str, Any]) -> tuple[SamplingConfig, GuidanceConfig] | None:
-    """Sampling and guidance: the bundle's, under what the command line gives; None for a one-step generator.
+    """Sampling and guidance: the preset's or the bundle's, under what the command line gives; None for a generator.
 
     Raises:
         UserError: options that nothing takes, or that contradict one another.
@@ -277,12 +291,29 @@ def _settings(bundle: Any, given: dict[str, Any]) -> tuple[SamplingConfig, Guida
     if given["one_step"]:
         idle = {*_SAMPLING, *asdict(GuidanceConfig())} & {*given}
         context = click.get_current_context()
+        idle |= {"preset"} & {*given}
         names = [option.opts[0] for option in context.command.get_params(context) if option.name in idle]
         if names:
             raise UserError(f"--one-step has no solver and no guidance: leave out {', '.join(names)}, or --one-step")
         return None
-    guidance = replace(bundle.guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
-    return _sampling(bundle.sampling, given), guidance
+    sampling, guidance = _preset(bundle, given["preset"]) if "preset" in given else (bundle.sampling, bundle.guidance)
+    guidance = replace(guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
+    return _sampling(sampling, given), guidance
+
+
+def _preset(bundle: Any, name: str) -> tuple[SamplingConfig, GuidanceConfig]:
+    """Sampling and guidance of a preset.
+
+    Raises:
+        UserError: no such preset, or one of other networks than the bundle's.
+    """
+    from dgfast import presets
+
+    chosen = presets.preset(name)
+    presets.require_fit(name, {role: (net.kind, net.keywords) for role, net in bundle.nets.items()}, str(bundle.folder))
+    for note in presets.other_files(name, bundle.provenance):
+        click.echo(note, err=True)
+    return SamplingConfig(**presets.SAMPLING), GuidanceConfig(autoguidance=chosen.weight)
 
 
 def _sampling(bundled: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:
@@ -436,7 +467,7 @@ def _job(
     method: dict[str, Any] = {"one_step": True}
     if settings is not None:
         method = {"sampling": asdict(settings[0]), "guidance": recorded(settings[1])}
-    decoding = options["vae"] or (bundle.vae and asdict(bundle.vae))
+    decoding = options["vae"] or (bundle.vae and bundle.vae.described())
     return {
         "bundle": bundle.name,
         "weights": bundle.fingerprint(["generator"] if settings is None else roles(bundle, settings[1])),

@@ -49,7 +49,7 @@ class Sampler:
         guidance: GuidanceLike = GuidanceConfig(),  # noqa: B008 - frozen
         device: torch.device | str | None = None,
         runtime: RuntimeLike = "eager",
-        state_dtype: torch.dtype = torch.float64,
+        state_dtype: torch.dtype | None = None,
         noise: str | MakeStreams = "cpu",
     ) -> None:
         """
@@ -59,7 +59,7 @@ class Sampler:
             runtime: what executes the guided denoiser: the name of one of `runtimes.RUNTIMES`; a `runtimes.Runtime`,
                 such as `engines.runtime_of` an opened engine file; or a function (function, example) -> function that
                 makes a faster callable of a pure one for arguments of the example's shapes.
-            state_dtype: type of the solver's state; float64 as EDM's.
+            state_dtype: type of the solver's state and noise levels; None: `sampling.state_dtype`.
             noise: which generator's numbers the seeds stand for: one of `config.NOISES`, torch's on the CPU or on CUDA,
                 wherever they are drawn; or a function that makes `randomness.Streams` of seeds.
 
@@ -72,7 +72,8 @@ class Sampler:
         self.job = job = Job(networks, sampling, guidance, self.device)
         self.networks, self.guidance, self.sampling = networks, job.guidance, job.sampling
         self.coordinates, self.steps, self.classes, self.shape = job.coordinates, job.steps, job.classes, job.shape
-        self.state_dtype, self._solver = state_dtype, job.solver
+        self.state_dtype: torch.dtype = state_dtype or getattr(torch, sampling.state_dtype)
+        self._solver = job.solver
         every_step = getattr(networks.denoiser, "draws_every_step", True)
         churns = bool(job.sampling.S_churn or self.guidance.boosting)
         self._churning = [churns and (every_step or step.churns) for step in self.steps]
@@ -174,7 +175,7 @@ class Sampler:
         extra = given(self.job.conditions, conditions, batch, latents.device)
         times = self._uploaded([(step.t, step.t_next) for step in self.steps], batch).view(-1, 2, batch, 1, 1, 1)
         log_variances = self._uploaded([step.log_variances for step in self.steps], batch)
-        log_ratio = torch.full((batch,), torch.inf, dtype=torch.float64, device=latents.device)
+        log_ratio = torch.full((batch,), torch.inf, dtype=self.state_dtype, device=latents.device)
         first_bad = torch.full((), len(self.steps), device=latents.device)  # on the device: looking would wait for it
         last = torch.zeros_like(latents, dtype=self.state_dtype), torch.full_like(times[0, 0], torch.inf)
         carried = CarriedGradient(self.guidance.dg_reuse) if self.guidance.dg_every > 1 else None
@@ -208,8 +209,8 @@ class Sampler:
 
     def first_state(self, latents: Tensor) -> Tensor:
         """The state [B, C, H, W] in `state_dtype` at the highest noise level, of unit normal latents [B, C, H, W]."""
-        t = torch.full((len(latents), 1, 1, 1), self.steps[0].t, dtype=torch.float64, device=latents.device)
-        return latents.to(self.state_dtype) * self._solver.scale_of_first_state(t).to(self.state_dtype)
+        t = torch.full((len(latents), 1, 1, 1), self.steps[0].t, dtype=self.state_dtype, device=latents.device)
+        return latents.to(self.state_dtype) * self._solver.scale_of_first_state(t)
 
     def _accepted(self, changed: Tensor, x: Tensor) -> Tensor:
         """What `on_step` returned in the place of the state x, as such a state."""
@@ -257,7 +258,7 @@ class Sampler:
     def _example(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         x = torch.zeros((batch, *self.shape), dtype=self.state_dtype, device=self.device)
         labels = self.class_labels([0] * batch, batch) if self.classes else None
-        return x, torch.ones(batch, dtype=torch.float64, device=self.device), labels
+        return x, torch.ones(batch, dtype=self.state_dtype, device=self.device), labels
 
     def _churn(
         self, step: Step, x: Tensor, t: Tensor, log_ratio: Tensor, noise: Callable[[], Tensor] | None
@@ -288,8 +289,8 @@ class Sampler:
         return tuple(values[name] for name in names)
 
     def _uploaded(self, pairs: Sequence[tuple[float, float]], batch: int) -> Tensor:
-        """The pairs for every sample, float64 [pairs, 2, B]: all at once, for an upload waits for the device."""
-        return torch.tensor(pairs, dtype=torch.float64).to(self.device).view(-1, 2, 1).repeat(1, 1, batch)
+        """The pairs for every sample, [pairs, 2, B] of the state's type: at once, as an upload waits for it."""
+        return torch.tensor(pairs, dtype=self.state_dtype).to(self.device).view(-1, 2, 1).repeat(1, 1, batch)
 
     def _step_function(
         self, step: Step, example: tuple[Tensor | None, ...], carried: CarriedGradient | None

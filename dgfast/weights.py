@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from dgfast import bounds, nets
 from dgfast.checkpoints import one_line
+from dgfast.denoiser import Preconditioner
 from dgfast.errors import UserError
 
 _ITEM_SIZES = {
@@ -102,6 +103,22 @@ def check(kind: str, keywords: Mapping[str, Any], tensors: Mapping[str, Tensor],
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
     if sum(tensor.nbytes for tensor in tensors.values()) > 2 * sum(storages.values()):
         raise UserError(f"{source}: its tensors are views of the same few bytes; save them as tensors of their own")
+
+
+def placed(net: nn.Module, device: torch.device | str, dtype: torch.dtype) -> Any:  # the kind names the class
+    """The net ready for sampling: frozen, in eval mode, folded, channels-last.
+
+    Weights become `dtype`; buffers (frequencies, noise tables, filters) stay float32, where they must, and so do the
+    weights of layers that say `keeps_float32`.
+    """
+    net.eval().requires_grad_(False)
+    if isinstance(net, Preconditioner):
+        net.fold()
+    for module in net.modules():
+        if not getattr(module, "keeps_float32", False):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+    return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def load_state(net: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:

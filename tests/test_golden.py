@@ -16,6 +16,7 @@ from dgfast import noise_levels as nl
 from dgfast.guidance import OUTSIDE_WINDOW
 from tests.support.golden import Golden, NetFactory, correction_of, every_nth
 from tests.support.golden_dit import judge_dit
+from tests.support.golden_edm2 import judge_edm2_sampler, judge_encoders, judge_phema
 from tests.support.golden_networks import (
     gradient_calls,
     gradient_guidance,
@@ -45,6 +46,12 @@ def kind_of(meta: dict[str, Any]) -> str:
         return "sit"
     if "vpsde" in source:
         return "vpsde"
+    if source.startswith("NVlabs/edm2") and "edm_sampler" in source:
+        return "edm2 sampler"
+    if source.startswith("NVlabs/edm2") and "encoders" in source:
+        return "encoders"
+    if source.startswith("NVlabs/edm2") and "phema" in source:
+        return "phema"
     if meta.keys() >= {"cls", "config"}:
         return "denoiser"
     if "classifier_width" in meta.get("config", {}):
@@ -75,6 +82,9 @@ def test_golden_outputs_agree_with_the_official_code(
         "discriminator": lambda: judge_discriminator(golden, golden_fill),
         "gradient": lambda: judge_gradient(golden),
         "edm sampler": lambda: judge_edm_sampler(golden),
+        "edm2 sampler": lambda: judge_edm2_sampler(golden),
+        "encoders": lambda: judge_encoders(golden),
+        "phema": lambda: judge_phema(golden),
         "dg sampler": lambda: judge_dg_sampler(golden, monkeypatch),
         "vpsde": lambda: judge_vpsde(golden),
         "adm": lambda: judge_adm(golden, monkeypatch),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from dgfast import presets
 from dgfast.bundle import Bundle, VaeSpec
 from dgfast.checkpoints import DENOISERS
 from dgfast.checkpoints.account import Assumed
@@ -16,6 +17,14 @@ _LATENT_CHANNELS = 4
 _OF_DIFFUSERS = ("solver", "respacing")
 _SIT_STEPS = 250
 _SIT_CHANNELS = 3  # which classifier-free guidance guides; REPA's code guides all
+_MEANS, _STDS = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)  # of the VAE's latents on ImageNet
+EDM2_VAE = VaeSpec(
+    "stabilityai/sd-vae-ft-mse",
+    scale=tuple(0.5 / std for std in _STDS),
+    bias=tuple(-0.5 * mean / std for mean, std in zip(_MEANS, _STDS, strict=True)),
+    pixels="unit",
+)
+"""What EDM2's snapshots say of their latents, for networks of EDM2 in files that say nothing."""
 _OF_TIME = (
     "noise_schedule",
     "steps",
@@ -29,16 +38,27 @@ _OF_TIME = (
 _OWN_TIME = ("DDPMPrecond", "FlowPrecond")
 
 
-def beside_score(
-    bundle: Bundle, kind: str, keywords: Mapping[str, Any], vae: str | None
-) -> tuple[Bundle, list[Assumed]]:
-    """The bundle, to which such a score network is to be added, with its authors' sampling, window and decoder."""
+def beside_score(bundle: Bundle, converted: Converted, vae: str | None) -> tuple[Bundle, list[Assumed]]:
+    """The bundle, to which such a score network is to be added, with its authors' sampling, window and decoder.
+
+    Args:
+        vae: as told; None: what the network's file says.
+    """
+    kind, keywords = converted.kind, converted.keywords
     assumed = _of_the_classifier(bundle, kind, keywords)
     is_dit, is_sit = (keywords.get("model_type") == name for name in ("DiT", "SiT"))
-    of_latents = (is_dit or is_sit) and keywords["img_channels"] == _LATENT_CHANNELS
-    if vae:
-        bundle = replace(bundle, vae=VaeSpec(vae))
-        assumed.append(Assumed("vae.scale", VaeSpec(vae).scale, "Stable Diffusion's", "vae.scale in bundle.json"))
+    is_edm2 = kind == "EDM2Precond"
+    of_latents = (is_dit or is_sit or is_edm2) and keywords["img_channels"] == _LATENT_CHANNELS
+    if converted.vae:
+        bundle = replace(bundle, vae=replace(converted.vae, source=vae or converted.vae.source))
+    elif vae:
+        spec, whose = (replace(EDM2_VAE, source=vae), "EDM2's") if is_edm2 else (VaeSpec(vae), "Stable Diffusion's")
+        bundle = replace(bundle, vae=spec)
+        assumed += [
+            Assumed(f"vae.{name}", list(value) if isinstance(value, tuple) else value, whose, "in bundle.json")
+            for name, value in spec.described().items()
+            if name != "source"
+        ]
     elif bundle.vae is None and of_latents:
         assumed.append(Assumed("vae", "none", "it draws latents, which one decodes", "--vae"))
     if bundle.guidance == GuidanceConfig() and is_dit:
@@ -84,6 +104,12 @@ def _published_sampling(kind: str, keywords: Mapping[str, Any]) -> tuple[Samplin
         assumed = [Assumed("solver", "flow-sde", authors, "dgfast sample --solver")]
         assumed.append(Assumed("num_steps", _SIT_STEPS, authors, "dgfast sample --steps"))
         return SamplingConfig(solver="flow-sde", num_steps=_SIT_STEPS), assumed
+    if kind == "EDM2Precond":
+        sampling = SamplingConfig(**presets.SAMPLING)
+        return sampling, [
+            Assumed("num_steps", sampling.num_steps, "EDM2's", "dgfast sample --steps"),
+            Assumed("state_dtype", sampling.state_dtype, "EDM2's", "dgfast sample --state-dtype"),
+        ]
     if kind != "DDPMPrecond":
         small = keywords["img_resolution"] < 64
         steps, because = (18, "EDM's for images below 64 px") if small else (40, "EDM's for images of 64 px and more")

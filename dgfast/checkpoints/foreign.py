@@ -40,14 +40,14 @@ _NAMES = (
     (r"\.lora_|\.lora\.", "a LoRA, which changes another network: merge them first, and give the result"),
     (r"^(diffusion_model|first_stage_model)", "a latent diffusion checkpoint, whose U-Net dgfast does not have"),
     (r"^input_blocks\.\d+\.\d+\.transformer_blocks\.", "a U-Net of latent diffusion, which dgfast does not have"),
-    (r"(^|\.)emb_noise\.", "a network of EDM2, which dgfast does not have"),
+    (r"^emb_noise\.", "the raw network of EDM2 alone: save the state dict of its Precond, which has logvar_linear too"),
     (r"^lvl_embed\. ^word_embed\.", "a VAR, which predicts tokens and no score: dgfast does not have it"),
     (r"^(joint|double)_blocks\.", "an MMDiT (Stable Diffusion 3, FLUX), which dgfast does not have"),
 )
 
 
 def file_format(path: Path) -> str:
-    """What kind of file of weights it is, by its first bytes: "snapshot" (of EDM), "safetensors" or "torch".
+    """What kind of file of weights it is, by its first bytes: "snapshot" (of EDM or EDM2), "safetensors" or "torch".
 
     Raises:
         UserError: a folder, or a file whose name, neighbours or first bytes say that it is none.

@@ -49,7 +49,7 @@ def join(
             assumed += entries
         if role == "score":
             own = converted.sampling if bundle.sampling == SamplingConfig() else {}
-            bundle, entries = defaults.beside_score(bundle, converted.kind, converted.keywords, vae)
+            bundle, entries = defaults.beside_score(bundle, converted, vae)
             bundle = replace(bundle, sampling=replace(bundle.sampling, **own))
             assumed += entries
         bundle = replace(

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from dgfast import nets, weights
-from dgfast.checkpoints import DENOISERS, ENCODERS, dit, nvidia_pickle, one_line, openai_pt
+from dgfast.checkpoints import DENOISERS, ENCODERS, dit, edm2, nvidia_pickle, one_line, openai_pt, phema
 from dgfast.checkpoints.account import Assumed, listed
 from dgfast.checkpoints.foreign import file_format, require_own_names
 from dgfast.checkpoints.wrappers import StateDict
 from dgfast.denoiser import PRECONDITIONERS
 from dgfast.errors import UserError
+from dgfast.latents import VaeSpec
 
 _ENCODER_KINDS = ("EncoderUNetModel", "create_classifier")
-_FORMATS = {"snapshot": "snapshot of EDM", "safetensors": "safetensors", "torch": "file of torch.save"}
+_FORMATS = {"snapshot": "snapshot of NVIDIA's", "safetensors": "safetensors", "torch": "file of torch.save"}
 _UNSEEN = {"num_heads", "num_head_channels", "use_new_attention_order"}  # raw networks' that change no tensor's shape
 
 
@@ -32,6 +33,7 @@ class Converted:
     Attributes:
         read: facts about the file, by what they are about. assumed: what it does not say.
         sampling: what it says of how its authors sample, as `SamplingConfig` has it.
+        vae: what decodes its images, where the file says that they are latents.
     """
 
     net: nn.Module
@@ -40,6 +42,7 @@ class Converted:
     read: dict[str, str]
     assumed: list[Assumed] = field(default_factory=list)
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    vae: VaeSpec | None = None
 
 
 def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: str | None) -> Converted:
@@ -54,33 +57,67 @@ def read(file: Path, role: str, kind: str | None, told: Mapping[str, Any], key: 
     """
     form, told_kind = file_format(file), kind
     if form == "snapshot":
-        snapshot = nvidia_pickle.read(file)
-        state, assumed = StateDict(snapshot.tensors), list[Assumed]()
-        kind, keywords = snapshot.kind, snapshot.keywords
-    else:
-        state = openai_pt.read(file, key)
-        own, repa = dit.without_training_parts(state.tensors)
-        left_out = (*state.left_out, *(["the projectors of its training"] if repa else []))
-        state = replace(state, tensors=own, left_out=left_out)
-        kind, keywords, assumed = _recognised(own, role, kind, told, repa, file)
-    kinds = tuple(PRECONDITIONERS) if role in DENOISERS else _ENCODER_KINDS
-    if kind not in kinds:
-        raise UserError(f"a {role} network cannot be of the kind {kind!r}; use {', '.join(kinds)}")
+        return _of_snapshot(nvidia_pickle.read(file), role, file)
+    state = openai_pt.read(file, key)
+    own, repa = dit.without_training_parts(state.tensors)
+    left_out = (*state.left_out, *(["the projectors of its training"] if repa else []))
+    state = replace(state, tensors=own, left_out=left_out)
+    kind, keywords, assumed = _recognised(own, role, kind, told, repa, file)
+    _require_kind(kind, role)
     try:
         net = weights.build(kind, keywords, _as_in_a_bundle(state.tensors, kind), file)
     except UserError as error:
         raise UserError(f"{error.message}; mend its keywords with --set") if told_kind else error from error
-    require_finite(state.tensors, file)
+    _require_honest(state.tensors, kind, keywords, file)
     told_too = {name: value for name, value in keywords.items() if name in told}
     assumed_too = {entry.name for entry in assumed}
     seen = {name: value for name, value in keywords.items() if name not in told and name not in assumed_too}
     facts = {
         "file": _about(file, form, state, kind),
         "tensors": counted(state.tensors),
-        "in the file" if form == "snapshot" else "by shapes": listed(seen),
+        "by shapes": listed(seen),
         "told": listed(told_too),
     }
     return Converted(net, kind, keywords, facts, assumed)
+
+
+def average(files: Sequence[Path], role: str, std: float, kimg: int | None) -> tuple[Converted, str]:
+    """An average over training that EDM2's snapshots make together, see `phema.reconstruct`, and how it was made.
+
+    Raises:
+        UserError: as `read` and `phema.reconstruct`.
+    """
+    snapshot, last, made = phema.reconstruct(files, std, kimg)
+    converted = _of_snapshot(snapshot, role, last)
+    return replace(converted, read={"average": made, **converted.read}), made
+
+
+def _of_snapshot(snapshot: nvidia_pickle.Snapshot, role: str, file: Path) -> Converted:
+    """The network of a snapshot, which says itself what it is."""
+    kind, keywords, tensors, vae = snapshot.kind, snapshot.keywords, snapshot.tensors, snapshot.vae
+    _require_kind(kind, role)
+    net = weights.build(kind, keywords, tensors, file)
+    _require_honest(tensors, kind, keywords, file)
+    facts = {
+        "file": _about(file, "snapshot", StateDict(tensors), kind),
+        "tensors": counted(tensors),
+        "in the file": listed(keywords),
+        "encoder": snapshot.encoder + (f" with {vae.source}, a scale and bias a channel" if vae else ""),
+    }
+    return Converted(net, kind, keywords, facts, vae=vae)
+
+
+def _require_kind(kind: str, role: str) -> None:
+    """Raises UserError for a network that cannot have the role."""
+    kinds = tuple(PRECONDITIONERS) if role in DENOISERS else _ENCODER_KINDS
+    if kind not in kinds:
+        raise UserError(f"a {role} network cannot be of the kind {kind!r}; use {', '.join(kinds)}")
+
+
+def _require_honest(tensors: Mapping[str, Tensor], kind: str, keywords: Mapping[str, Any], file: Path) -> None:
+    """Raises UserError for weights that are not finite, and for others than the file's name says."""
+    require_finite(tensors, file)
+    edm2.require_own_size(file, kind, keywords)
 
 
 def _recognised(
@@ -99,6 +136,9 @@ def _recognised(
             f"{file} is an upsampler of guided-diffusion: it also reads an image of lower resolution, which dgfast "
             "does not draw from"
         )
+    if kind in (None, "EDM2Precond") and edm2.is_edm2(tensors):
+        keywords = edm2.score_keywords(tensors, told, file)
+        return "EDM2Precond", keywords, _defaults("EDM2Precond", keywords)
     if kind == "DiT" or (kind in (None, "DDPMPrecond", "FlowPrecond") and dit.is_dit(tensors)):
         kind, keywords, assumed = dit.kind_and_keywords(tensors, kind, told, repa, file)
         return kind, keywords, assumed + _defaults(kind, keywords)
@@ -142,9 +182,12 @@ def _defaults(kind: str, keywords: Mapping[str, Any]) -> list[Assumed]:
 
 def _as_in_a_bundle(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     """A denoiser's tensors under its preconditioner's names; published ones are often of the raw network."""
-    if kind not in PRECONDITIONERS or any(name.startswith("model.") for name in tensors):
+    if kind not in PRECONDITIONERS:
         return tensors
-    return {f"model.{name}": value for name, value in tensors.items()}
+    raw = f"{PRECONDITIONERS[kind].raw_name}."
+    if any(name.startswith(raw) for name in tensors):
+        return tensors
+    return {f"{raw}{name}": value for name, value in tensors.items()}
 
 
 def require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:

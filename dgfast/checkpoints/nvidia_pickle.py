@@ -1,7 +1,7 @@
-"""Network snapshots of NVIDIA's EDM (`network-snapshot-*.pkl`), read as data.
+"""Network snapshots of NVIDIA's EDM and EDM2 (`network-snapshot-*.pkl`, `edm2-*.pkl`), read as data.
 
 Such a pickle brings the source text of its modules along, and may name any function. Here neither is run: the machine
-of `pickle_machine` knows the ten globals below, and each stands for a function that checks its arguments. Sizes are
+of `pickle_machine` knows the globals below, and each stands for a function that checks its arguments. Sizes are
 held against the bytes that are there before anything is allocated.
 """
 
@@ -20,17 +20,30 @@ from torch import Tensor
 from dgfast import bounds, denoiser, weights
 from dgfast.checkpoints import one_line, torch_file
 from dgfast.checkpoints.pickle_machine import Machine
-from dgfast.checkpoints.pickle_values import MALFORMED, Budget, RefusedError, of, require
+from dgfast.checkpoints.pickle_values import MALFORMED, Budget, Global, RefusedError, of, require
 from dgfast.errors import UserError
+from dgfast.latents import VaeSpec
+
+_EDM2 = "EDM2Precond"
+_KINDS = {kind: kind for kind in denoiser.PRECONDITIONERS if kind != _EDM2} | {"Precond": _EDM2}
+"""Our kinds of network, by the names of the official classes."""
+_MOST_CHANNELS = 64  # of latents
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A network of a snapshot: `nets.build(kind, **keywords)` takes the state dict `tensors`."""
+    """A network of a snapshot: `nets.build(kind, **keywords)` takes the state dict `tensors`.
+
+    Attributes:
+        encoder: the class of what made its images of pixels, "" where the file names none.
+        vae: what decodes its images, where they are latents.
+    """
 
     kind: str
     keywords: dict[str, Any]
     tensors: dict[str, Tensor]
+    encoder: str = ""
+    vae: VaeSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +75,8 @@ def read(path: Path) -> Snapshot:
         except MALFORMED as error:
             what = str(error) if isinstance(error, RefusedError) else f"broken pickle, {type(error).__name__}: {error}"
             raise UserError(
-                f"{path} is no network snapshot of EDM: {one_line(what)}; nothing in it was run. Give a .pkl that "
-                "NVIDIA's EDM code wrote, or the weights as .safetensors"
+                f"{path} is no network snapshot of EDM or EDM2: {one_line(what)}; nothing in it was run. Give a .pkl "
+                "that NVIDIA's code wrote, or the weights as .safetensors"
             ) from error
     weights.check(snapshot.kind, snapshot.keywords, snapshot.tensors, path)
     return snapshot
@@ -73,6 +86,17 @@ def read(path: Path) -> Snapshot:
 @dataclass(frozen=True)
 class _NumberType:
     format: str  # as in `struct`
+
+
+@dataclass
+class _Array:
+    """An array of numpy's, of one dimension."""
+
+    values: tuple[float, ...] = ()
+
+
+class _ArrayType:
+    """Stands for numpy.ndarray, which nothing here makes an object of."""
 
 
 def _persistent_object(meta: Any) -> PersistentObject:
@@ -107,8 +131,23 @@ def _number(kind: Any, raw: Any) -> Any:
     return value
 
 
+def _array(kind: Any, shape: Any, code: Any) -> _Array:
+    require(of(kind, Global).meaning is _ArrayType, "it has an array of another kind than numpy's")
+    return _Array()
+
+
+def _values(state: Any) -> tuple[float, ...]:
+    """What numpy gives an array as its state: version, shape, type, order, bytes."""
+    _, shape, kind, _, raw = of(state, tuple)
+    require(len(of(shape, tuple)) == 1 and 0 < of(shape[0], int) <= _MOST_CHANNELS, "it has an array of no short list")
+    layout = of(kind, _NumberType).format
+    return struct.unpack(f"{layout[0]}{shape[0]}{layout[1:]}", of(raw, bytes))
+
+
 def _build(budget: Budget, target: Any, state: Any) -> None:
-    if isinstance(target, PersistentObject):
+    if isinstance(target, _Array):
+        target.values = _values(state)
+    elif isinstance(target, PersistentObject):
         budget.pay(steps=len(of(state, dict)))
         target.state.update(state)
     else:  # a number type, which numpy gives its byte order like this
@@ -125,7 +164,11 @@ def _globals(budget: Budget) -> dict[tuple[str, str], Callable[..., Any]]:
         ("torch.storage", "_load_from_bytes"): partial(_storage, budget),
         ("collections", "OrderedDict"): _ordered_dict,
         ("builtins", "set"): partial(_set, budget),
+        ("dnnlib.util", "EasyDict"): _ordered_dict,
         ("numpy", "dtype"): _number_type,
+        ("numpy", "ndarray"): _ArrayType,
+        ("numpy.core.multiarray", "_reconstruct"): _array,
+        ("numpy._core.multiarray", "_reconstruct"): _array,
         ("numpy.core.multiarray", "scalar"): _number,
         ("numpy._core.multiarray", "scalar"): _number,
     }
@@ -135,19 +178,34 @@ def _globals(budget: Budget) -> dict[tuple[str, str], Callable[..., Any]]:
 def _snapshot(content: Any, budget: Budget) -> Snapshot:
     require(isinstance(content, dict) and "ema" in content, "it has no network under 'ema'")
     net = of(content["ema"], PersistentObject)
-    kinds = denoiser.PRECONDITIONERS
-    require(net.class_name in kinds, f"its network is {net.class_name[:80]!r}, not one of {', '.join(kinds)}")
+    require(net.class_name in _KINDS, f"its network is {net.class_name[:80]!r}, not one of {', '.join(_KINDS)}")
+    kind = _KINDS[net.class_name]
     require(net.state.get("_init_args", ()) == (), "its network was made with positional arguments")
-    parameters = inspect.signature(kinds[net.class_name]).parameters
+    parameters = inspect.signature(denoiser.PRECONDITIONERS[kind]).parameters
     keywords = {}
     for name, value in of(net.state["_init_kwargs"], dict).items():
         unbounded = value is not None and name in parameters and parameters[name].default == math.inf
         if name == "use_fp16" or (unbounded and of(value, float, int) == math.inf):
             continue  # how the official code would run it, and a default that JSON cannot hold
         keywords[name] = _plain(of(name, str), value)
+    if kind == _EDM2:
+        encoder, vae = _encoder(content.get("encoder"))
+        return Snapshot(kind, keywords, dict(_walk(net, "", set(), budget)), encoder, vae)
     raw = of(net.state["_modules"]["model"], PersistentObject).class_name
     require(keywords.setdefault("model_type", raw) == raw, f"its model is {raw[:80]!r}, not what model_type says")
-    return Snapshot(net.class_name, keywords, dict(_walk(net, "", set(), budget)))
+    return Snapshot(kind, keywords, dict(_walk(net, "", set(), budget)))
+
+
+def _encoder(encoder: Any) -> tuple[str, VaeSpec | None]:
+    """The class of a snapshot's encoder, and what decodes its latents; nothing of a file that has none."""
+    if encoder is None:
+        return "", None
+    name = of(encoder, PersistentObject).class_name
+    if name == "StandardRGBEncoder":
+        return name, None
+    require(name == "StabilityVAEEncoder", f"its encoder is {name[:80]!r}, neither StandardRGBEncoder nor a VAE")
+    scale, bias = (of(encoder.state[key], _Array).values for key in ("scale", "bias"))
+    return name, VaeSpec(of(encoder.state["vae_name"], str), scale, bias, "unit")
 
 
 def _plain(name: str, value: Any) -> Any:

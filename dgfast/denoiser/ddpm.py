@@ -62,9 +62,8 @@ class DDPMPrecond(Preconditioner):
         x = x.float()
         sigma = sigma.reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        dtype = next(self.model.parameters()).dtype
         labels = self.labels(class_labels, len(x))
-        out = self.model((c_in * x).to(dtype), c_noise.flatten(), labels).float()
+        out = self.raw((c_in * x).to(self.dtype), c_noise.flatten(), labels).float()
         denoised, v = out[:, : self.img_channels], out[:, self.img_channels :]
         return (c_skip * x + c_out * denoised).float(), v if self.learn_sigma else None
 

@@ -46,7 +46,7 @@ class FlowPrecond(Preconditioner):
 
     def labels(self, class_labels: Tensor | None, batch: int) -> Tensor | None:
         """Class indices [B] of one-hot rows [B, label_dim], see `class_indices`."""
-        return class_indices(class_labels, batch, self.label_dim, self.null_class, next(self.model.parameters()).device)
+        return class_indices(class_labels, batch, self.label_dim, self.null_class, next(self.raw.parameters()).device)
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor | float, Tensor, Tensor, Tensor]:
         path, t = self.path, self.path.sigma_inv(sigma)
@@ -85,9 +85,9 @@ class FlowPrecond(Preconditioner):
 
     def _predicted(self, state: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
         """What the network says of states x(t), as if it counted time toward the data: float32."""
-        dtype = next(self.model.parameters()).dtype
         time = (1 - t if self.toward_noise else t).flatten()
-        out = self.model(state.to(dtype), time, self.labels(class_labels, len(state)))[:, : self.img_channels].float()
+        out = self.raw(state.to(self.dtype), time, self.labels(class_labels, len(state)))
+        out = out[:, : self.img_channels].float()
         return -out if self.toward_noise and self.prediction == "velocity" else out
 
 

@@ -7,19 +7,26 @@ computes its coefficients in float32, runs F in the dtype of F's weights and ret
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 
 class Preconditioner(nn.Module, ABC):
-    """What the preconditioners share; `model` is the raw network, under EDM's state-dict name.
+    """What the preconditioners share.
 
     Attributes:
+        raw_name: of the raw network among its modules, as the official state dict has it.
+        draws_every_step: its authors' sampler draws noise in each step if there is churn at all, and not only in those
+            steps that churn; seeds give their images by the same order of draws alone.
         sigma_min, sigma_max: noise levels for which the network was trained.
         img_resolution, img_channels, label_dim: shape of its images, which have one side or height and width, and
             number of its classes (0: none).
     """
+
+    raw_name: ClassVar[str] = "model"
+    draws_every_step: ClassVar[bool] = True
 
     sigma_min: float
     sigma_max: float
@@ -28,12 +35,26 @@ class Preconditioner(nn.Module, ABC):
         self, model: nn.Module, img_resolution: int | tuple[int, int], img_channels: int, label_dim: int
     ) -> None:  # fmt: skip
         super().__init__()
-        self.model = model
+        self.add_module(self.raw_name, model)
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
 
     @abstractmethod
     def coefficients(self, sigma: Tensor) -> tuple[Tensor | float, Tensor, Tensor | float, Tensor]:
         """c_skip, c_out, c_in, c_noise for sigma [B, 1, 1, 1]."""
+
+    @property
+    def raw(self) -> nn.Module:
+        """The raw network F."""
+        return self.get_submodule(self.raw_name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which F computes, and reads its images."""
+        return next(self.raw.parameters()).dtype
+
+    def fold(self) -> None:
+        """Compute what depends on weights alone once and for all; its state dict may have other entries afterwards."""
+        return None
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest noise level that the network knows: sigma itself, but for discrete-time networks."""
@@ -57,8 +78,7 @@ class Preconditioner(nn.Module, ABC):
         elif class_labels is None:
             class_labels = x.new_zeros(1, self.label_dim)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        dtype = next(self.model.parameters()).dtype
-        out = self.model((c_in * x).to(dtype), c_noise.flatten(), class_labels, augment_labels)
+        out = self.raw((c_in * x).to(self.dtype), c_noise.flatten(), class_labels, augment_labels)
         return c_skip * x + c_out * out[:, : self.img_channels].float()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dgfast.errors import UserError
 from dgfast.guidance.declaration import Guidance, option
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ class Autoguidance(Guidance):
     """D' = D_ref + weight (D - D_ref), written as the correction (weight - 1) (D - D_ref) of D.
 
     Attributes:
-        reference: a smaller or less trained denoiser of the same data, with the same conditioning.
+        reference: a smaller or less trained denoiser of the same data, with the same conditioning; or one without
+            classes, which makes it classifier-free guidance by a network of its own, as in EDM2.
         weight: 1 guides nothing; EDM2's presets use 1.7 to 2.9.
     """
 
@@ -40,7 +42,15 @@ class Autoguidance(Guidance):
 
     @classmethod
     def make(cls, networks: Networks, config: GuidanceConfig) -> Autoguidance:
-        return cls(cls.needed(networks.reference, "reference"), config.autoguidance)
+        reference, net = cls.needed(networks.reference, "reference"), networks.denoiser
+        for name, unit in (("img_channels", "channels"), ("img_resolution", "pixels a side"), ("label_dim", "classes")):
+            own, its = getattr(net, name), getattr(reference, name, None)
+            if its not in (None, own) and (name, its) != ("label_dim", 0):
+                raise UserError(
+                    f"{cls.name}: the reference network knows {its} {unit}, the score network {own}; "
+                    "give one for the same images"
+                )
+        return cls(reference, config.autoguidance)
 
     def active(self, sigma_low: float, sigma_high: float) -> bool:
         return bool(self.weight != 1)

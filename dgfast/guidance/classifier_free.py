@@ -76,7 +76,10 @@ class ClassifierFreeGuidance(Guidance):
         if not net.label_dim:
             raise UserError(f"{cls.name} needs a conditional score network")
         if getattr(net, "null_class", 0) is None:
-            raise UserError(f"{cls.name} needs a score network that was trained without labels too")
+            raise UserError(
+                f"{cls.name} needs a score network that was trained without labels too; an unconditional network "
+                "as reference guides by --autoguidance"
+            )
         if channels is not None and channels > net.img_channels:
             raise UserError(f"--cfg-channels {channels}: this network's images have {net.img_channels}")
         return cls(net, config.cfg_scale, config.guidance_interval, config.cfg_scale_low, config.cfg_branch, channels)

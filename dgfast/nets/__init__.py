@@ -12,6 +12,7 @@ from dgfast.nets.adm import EncoderUNetModel, create_classifier
 from dgfast.nets.adm_unet import UNetModel, create_model
 from dgfast.nets.dhariwal_unet import DhariwalUNet
 from dgfast.nets.dit import DiT
+from dgfast.nets.edm2 import EDM2UNet
 from dgfast.nets.features import FeatureNet
 from dgfast.nets.generator import Generator
 from dgfast.nets.noise_predictor import NoisePredictor
@@ -57,10 +58,10 @@ def build(kind: str, **keywords: Any) -> nn.Module:
     Kinds: EDM's preconditioners `EDMPrecond`, `VPPrecond`, `VEPrecond` and `iDDPMPrecond`, whose keyword `model_type`
     names the raw network (SongUNet or DhariwalUNet) and which pass it what they do not use themselves; `DDPMPrecond`,
     whose raw network is ADM's (create_model) or DiT; `FlowPrecond`, whose raw network is SiT; `DiffusersPrecond`, whose
-    raw network is one of diffusers; ADM's `EncoderUNetModel` and `UNetModel`, and `create_classifier` and
-    `create_model`, the same from guided-diffusion's and DG's option names; `DiT`; and our own: `FeatureNet` for the
-    metrics, the one-step `Generator`, and the `NoisePredictor` that trains it. Where a constructor has a list of
-    numbers, one number and text such as "16,8" are taken too.
+    raw network is one of diffusers; EDM2's, `EDM2Precond`, which its code calls Precond; ADM's `EncoderUNetModel` and
+    `UNetModel`, and `create_classifier` and `create_model`, the same from guided-diffusion's and DG's option names;
+    `DiT`; and our own: `FeatureNet` for the metrics, the one-step `Generator`, and the `NoisePredictor` that trains it.
+    Where a constructor has a list of numbers, one number and text such as "16,8" are taken too.
 
     Raises:
         ValueError: unknown kind or model type, a keyword that the constructor does not know or misses, a
@@ -70,6 +71,8 @@ def build(kind: str, **keywords: Any) -> nn.Module:
         keywords |= {name: numbers(keywords[name], name) for name in _LISTS if name in keywords}
         if kind in _PLAIN:
             return _PLAIN[kind](**keywords)
+        if kind == "EDM2Precond":
+            return _build_edm2(**keywords)
         if kind == "DiffusersPrecond":
             return from_diffusers.build(**keywords)
         if kind in denoiser.PRECONDITIONERS:
@@ -102,6 +105,7 @@ def check_types(kind: str, keywords: Mapping[str, Any]) -> None:
 
 def _parameters(kind: str, keywords: Mapping[str, Any]) -> list[inspect.Parameter]:
     raw = {**_RAW, "create_model": create_model, "DiT": DiT, "SiT": DiT}.get(keywords.get("model_type", ""))
+    raw = EDM2UNet if kind == "EDM2Precond" else raw
     constructors = [denoiser.PRECONDITIONERS.get(kind, _PLAIN.get(kind)), raw]
     signatures = [inspect.signature(constructor) for constructor in constructors if constructor]
     return [parameter for signature in signatures for parameter in signature.parameters.values()]
@@ -131,3 +135,17 @@ def _build_denoiser(
         **keywords,
     )
     return wrap(raw, img_resolution, img_channels, label_dim, **own)
+
+
+def _build_edm2(
+    *,
+    img_resolution: int,
+    img_channels: int,
+    label_dim: int,
+    use_fp16: bool = True,  # see `_build_denoiser`
+    sigma_data: float = 0.5,
+    logvar_channels: int = 128,
+    **keywords: Any,
+) -> denoiser.Preconditioner:
+    raw = EDM2UNet(img_resolution, img_channels, label_dim, **keywords)
+    return denoiser.EDM2Precond(raw, img_resolution, img_channels, label_dim, sigma_data, logvar_channels)

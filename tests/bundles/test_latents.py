@@ -100,6 +100,38 @@ def test_latents_take_the_vae_of_the_command_line(latent: Bundle, vae: Any, tmp_
     assert np.abs(read_images(tmp_path / "out")[0].astype(int) - expected).max() <= 1
 
 
+def test_latents_of_edm2_have_a_scale_and_bias_a_channel_and_pixels_from_0_to_1(latent: Bundle, vae: Any) -> None:
+    spec = VaeSpec("vae", (0.5, 1.0, 2.0, 4.0), (0.1, 0.0, -0.3, 1.0), "unit")
+    bundles.write(dataclasses.replace(latent, vae=spec))
+    assert bundles.read(latent.folder).vae == spec
+    decode = latents.decoder(bundles.read(latent.folder), 4, _CPU)
+    z = torch.randn(9, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    raw = torch.stack([(z[:, c] - spec.bias[c]) / spec.scale[c] for c in range(4)], 1)  # type: ignore[index]
+    with torch.no_grad():
+        wanted = (vae.decode(raw).sample.clamp(0, 1) * 255).floor()
+    assert decode is not None and decode(z).dtype == torch.uint8 and 0 < wanted.mean() < 255
+    assert (decode(z).float() - wanted).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"scale": [0.5, 0.0]}, "a number above 0, or one a channel"),
+        ({"bias": [0.0, float("inf")]}, "must be finite"),
+        ({"pixels": "bytes"}, "signed or unit"),
+    ],
+)
+def test_latents_of_no_possible_scale_are_refused(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        VaeSpec("vae", **changes)
+
+
+def test_latents_scale_of_other_channels_is_refused(latent: Bundle) -> None:
+    bundle = dataclasses.replace(latent, vae=VaeSpec("vae", (0.5, 0.5)))
+    with pytest.raises(UserError, match="scale has 2 numbers, latents have 4 channels"):
+        latents.decoder(bundle, 4, _CPU)
+
+
 def test_latents_bundle_says_what_decodes_them(latent: Bundle) -> None:
     assert bundles.read(latent.folder) == latent
     assert bundles.read("mnist32").vae is None and latents.decoder(bundles.read("mnist32"), 1, _CPU) is None

@@ -137,7 +137,7 @@ def test_dishonest_networks_are_refused(dump: Callable[[Any], Path], spoil: Any,
         pytest.param({"G_ema": None}, "no network under 'ema'", id="other_project"),
         pytest.param([1, 2], "no network under 'ema'", id="list"),
         pytest.param({"ema": {}}, "dict where PersistentObject belongs", id="dict"),
-        pytest.param({"ema": Persistent("Precond", {})}, "its network is 'Precond'", id="edm2"),
+        pytest.param({"ema": Persistent("EDM2Precond", {})}, "its network is 'EDM2Precond'", id="our_name"),
         pytest.param({"ema": Persistent("EDMPrecond", {"_init_args": (32,)})}, "positional", id="positional"),
         pytest.param({"ema": Persistent("EDMPrecond", {})}, "KeyError", id="empty"),
     ],
@@ -180,7 +180,7 @@ def test_tensors_reach_no_further_than_their_storage(
 def test_torn_snapshots_are_refused(own_golden_folder: Path, tmp_path: Path, share: float) -> None:
     whole = (own_golden_folder / "edm_tiny.pkl").read_bytes()
     (tmp_path / "torn.pkl").write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(UserError, match=r"torn\.pkl is no network snapshot of EDM: broken pickle"):
+    with pytest.raises(UserError, match=r"torn\.pkl is no network snapshot of EDM or EDM2: broken pickle"):
         nvidia_pickle.read(tmp_path / "torn.pkl")
 
 

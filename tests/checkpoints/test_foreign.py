@@ -82,7 +82,7 @@ THEIRS = "give the folder of its pipeline, or the .pt of its authors (facebookre
             ["out.2.weight", "input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight"],
             "a U-Net of latent diffusion", id="stable_diffusion_unet",
         ),
-        pytest.param(["unet.emb_noise.weight", "logvar_linear.weight"], "a network of EDM2", id="edm2"),
+        pytest.param(["emb_noise.weight", "out_conv.weight", "out_gain"], "the raw network of EDM2 alone", id="edm2"),
         pytest.param(["joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight"], "an MMDiT", id="sd3"),
     ],
 )  # fmt: skip

@@ -242,6 +242,10 @@ def test_sampler_state_dtype_is_the_type_of_the_state(tiny_net: NetFactory) -> N
         for dtype in (torch.float64, torch.float32)
     )
     latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    by_config = Sampler(Networks(tiny_net()), SamplingConfig(num_steps=5, state_dtype="float32"))
+    assert torch.equal(by_config.integrate(latents), single.integrate(latents))
+    with pytest.raises(UserError, match="state_dtype 'half' is not one of float64, float32"):
+        SamplingConfig(state_dtype="half")
     assert double.integrate(latents).dtype == torch.float64
     assert single.integrate(latents).dtype == torch.float32
     torch.testing.assert_close(single.integrate(latents), double.integrate(latents).float(), rtol=1e-3, atol=1e-3)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.networks import Networks
+from dgfast.randomness import SeedStreams
 from dgfast.sampler import Sampler
 from tests.support.adm import exact
 
@@ -90,6 +91,32 @@ def test_churn_goes_to_levels_that_a_discrete_network_knows(tiny_net: NetFactory
     torch.testing.assert_close(net.round_sigma(levels), levels, rtol=1e-12, atol=0)
     plain = [step.sigma * (1 + step.gamma) for step in sampler.steps]
     assert raised != pytest.approx(plain, rel=1e-6), "no level had to be rounded"
+
+
+@pytest.mark.parametrize("every_step", [True, False])
+def test_churn_draws_where_the_network_s_authors_do(every_step: bool) -> None:
+    """EDM draws noise in each step; EDM2 in those alone that churn, so that the next one has the next numbers."""
+    net = Zero()
+    net.draws_every_step = every_step  # type: ignore[attr-defined]
+    config = SamplingConfig(num_steps=6, solver="euler", S_churn=3.0, S_min=0.1, S_max=20.0)
+    sampler = Sampler(Networks(net), config)
+    churning = [step.index for step in sampler.steps if step.churns]
+    assert 0 < len(churning) < 6
+    latents, noises = unit_noise(2, 1, 2, 2), unit_noise(6, 2, 1, 2, 2, seed=1)
+    drawn: list[Tensor] = []
+
+    def noise() -> Tensor:
+        drawn.append(noises[len(drawn)])
+        return drawn[-1]
+
+    sampler.integrate(latents, noise=noise)
+    assert len(drawn) == (6 if every_step else len(churning))
+    seeds = [3, 4]
+    by_seed = sampler(seeds)
+    streams = SeedStreams(seeds)
+    start = streams.normal((1, 2, 2), torch.float32, torch.device("cpu"))
+    again = sampler.integrate(start, noise=lambda: streams.normal((1, 2, 2), torch.float64, torch.device("cpu")))
+    torch.testing.assert_close(by_seed, again.float(), rtol=0, atol=0)
 
 
 def test_churn_adds_nothing_where_rounding_takes_it_back() -> None:

@@ -18,6 +18,7 @@ DIT_SAMPLER_TOL = 2e-3
 SIGMA_TOL = 1e-6  # noise levels are a formula, not a network; judged relative to each of them, small ones too
 TABLE_TOL = 1e-3  # iDDPM's are a table that the official code sums in float32; neighbours lie 3e-3 apart and more
 NO_LABEL_SIGMA = 0.5  # at which the pickle's network was called without labels; the file does not say, its values do
+NO_LABEL_CALL = 2  # which of the calls EDM2's networks repeated without labels
 ADM_FRACTION = 0.25  # added to the first timesteps where ADM's network was called with fractions; ditto
 INPUTS_AMONG_OUTPUTS = {"t_vec", "grid_sigma", "grid_t"}  # some files list them there
 
@@ -54,11 +55,14 @@ class Golden:
         """The network of those entries of `meta`, of the class that its kind names; its state dict is compared too."""
         net = self.filled_net(kind, self.meta[config], self.meta[prefix])
         if state_dict is not None:
-            mine = {name: list(value.shape) for name, value in net.state_dict().items()}
-            official = self.meta[state_dict]
-            wrong = [name for name in mine.keys() | official.keys() if mine.get(name) != official.get(name)]
-            self.failures += [f"{state_dict}: {', '.join(sorted(wrong))}"] if wrong else []
+            self.compare_names(net, self.meta[state_dict], state_dict)
         return net
+
+    def compare_names(self, net: nn.Module, official: dict[str, list[int]], where: str) -> None:
+        """Hold names and shapes of its state dict against the official ones."""
+        mine = {name: list(value.shape) for name, value in net.state_dict().items()}
+        wrong = [name for name in mine.keys() | official.keys() if mine.get(name) != official.get(name)]
+        self.failures += [f"{where}: {', '.join(sorted(wrong))}"] if wrong else []
 
     def discriminator(self) -> Discriminator:
         return Discriminator(
@@ -70,7 +74,7 @@ class Golden:
         """Whether the file records `base`, or a part or a summary of it."""
         return any(base + suffix in self.arrays for suffix in ("", *_SUMMARIES))
 
-    def judge(self, key: str, mine: Tensor | float, tol: float, how: str = "std") -> None:
+    def judge(self, key: str, mine: Tensor | np.ndarray | float, tol: float, how: str = "std") -> None:
         """Compare one output; `how` says what `tol` is a share of: "std", "relative" to each number, or "absolute"."""
         self.judged.add(key)
         reference = self.arrays[key]
@@ -104,7 +108,7 @@ class Golden:
 
     def _record(self, key: str, error: float, tol: float) -> None:
         error = np.inf if np.isnan(error) else error
-        self.ratio, self.relative = max(self.ratio, error / tol), max(self.relative, error)
+        self.ratio, self.relative = max(self.ratio, error / tol if error else 0.0), max(self.relative, error)
         if error > tol:
             self.failures.append(f"{key}: error {error:.3g}, tolerance {tol:.3g}")
 

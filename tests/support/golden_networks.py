@@ -1,5 +1,6 @@
 """The judges of the official networks, and of the gradients of guidance."""
 
+import copy
 import re
 from collections.abc import Iterator
 from types import ModuleType
@@ -14,10 +15,12 @@ from dgfast import nets
 from dgfast import noise_levels as nl
 from dgfast.bundle import load_state
 from dgfast.checkpoints import nvidia_pickle
+from dgfast.denoiser import EDM2Precond
 from dgfast.guidance import DiscriminatorGuidance
 from dgfast.nets.discriminator import Discriminator, NoisyClassifier
 from tests.support.golden import (
     NET_TOL,
+    NO_LABEL_CALL,
     NO_LABEL_SIGMA,
     SIGMA_TOL,
     TABLE_TOL,
@@ -26,10 +29,22 @@ from tests.support.golden import (
     correction_of,
 )
 
-
 # Denoisers ------------------------------------------------------------------------------------------------------------
+KINDS = {"Precond": "EDM2Precond"}
+"""Our names of the official classes that have others."""
+
+
 def judge_denoiser(golden: Golden) -> None:
-    net = golden.net(golden.meta["cls"], "config", "prefix", "state_dict")
+    net = golden.net(KINDS.get(golden.meta["cls"], golden.meta["cls"]), "config", "prefix", "state_dict")
+    judge_denoised(golden, net)
+    if isinstance(net, EDM2Precond):  # as bundles give it
+        net = copy.deepcopy(net)
+        net.fold()
+        judge_denoised(golden, net)
+    judge_noise_levels_of_net(golden, net)
+
+
+def judge_denoised(golden: Golden, net: Any) -> None:
     x_base, labels = golden.tensor("x_base"), golden.labels()
     augment = golden.tensor("augment_labels") if "augment_labels" in golden.arrays else None
     calls = {"D": list(zip(golden.tensor("x_scale"), golden.tensor("sigma"), strict=True))}
@@ -38,9 +53,13 @@ def judge_denoiser(golden: Golden) -> None:
     for base, inputs in calls.items():
         for suffix, conditions in (("", (labels,)), ("_nolabel", ()), ("_augment", (labels, augment))):
             if golden.wants(base + suffix):
-                outputs = [net(scale * x_base, sigma, *conditions) for scale, sigma in inputs]
-                golden.judge_all(base + suffix, torch.stack(outputs) if base == "D" else outputs[0], NET_TOL)
-    judge_noise_levels_of_net(golden, net)
+                outputs = torch.stack([net(scale * x_base, sigma, *conditions) for scale, sigma in inputs])
+                one = base == "D_vec" or (suffix == "_nolabel" and isinstance(net, EDM2Precond))
+                call = NO_LABEL_CALL if base == "D" else 0
+                golden.judge_all(base + suffix, outputs[call] if one else outputs, NET_TOL)
+    for key, levels in (("logvar", "sigma"), ("logvar_vec", "sigma_vec")):
+        if key in golden.arrays:
+            golden.judge(key, net.log_variance(golden.tensor(levels)).view(golden.arrays[key].shape), NET_TOL)
 
 
 def level_tol(net: nn.Module, discretization: str = "edm") -> float:
@@ -161,11 +180,36 @@ def judge_pickle(golden: Golden) -> None:
     net = nets.build(snapshot.kind, **snapshot.keywords).eval().requires_grad_(False)
     load_state(net, snapshot.tensors, pickle)
     recipe = golden.net(snapshot.kind, "config", "prefix").state_dict()
-    wrong = [name for name, value in net.state_dict().items() if not torch.equal(value, recipe[name])]
+    wrong = [
+        name for name, value in snapshot.tensors.items()
+        if not torch.equal(value, recipe[name].to(value.dtype))
+        or not torch.equal(net.state_dict()[name], value.float())
+    ]  # fmt: skip
     golden.failures += [f"weights: {', '.join(wrong)}"] if wrong else []
+    if isinstance(net, EDM2Precond):
+        judge_encoder_of(golden, snapshot)
+        if "D_as_loaded" in golden.arrays:
+            x, labels = golden.tensor("x_base"), golden.labels()
+            calls = zip(golden.tensor("x_scale"), golden.tensor("sigma"), strict=True)
+            outputs = torch.stack([net(scale * x, level, labels) for scale, level in calls])
+            golden.judge("D_as_loaded", outputs, golden.meta["tol_as_loaded"])
+        net.fold()
+        judge_denoised(golden, net)
+        return
     x, sigma, labels = golden.tensor("x_base"), golden.tensor("sigma"), golden.labels()
     if "D" in golden.arrays:
         calls = zip(golden.tensor("x_scale"), sigma, strict=True)
         golden.judge("D", torch.stack([net(scale * x, level, labels) for scale, level in calls]), NET_TOL)
     if "D_nolabel" in golden.arrays:
         golden.judge("D_nolabel", net(x, torch.tensor(NO_LABEL_SIGMA), None), NET_TOL)
+
+
+def judge_encoder_of(golden: Golden, snapshot: nvidia_pickle.Snapshot) -> None:
+    """What the pickle says of its encoder."""
+    found = {"encoder": snapshot.encoder, "encoder_vae_name": snapshot.vae and snapshot.vae.source}
+    for entry, value in found.items():
+        if golden.meta.get(entry) != value:
+            golden.failures.append(f"{entry}: {value!r}, not {golden.meta.get(entry)!r}")
+    for entry in ("scale", "bias"):
+        if f"encoder_{entry}" in golden.arrays:
+            golden.judge(f"encoder_{entry}", torch.tensor(getattr(snapshot.vae, entry)), 0.0, "absolute")

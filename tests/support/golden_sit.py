@@ -96,7 +96,7 @@ def judge_sit_sampler(golden: Golden, tag: str) -> None:
         assert denoised.isfinite().all(), f"{tag}: {step}"
         states.append(x)
 
-    hook = net.model.register_forward_pre_hook(noting)
+    hook = net.raw.register_forward_pre_hook(noting)
     x = sampler.integrate(start, F.one_hot(golden.tensor("y"), net.label_dim).float(), iter(noises).__next__, keeping)
     hook.remove()
     adaptive = case.get("ode", {}).get("sampling_method") == "dopri5"
