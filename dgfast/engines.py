@@ -79,7 +79,7 @@ def guided_by(engine: Engine, replaced: PureFunction) -> Function:
         named = dict(zip(replaced.inputs, arguments, strict=True))
         x = named["x"]
         assert x is not None, "the labels alone may be missing"
-        seen = {name: image.to(x).expand_as(x) for name, image in pictures.items()}
+        seen = {name: image.to(x).expand_as(x).contiguous() for name, image in pictures.items()}
         seen |= {name: torch.zeros_like(x) for name in unused}
         *results, log_ratio = _called(engine, {**named, **values, **seen})
         return *results, log_ratio if judged else torch.full_like(log_ratio, OUTSIDE_WINDOW)

@@ -149,7 +149,7 @@ class Joint(_OfSamples):
         values["class_labels"] = F.one_hot(classes, max(self.label_dim, 1)).float()
         values |= {key: torch.randn(count, *shape, generator=generator) for key, shape in self.conditions.items()}
         values |= {key: torch.tensor([value]) for key, value in (self.weights | dict(weights or {})).items()}
-        values |= {key: image[:1].expand(count, *self.image) for key, image in self.images.items()}
+        values |= {key: image[:1].expand(count, *self.image).contiguous() for key, image in self.images.items()}
         return Case(name, {key: values[key] for key in self.inputs}, least_sizes(self.predicts_noise, values))
 
     def _noisy(self, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
