@@ -15,9 +15,9 @@ from dgfast.guidance import (
     DiscriminatorGuidance,
     DynamicThreshold,
     FrequencyDecoupledGuidance,
-    Guidance,
     LowDensityGuidance,
     MagnitudeAwareGuidance,
+    ObservationGuidance,
     PerturbedAttentionGuidance,
     PixelNorm,
     PredictedCleanGuidance,
@@ -27,7 +27,7 @@ from dgfast.guidance import (
     SmoothedEnergyGuidance,
     TangentialGuidance,
 )
-from dgfast.guidance.declaration import all_options
+from dgfast.guidance.declaration import all_options, configure
 from dgfast.solvers import DIFFUSIONS, LAST_STEPS, SOLVERS
 
 DISCRETIZATIONS = ("edm", "vp", "ve", "iddpm")
@@ -168,6 +168,7 @@ class GuidanceConfig(
     SmoothedEnergyGuidance.Options,
     SkipLayerGuidance.Options,
     PerturbedAttentionGuidance.Options,
+    ObservationGuidance.Options,
     PredictedCleanGuidance.Options,
     LowDensityGuidance.Options,
     Autoguidance.Options,
@@ -191,4 +192,4 @@ class GuidanceConfig(
             guidance.check(self)
 
 
-Guidance.config = GuidanceConfig
+configure(GuidanceConfig)

@@ -15,7 +15,7 @@ from dgfast.errors import UserError
 from dgfast.graph import Function
 from dgfast.guidance import OUTSIDE_WINDOW, DiscriminatorGuidance, Guidance
 from dgfast.guidance.declaration import all_options, guiding, off_values
-from dgfast.guidance.weights import weights
+from dgfast.guidance.weights import images, weights
 from dgfast.job import PureFunction
 from dgfast.runtimes import Runtime
 from dgfast.solvers import SOLVERS
@@ -78,9 +78,16 @@ def guided_by(engine: Engine, replaced: PureFunction) -> Function:
     off = {name: value for name, value in off_values().items() if name in engine.inputs}
     values = {name: torch.tensor([float(own.get(name, value))]) for name, value in off.items()}
     judged = any(isinstance(guidance, DiscriminatorGuidance) for guidance in replaced.guidances)
+    pictures = images(replaced.guidances)
+    unused = engine.inputs.keys() - {*replaced.inputs, *values, *pictures}  # images of guidances whose weight is off
 
     def function(*arguments: Tensor | None) -> tuple[Tensor, ...]:
-        *results, log_ratio = _called(engine, {**dict(zip(replaced.inputs, arguments, strict=True)), **values})
+        named = dict(zip(replaced.inputs, arguments, strict=True))
+        x = named["x"]
+        assert x is not None, "the labels alone may be missing"
+        seen = {name: image.to(x).expand_as(x).contiguous() for name, image in pictures.items()}
+        seen |= {name: torch.zeros_like(x) for name in unused}
+        *results, log_ratio = _called(engine, {**named, **values, **seen})
         return *results, log_ratio if judged else torch.full_like(log_ratio, OUTSIDE_WINDOW)
 
     return function

@@ -16,7 +16,7 @@ from dgfast.denoiser import FlowPrecond
 from dgfast.errors import UserError
 from dgfast.guidance import DiscriminatorGuidance, Guidance, of_velocities
 from dgfast.guidance.declaration import guiding
-from dgfast.networks import Networks
+from dgfast.networks import Networks, image_shape
 from dgfast.noise_levels import Coordinates, posterior_log_variances, respaced_levels, sigma_grid
 from dgfast.solvers import SOLVERS, FlowSolver, Solver
 
@@ -92,7 +92,7 @@ def plan(
     net = networks.denoiser
     levels = net.round_sigma(sigmas).cpu()
     times = [*coordinates.sigma_inv(levels).tolist(), 0.0]
-    predictors, correctors = all_guidances(networks, guidance, own, [*levels.tolist(), 0.0])
+    predictors, correctors = all_guidances(networks, guidance, own, [*levels.tolist(), 0.0], sigmas.device)
     _require_meaning(predictors, solver)
     doubled = boosted(predictors)
     variances = _log_variances(networks, config, levels)
@@ -118,9 +118,9 @@ def plan(
 
 def flow_plan(
     networks: Networks, config: SamplingConfig, guidance: GuidanceConfig, own: Sequence[Guidance],
-    times: Sequence[float], path: Coordinates,
+    times: Sequence[float], path: Coordinates, device: torch.device,
 ) -> tuple[Step, ...]:  # fmt: skip
-    """The steps through the times of a path, the last one's end included; `own` as in `plan`.
+    """The steps through the times of a path, the last one's end included; `own` as in `plan`. device: where to sample.
 
     Raises:
         UserError: a guidance whose network is missing or does not fit.
@@ -129,7 +129,7 @@ def flow_plan(
         raise UserError(f"boosting and dg_every above 1 do not go with {config.solver}")
     solver = SOLVERS[config.solver]
     sigmas = path.sigma(torch.tensor(times, dtype=torch.float64)).tolist()
-    predictors, correctors = all_guidances(networks, guidance, own, sigmas, solver.function)
+    predictors, correctors = all_guidances(networks, guidance, own, sigmas, device, solver.function)
     _require_meaning(predictors, solver)
     calls = solver.evaluations(len(times) - 1)
     steps = []
@@ -168,20 +168,24 @@ def all_guidances(
     config: GuidanceConfig,
     own: Sequence[Guidance],
     levels: Sequence[float],
+    device: torch.device,
     function: str = "denoiser",
 ) -> tuple[list[Guidance], list[Guidance]]:
     """The guidances at the solver's first and at its second point, on a plan of these noise levels, 0 last.
 
     Args:
         own: guidances besides those of the configuration. function: what the solver calls.
+        device: where to sample.
 
     Raises:
-        UserError: a guidance whose network is missing or does not fit.
+        UserError: a guidance whose network is missing, or which does not fit the images.
     """
+    shape = image_shape(networks.denoiser)
+    own = [guidance.fitted(shape, device) for guidance in own]
     first: list[Guidance] = []
     second: list[Guidance] = []
     for kind in guiding(config):
-        guidance = kind.make(networks, config)
+        guidance = kind.make(networks, config).fitted(shape, device)
         first += [guidance] if kind.on(config) else []
         second += [guidance.at_second_point(config)] if kind.on(config, second=True) else []
     first, second = [*first, *own], [*second, *(guidance.at_second_point(config) for guidance in own)]

@@ -107,6 +107,7 @@ class Joint(_OfSamples):
         predicts_noise: the network does, see `agreement.least_sizes`.
         path: of flow matching, of which x are states; None: they are clean images with noise.
         conditions: the denoiser's extra inputs, by name: one sample's shape.
+        images: what the guidances know of images [1 or B, C, H, W], which are inputs too.
     """
 
     what: str
@@ -120,6 +121,7 @@ class Joint(_OfSamples):
     predicts_noise: bool = False
     path: Path | None = None
     conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    images: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, inputs: Tensors) -> dict[str, Tensor]:
         """The eager reference: state and noise levels in double precision, as a sampler has them."""
@@ -127,7 +129,7 @@ class Joint(_OfSamples):
         return _run(self.function, arguments, self.outputs)
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
-        names = "x", "x_next", "noise", "denoised_last", "denoised", "shift", "variance", "velocity"
+        names = "x", "x_next", "noise", "denoised_last", "denoised", "shift", "variance", "velocity", *self.images
         images = dict.fromkeys(names, self.image)
         numbers = dict.fromkeys(("sigma", "sigma_next", "sigma_last", "log_least", "log_most", "log_ratio"), ())
         return {**images, **numbers, **self.conditions, "class_labels": (self.label_dim,)}
@@ -147,6 +149,7 @@ class Joint(_OfSamples):
         values["class_labels"] = F.one_hot(classes, max(self.label_dim, 1)).float()
         values |= {key: torch.randn(count, *shape, generator=generator) for key, shape in self.conditions.items()}
         values |= {key: torch.tensor([value]) for key, value in (self.weights | dict(weights or {})).items()}
+        values |= {key: image[:1].expand(count, *self.image).contiguous() for key, image in self.images.items()}
         return Case(name, {key: values[key] for key in self.inputs}, least_sizes(self.predicts_noise, values))
 
     def _noisy(self, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:

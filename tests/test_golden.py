@@ -28,6 +28,7 @@ from tests.support.golden_networks import (
     judge_gradient,
     judge_pickle,
 )
+from tests.support.golden_posterior import judge_posterior
 from tests.support.golden_samplers import judge_adm, judge_dg_sampler, judge_edm_sampler, judge_vpsde
 from tests.support.golden_sit import judge_sit
 
@@ -42,6 +43,8 @@ def kind_of(meta: dict[str, Any]) -> str:
         return "dit"
     if "diffusers" in source and "guiders" in source:
         return "guiders"
+    if "pigdm_tau2" in meta.get("config", {}):
+        return "posterior"
     if source.startswith("willisma/SiT"):
         return "sit"
     if "vpsde" in source:
@@ -90,6 +93,7 @@ def test_golden_outputs_agree_with_the_official_code(
         "vpsde": lambda: judge_vpsde(golden),
         "adm": lambda: judge_adm(golden, monkeypatch),
         "dit": lambda: judge_dit(golden, monkeypatch),
+        "posterior": lambda: judge_posterior(golden),
         "pickle": lambda: judge_pickle(golden),
         "sit": lambda: judge_sit(golden),
     }

@@ -19,8 +19,10 @@ from dgfast.guidance.declaration import GUIDANCES, Guidance, Repair, option
 from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.guidance.frequency_decoupled import FrequencyDecoupledGuidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
+from dgfast.guidance.loss import LossGuidance
 from dgfast.guidance.low_density import LowDensityGuidance
 from dgfast.guidance.magnitude_aware import MagnitudeAwareGuidance
+from dgfast.guidance.observation import Mask, ObservationGuidance
 from dgfast.guidance.perturbed_attention import PerturbedAttentionGuidance
 from dgfast.guidance.pixel_norm import PixelNorm
 from dgfast.guidance.predicted_clean import PredictedCleanGuidance
@@ -55,8 +57,11 @@ __all__ = [
     "FrequencyDecoupledGuidance",
     "Guidance",
     "GuidedDenoiser",
+    "LossGuidance",
     "LowDensityGuidance",
     "MagnitudeAwareGuidance",
+    "Mask",
+    "ObservationGuidance",
     "PerturbedAttentionGuidance",
     "PixelNorm",
     "PredictedCleanGuidance",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_ty
 from dgfast.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from dgfast.config import GuidanceConfig
@@ -44,6 +45,7 @@ class Option:
         attribute: of the guidance, which then is a weight and under `input` an input of an exported file. off: the
             value of that weight that guides nothing. second: it holds at the solver's second point alone.
         inside: another value needs another exported file. exported: there are such files at all.
+        file: it names a file, whose content counts and not its name. No bundle may have one.
     """
 
     name: str
@@ -59,11 +61,14 @@ class Option:
     second: bool
     inside: bool
     exported: bool
+    file: bool
 
     def check(self, value: Any) -> None:
         """Raises UserError for a value that it may not have."""
         if value is None and self.default is None:
             return
+        if self.file and not (isinstance(value, str) and value.isprintable()):
+            raise UserError(f"{self.name} {value!r:.80} is not the name of a file")
         if self.choices and value not in self.choices:
             raise UserError(f"{self.name} {value!r} is not one of {', '.join(self.choices)}")
         if self.kind is float and not math.isfinite(value):
@@ -84,13 +89,13 @@ class Option:
 def option(
     default: T, help: str, symbol: str | None = None, *, choices: tuple[str, ...] = (), least: int | None = None,
     attribute: str | None = None, input: str | None = None, off: float | None = None, second: bool = False,
-    inside: bool = True, exported: bool = True,
+    inside: bool = True, exported: bool = True, file: bool = False,
 ) -> T:  # fmt: skip
     """A field of a guidance's `Options`, see `Option`; with the default, a guidance does nothing."""
     about = {
         "help": help, "symbol": symbol, "choices": choices, "least": least, "attribute": attribute, "input": input,
         "off": default if off is None else off, "second": second, "inside": inside and exported and not attribute,
-        "exported": exported,
+        "exported": exported, "file": file,
     }  # fmt: skip
     return field(default=default, metadata=about)
 
@@ -107,7 +112,7 @@ class Guidance(ABC):
             With a gradient it is one toward a log-density, whose gate is weight x `denoiser_gate`; the ancestral form
             puts the step's variance in that one's place. With a backward pass, `correct` gets an x that requires a
             gradient and a `denoised` that was made of it. With neither, it mixes denoisers. The last two correct the
-            denoised image whatever the solver.
+            denoised image whatever the solver. Properties, where they depend on how a guidance was made.
         mixes_velocities: it mixes what its networks predict, so that it mixes velocities as well, see
             `guidance.velocity`; its fields are the networks.
     """
@@ -119,8 +124,6 @@ class Guidance(ABC):
     use: ClassVar[str] = ""
     roles: ClassVar[tuple[str, ...]] = ()
     evaluations: ClassVar[int] = 0
-    gradients: ClassVar[int] = 0
-    backwards: ClassVar[int] = 0
     mixes_velocities: ClassVar[bool] = False
     config: ClassVar[type | None] = None
 
@@ -128,6 +131,14 @@ class Guidance(ABC):
     """Of the plan, of a guidance that goes by its steps: another plan needs another exported file. See `along`."""
     second: bool = False
     """Of such a guidance: it is one of the solver's second point."""
+
+    @property
+    def gradients(self) -> int:
+        return 0
+
+    @property
+    def backwards(self) -> int:
+        return 0
 
     def __init_subclass__(cls) -> None:
         if "Options" in vars(cls):
@@ -204,6 +215,22 @@ class Guidance(ABC):
         changes = {key: getattr(config, one.name) for key, one in self.weights(second=True).items() if one.second}
         return replace(self, **changes) if changes else self  # type: ignore[type-var]
 
+    def fitted(self, shape: Sequence[int], device: torch.device) -> Self:
+        """The same guidance for images of this shape, [C, H, W], on this device; most take any.
+
+        Raises:
+            UserError: it does not fit them.
+        """
+        return self
+
+    def images(self) -> dict[str, Tensor]:
+        """What of it is images [1 or B, C, H, W], each by the name that it has as an input of an exported file."""
+        return {}
+
+    def with_images(self, given: Mapping[str, Tensor]) -> Self:
+        """The same guidance with those of `given` that have the names of its `images` in their place."""
+        return self
+
     def along(self, levels: Sequence[float], second: bool = False) -> Self:
         """The same guidance for a plan of these noise levels, highest first and 0 last; most act alike on every plan.
 
@@ -250,6 +277,14 @@ class Repair(Guidance):
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         raise TypeError(f"{type(self).__name__} is a repair: it corrects nothing by itself")
+
+
+def configure(record: type) -> None:
+    """Let `record` have the options of all guidances, of those declared before it and of those to come."""
+    Guidance.config = record
+    for guidance in GUIDANCES:
+        if not {one.name for one in guidance.options()} <= {one.name for one in fields(record)}:
+            _grow(record, guidance.Options)
 
 
 def guiding(config: GuidanceConfig) -> Iterator[type[Guidance]]:

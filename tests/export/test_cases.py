@@ -60,6 +60,16 @@ def test_case_is_noise_of_its_levels_with_all_that_the_inputs_name() -> None:
     assert all(torch.equal(again[name], inputs[name]) for name in names)
 
 
+def test_case_has_what_is_known_of_images_for_every_sample_in_memory_of_its_own() -> None:
+    """A package takes no tensor whose samples lie in one place."""
+    known = torch.rand(1, 1, 4, 4)
+    inputs = ("x", "sigma", "observed")
+    subject = joint(inputs=inputs, weights={}, image=(1, 4, 4), images={"observed": known})
+    observed = subject.case("", [1.0, 2.0], seed=0).inputs["observed"]
+    assert torch.equal(observed, known.repeat(2, 1, 1, 1)) and observed.is_contiguous()
+    assert subject.sizes()["observed"] == (1, 4, 4)
+
+
 def test_cases_have_every_class_and_the_least_size_of_a_noise_predictor() -> None:
     classes = {
         int(row.argmax()) for seed in range(8) for row in joint().case("", [1.0] * 4, seed).inputs["class_labels"]
