@@ -37,6 +37,9 @@ KEYWORD_NUMBER, KEYWORD_TEXT, KEYWORD_LIST = 100_000, 100, 64
 MISSING_TENSORS = 10_000
 """How many more a network may have than its weights: so many are counted as missing."""
 
+OBSERVATION_BYTES = 256 * 2**20
+"""Of a file of one image and its mask."""
+
 IMAGE_SIZE = 4096
 """Height and width of the images of a network, which its weights need not tell."""
 

@@ -32,6 +32,7 @@ from dgfast.checkpoints import one_line
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.denoiser import PRECONDITIONERS
 from dgfast.errors import UserError
+from dgfast.guidance.declaration import all_options
 from dgfast.latents import VaeSpec as VaeSpec
 from dgfast.vp import TIME_SCHEDULES
 from dgfast.weights import load_state as load_state
@@ -141,7 +142,7 @@ def read(bundle: str | Path) -> Bundle:
             name=_text(raw["name"], "name"),
             nets={role: _checked(role, NetSpec(**spec), path) for role, spec in raw["nets"].items()},
             sampling=SamplingConfig(**raw.get("sampling", {})),
-            guidance=GuidanceConfig(**_from_json(raw.get("guidance", {}))),
+            guidance=_guidance(raw.get("guidance", {})),
             class_names=tuple(_text(name, "class name") for name in raw.get("class_names", ())),
             provenance=_text(raw.get("provenance", ""), "provenance", lines=True),
             license=_text(raw.get("license", ""), "license", lines=True),
@@ -250,6 +251,18 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, tuple):
         return [end if isinstance(end, tuple) or math.isfinite(end) else str(end) for end in value]
     return value
+
+
+def _guidance(raw: dict[str, Any]) -> GuidanceConfig:
+    """The configuration that these values of JSON are.
+
+    Raises:
+        UserError: values that it may not have. ValueError: one that names a file, which no stranger may choose.
+    """
+    named = [one.name for one in all_options() if one.file and one.name in raw]
+    if named:
+        raise ValueError(f"{', '.join(named)} names a file of its own: give it on the command line")
+    return GuidanceConfig(**_from_json(raw))
 
 
 def _from_json(guidance: dict[str, Any]) -> dict[str, Any]:

@@ -6,18 +6,28 @@ from dataclasses import dataclass
 from dgfast.errors import UserError
 from dgfast.guidance import (
     GUIDANCES,
+    AdaptiveProjectedGuidance,
     Autoguidance,
+    CFGPlusPlus,
+    CFGZeroStar,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     DiscriminatorGuidance,
-    Guidance,
+    DynamicThreshold,
+    FrequencyDecoupledGuidance,
     LowDensityGuidance,
+    MagnitudeAwareGuidance,
+    ObservationGuidance,
     PerturbedAttentionGuidance,
+    PixelNorm,
     PredictedCleanGuidance,
+    Renorm,
+    Rescale,
     SkipLayerGuidance,
     SmoothedEnergyGuidance,
+    TangentialGuidance,
 )
-from dgfast.guidance.declaration import all_options
+from dgfast.guidance.declaration import all_options, configure
 from dgfast.solvers import DIFFUSIONS, LAST_STEPS, SOLVERS
 
 DISCRETIZATIONS = ("edm", "vp", "ve", "iddpm")
@@ -145,9 +155,20 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class GuidanceConfig(
+    DynamicThreshold.Options,
+    Rescale.Options,
+    Renorm.Options,
+    PixelNorm.Options,
+    CFGZeroStar.Options,
+    TangentialGuidance.Options,
+    MagnitudeAwareGuidance.Options,
+    FrequencyDecoupledGuidance.Options,
+    CFGPlusPlus.Options,
+    AdaptiveProjectedGuidance.Options,
     SmoothedEnergyGuidance.Options,
     SkipLayerGuidance.Options,
     PerturbedAttentionGuidance.Options,
+    ObservationGuidance.Options,
     PredictedCleanGuidance.Options,
     LowDensityGuidance.Options,
     Autoguidance.Options,
@@ -171,4 +192,4 @@ class GuidanceConfig(
             guidance.check(self)
 
 
-Guidance.config = GuidanceConfig
+configure(GuidanceConfig)

@@ -15,7 +15,7 @@ from dgfast.errors import UserError
 from dgfast.graph import Function
 from dgfast.guidance import OUTSIDE_WINDOW, DiscriminatorGuidance, Guidance
 from dgfast.guidance.declaration import all_options, guiding, off_values
-from dgfast.guidance.weights import weights
+from dgfast.guidance.weights import images, weights
 from dgfast.job import PureFunction
 from dgfast.runtimes import Runtime
 from dgfast.solvers import SOLVERS
@@ -69,12 +69,25 @@ def guided_by(engine: Engine, replaced: PureFunction) -> Function:
     for missing in (one for one in all_options() if one.input in own.keys() - engine.inputs.keys()):
         option = missing.name.replace("_", "-")
         raise UserError(f"{engine.path} has no {missing.input}: export it with --{option}, or sample without")
+    for guidance in (one for one in replaced.guidances if one.levels):
+        if guidance.second or [*guidance.levels] != json.loads(engine.metadata["sigmas"]):
+            raise UserError(
+                f"{engine.path} goes by other steps than these, on which {guidance.name} depends: export it anew with "
+                "this solver, and sample with the bundle's own --steps and grid"
+            )
     off = {name: value for name, value in off_values().items() if name in engine.inputs}
     values = {name: torch.tensor([float(own.get(name, value))]) for name, value in off.items()}
     judged = any(isinstance(guidance, DiscriminatorGuidance) for guidance in replaced.guidances)
+    pictures = images(replaced.guidances)
+    unused = engine.inputs.keys() - {*replaced.inputs, *values, *pictures}  # images of guidances whose weight is off
 
     def function(*arguments: Tensor | None) -> tuple[Tensor, ...]:
-        *results, log_ratio = _called(engine, {**dict(zip(replaced.inputs, arguments, strict=True)), **values})
+        named = dict(zip(replaced.inputs, arguments, strict=True))
+        x = named["x"]
+        assert x is not None, "the labels alone may be missing"
+        seen = {name: image.to(x).expand_as(x).contiguous() for name, image in pictures.items()}
+        seen |= {name: torch.zeros_like(x) for name in unused}
+        *results, log_ratio = _called(engine, {**named, **values, **seen})
         return *results, log_ratio if judged else torch.full_like(log_ratio, OUTSIDE_WINDOW)
 
     return function
@@ -103,6 +116,8 @@ def require_fit(engine: Engine, bundle: Bundle, sampling: SamplingConfig, guidan
     _require(engine, bundle, SOLVERS[sampling.solver].function)
     if guidance.dg_every > 1:
         raise UserError("--dg-every needs the gradient itself, which no exported file returns")
+    if guidance.apg_momentum:
+        raise UserError("--apg-momentum goes from call to call, which no exported file remembers")
     try:
         made_with = json.loads(engine.metadata["guidance"]) | {
             "clip_denoised": json.loads(engine.metadata["sampling"])["clip_denoised"]

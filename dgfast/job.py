@@ -26,10 +26,11 @@ from dgfast.guidance import (
     guided_posterior,
     guided_velocity,
 )
-from dgfast.guidance.weights import weights, with_weights
-from dgfast.networks import Networks, image_shape
+from dgfast.guidance.memory import MEMORY, remembering
+from dgfast.guidance.weights import images, weights, with_weights
+from dgfast.networks import Networks, ScoreNet, image_shape
 from dgfast.noise_levels import Coordinates, coordinates, sigma_bounds
-from dgfast.plan import all_guidances, boosted, class_count, flow_plan, noise_grid, plan
+from dgfast.plan import all_guidances, boosted, class_count, flow_plan, noise_grid, plan, require_exportable
 from dgfast.solvers import LAST, SOLVERS, Call, FlowSolver, Solver
 
 _INPUTS = {
@@ -55,8 +56,8 @@ class PureFunction:
     Attributes:
         name: "denoiser", "posterior", "velocity", "step" or "generator".
         inputs, outputs: names of its arguments and results, in their order. An argument "class_labels" may be None.
-        guidances: those inside of it. weights: of them, those that are inputs, and the job's own values for them; the
-            others are constants.
+        guidances: those inside of it. weights, images: of them, those that are inputs, and the job's own values for
+            them; the others are constants.
     """
 
     name: str
@@ -65,6 +66,7 @@ class PureFunction:
     outputs: tuple[str, ...]
     guidances: tuple[Guidance, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
+    images: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -111,6 +113,7 @@ class Job:
             UserError: a guidance whose network is missing, or a grid that does not exist.
         """
         net = networks.denoiser
+        self._device = device or device_of(net)
         self.guidance, self.own = _split(guidance)
         self.networks, self.classes = networks, class_count(networks, self.guidance)
         self.shape, self.conditions = image_shape(net), declared(net)
@@ -123,10 +126,12 @@ class Job:
                 raise UserError(f"{kind.name} is for networks of flow matching such as SiT; use heun for this one")
             self.coordinates, self.sampling = flow_coordinates(net.path), sampling
             self.solver = flow = kind(sampling, self.coordinates)
-            self.steps = flow_plan(networks, sampling, *guided, flow.times(net.prediction), self.coordinates)
+            self.steps = flow_plan(
+                networks, sampling, *guided, flow.times(net.prediction), self.coordinates, self._device
+            )
         else:
             low, high = sigma_bounds(sampling, net.sigma_min, net.sigma_max)
-            grid = noise_grid(networks, sampling, low, high).to(device or device_of(net))
+            grid = noise_grid(networks, sampling, low, high).to(self._device)
             self.sampling = replace(sampling, num_steps=len(grid))
             self.coordinates = coordinates(sampling, low, high)
             self.solver = kind(self.sampling, self.coordinates)
@@ -150,8 +155,7 @@ class Job:
         others = [g for g in guidances if g is not discriminator]
         clip = self.sampling.clip_denoised
         make = partial(gradient_keeping_denoiser, discriminator=discriminator, clip=clip)
-        function = self._with_conditions(make, others)
-        return PureFunction(name, function, self._inputs(name), (*_OUTPUTS[name], "gradient"), guidances)
+        return self._made(name, make, others, ("gradient",), guidances)
 
     def guided(self, name: str, guidances: Sequence[Guidance]) -> PureFunction:
         """The "denoiser", the "posterior" or the "velocity" under these guidances."""
@@ -162,21 +166,22 @@ class Job:
         else:
             make = guided_posterior if name == "posterior" else guided_denoiser
             make = partial(make, clip=self.sampling.clip_denoised)
-        function = self._with_conditions(make, guidances)
-        return PureFunction(name, function, self._inputs(name), _OUTPUTS[name], tuple(guidances))
+        return self._made(name, make, guidances, (), tuple(guidances))
 
-    def _inputs(self, name: str) -> tuple[str, ...]:
-        return *_INPUTS[name], *self.conditions
-
-    def _with_conditions(self, make: Callable[..., Function], guidances: Sequence[Guidance]) -> Function:
-        """`make(denoiser, guidances)`, with the conditions as further arguments in the end."""
-        net = self.networks.denoiser
-        if not self.conditions:
-            return make(net, guidances)
-        return partial(conditioned, make, net, tuple(guidances), tuple(self.conditions))
+    def _made(
+        self, name: str, make: Callable[..., Function], of: Sequence[Guidance], more: tuple[str, ...],
+        guidances: tuple[Guidance, ...],
+    ) -> PureFunction:  # fmt: skip
+        """What `make` gives of some of the guidances, with these outputs more; with a memory, where one remembers."""
+        inputs, outputs = (*_INPUTS[name], *self.conditions), (*_OUTPUTS[name], *more)
+        of_guidances = partial(_with_conditions, make, self.networks.denoiser, tuple(self.conditions))
+        if not any(guidance.remembers for guidance in of):
+            return PureFunction(name, of_guidances(of), inputs, outputs, guidances)
+        function = remembering(of_guidances, of)
+        return PureFunction(name, function, (*inputs, MEMORY[0]), (*outputs, MEMORY[1]), guidances)
 
     def exported(self, name: str | None = None) -> PureFunction:
-        """A function under all guidances of the job at once, whose weights are inputs: one for the whole plan.
+        """A function under all guidances of the job at once, whose weights and images are inputs: for the whole plan.
 
         Args:
             name: "denoiser", "posterior", "velocity" or "step"; None: what the solver calls.
@@ -188,8 +193,11 @@ class Job:
         if (name == "velocity") != (self.solver.function == "velocity") and name != "step":
             raise UserError(f"--what {name}: {self.solver.name} calls a {self.solver.function}; export that, or a step")
         levels = [*(step.sigma for step in self.steps), 0.0]
-        first, second = all_guidances(self.networks, self.guidance, self.own, levels, self.solver.function)
+        first, second = all_guidances(
+            self.networks, self.guidance, self.own, levels, self._device, self.solver.function
+        )
         first = boosted(first) if self.guidance.boosting else first
+        require_exportable(first, name, self.solver.points)
         if name == "step":
             function = self._step(first, second)
         else:  # the two differ by weights alone
@@ -197,20 +205,22 @@ class Job:
         return function if self.classes else function.without_labels()
 
     def _with_weights(self, name: str, guidances: Sequence[Guidance]) -> PureFunction:
-        own, state = weights(guidances), self._inputs(name)
+        own, pictures, state = weights(guidances), images(guidances), (*_INPUTS[name], *self.conditions)
 
         def function(*arguments: Tensor) -> tuple[Tensor, ...]:
-            values = dict(zip(own, arguments[len(state) :], strict=True))
+            values = dict(zip((*own, *pictures), arguments[len(state) :], strict=True))
             return self.guided(name, with_weights(guidances, values))(*arguments[: len(state)])
 
-        return PureFunction(name, function, (*state, *own), _OUTPUTS[name], tuple(guidances), own)
+        inputs = (*state, *own, *pictures)
+        return PureFunction(name, function, inputs, _OUTPUTS[name], tuple(guidances), own, pictures)
 
     def _step(self, first: Sequence[Guidance], second: Sequence[Guidance]) -> PureFunction:
         """(x, sigma, sigma_next, class_labels, what the solver needs more, conditions, weights) -> x_next."""
         self._require_plain_steps()
         solver, two_points = self.solver, self.solver.points == 2
         own = weights(first) | (weights(second, second=True) if two_points else {})
-        names = ("x", "sigma", "sigma_next", "class_labels", *solver.inputs, *self.conditions, *own)
+        pictures = images(first) | (images(second) if two_points else {})
+        names = ("x", "sigma", "sigma_next", "class_labels", *solver.inputs, *self.conditions, *own, *pictures)
         remembers = LAST[0] in solver.inputs
 
         def function(*arguments: Tensor) -> tuple[Tensor, ...]:
@@ -232,7 +242,7 @@ class Job:
             return (x_next, denoised) if remembers else (x_next,)
 
         outputs = ("x_next", "denoised") if remembers else ("x_next",)  # denoised is the next step's LAST
-        return PureFunction("step", function, names, outputs, (*first, *second), own)
+        return PureFunction("step", function, names, outputs, (*first, *second), own, pictures)
 
     def _require_plain_steps(self) -> None:
         if self.sampling.schedule != "linear" or self.sampling.scaling != "none":
@@ -241,6 +251,13 @@ class Job:
             raise UserError("boosting goes from step to step: leave it off, or export --what denoiser")
         if self.guidance.dg_every > 1:
             raise UserError("--what step computes every gradient: leave dg_every at 1, or export --what denoiser")
+
+
+def _with_conditions(
+    make: Callable[..., Function], net: ScoreNet, names: tuple[str, ...], guidances: Sequence[Guidance]
+) -> Function:
+    """`make(net, guidances)`, with the conditions of these names as further arguments in the end."""
+    return partial(conditioned, make, net, tuple(guidances), names) if names else make(net, guidances)
 
 
 def _split(guidance: GuidanceLike) -> tuple[GuidanceConfig, tuple[Guidance, ...]]:

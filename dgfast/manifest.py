@@ -10,12 +10,15 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dgfast.config import GuidanceConfig
 from dgfast.errors import UserError
-from dgfast.files import replacing
+from dgfast.files import replacing, sha256
+from dgfast.guidance.declaration import all_options
 
 FORMAT = 2
 NAME = "manifest.json"
@@ -122,6 +125,12 @@ class Manifest:
 
     def _journal(self, rank: int) -> Path:
         return self.path.with_name(f"{_JOURNAL}{rank}")
+
+
+def recorded(guidance: GuidanceConfig) -> dict[str, Any]:
+    """The options by name, and in the place of a file's name its checksum: what is in it decides."""
+    files = {one.name: getattr(guidance, one.name) for one in all_options() if one.file}
+    return asdict(guidance) | {name: path and sha256(Path(path)) for name, path in files.items()}
 
 
 def owner(folder: Path) -> str:

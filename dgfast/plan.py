@@ -16,9 +16,9 @@ from dgfast.denoiser import FlowPrecond
 from dgfast.errors import UserError
 from dgfast.guidance import DiscriminatorGuidance, Guidance, of_velocities
 from dgfast.guidance.declaration import guiding
-from dgfast.networks import Networks
+from dgfast.networks import Networks, image_shape
 from dgfast.noise_levels import Coordinates, posterior_log_variances, respaced_levels, sigma_grid
-from dgfast.solvers import SOLVERS, FlowSolver
+from dgfast.solvers import SOLVERS, FlowSolver, Solver
 
 # DG's boosting (arXiv 2211.17091, published code): every 5th step churns, every 2nd doubles the guidance.
 _BOOST_CHURN, _BOOST_CHURN_PERIOD = 4.0, 5
@@ -92,7 +92,8 @@ def plan(
     net = networks.denoiser
     levels = net.round_sigma(sigmas).cpu()
     times = [*coordinates.sigma_inv(levels).tolist(), 0.0]
-    predictors, correctors = all_guidances(networks, guidance, own, [*levels.tolist(), 0.0])
+    predictors, correctors = all_guidances(networks, guidance, own, [*levels.tolist(), 0.0], sigmas.device)
+    _require_meaning(predictors, solver)
     doubled = boosted(predictors)
     variances = _log_variances(networks, config, levels)
     steps = []
@@ -117,9 +118,9 @@ def plan(
 
 def flow_plan(
     networks: Networks, config: SamplingConfig, guidance: GuidanceConfig, own: Sequence[Guidance],
-    times: Sequence[float], path: Coordinates,
+    times: Sequence[float], path: Coordinates, device: torch.device,
 ) -> tuple[Step, ...]:  # fmt: skip
-    """The steps through the times of a path, the last one's end included; `own` as in `plan`.
+    """The steps through the times of a path, the last one's end included; `own` as in `plan`. device: where to sample.
 
     Raises:
         UserError: a guidance whose network is missing or does not fit.
@@ -128,7 +129,8 @@ def flow_plan(
         raise UserError(f"boosting and dg_every above 1 do not go with {config.solver}")
     solver = SOLVERS[config.solver]
     sigmas = path.sigma(torch.tensor(times, dtype=torch.float64)).tolist()
-    predictors, correctors = all_guidances(networks, guidance, own, sigmas, solver.function)
+    predictors, correctors = all_guidances(networks, guidance, own, sigmas, device, solver.function)
+    _require_meaning(predictors, solver)
     calls = solver.evaluations(len(times) - 1)
     steps = []
     for i, (t, t_next) in enumerate(pairwise(times)):
@@ -166,20 +168,24 @@ def all_guidances(
     config: GuidanceConfig,
     own: Sequence[Guidance],
     levels: Sequence[float],
+    device: torch.device,
     function: str = "denoiser",
 ) -> tuple[list[Guidance], list[Guidance]]:
     """The guidances at the solver's first and at its second point, on a plan of these noise levels, 0 last.
 
     Args:
         own: guidances besides those of the configuration. function: what the solver calls.
+        device: where to sample.
 
     Raises:
-        UserError: a guidance whose network is missing or does not fit.
+        UserError: a guidance whose network is missing, or which does not fit the images.
     """
+    shape = image_shape(networks.denoiser)
+    own = [guidance.fitted(shape, device) for guidance in own]
     first: list[Guidance] = []
     second: list[Guidance] = []
     for kind in guiding(config):
-        guidance = kind.make(networks, config)
+        guidance = kind.make(networks, config).fitted(shape, device)
         first += [guidance] if kind.on(config) else []
         second += [guidance.at_second_point(config)] if kind.on(config, second=True) else []
     first, second = [*first, *own], [*second, *(guidance.at_second_point(config) for guidance in own)]
@@ -187,7 +193,35 @@ def all_guidances(
         net = networks.denoiser
         assert isinstance(net, FlowPrecond), "the job has looked"
         first, second = ([of_velocities(g, net) for g in guidances] for guidances in (first, second))
-    return [g.along(levels) for g in first], [g.along(levels[1:]) for g in second]
+    return [g.along(levels) for g in first], [g.along(levels, second=True) for g in second]
+
+
+def _require_meaning(guidances: Sequence[Guidance], solver: type[Solver]) -> None:
+    """
+    Raises:
+        UserError: a guidance that goes from step to step, and steps that are not of its kind; or two that remember.
+    """
+    needing = [guidance.needs_plain_steps for guidance in guidances if guidance.needs_plain_steps]
+    if needing and not solver.plain_steps:
+        plain = ", ".join(name for name, one in SOLVERS.items() if one.plain_steps)
+        raise UserError(f"{needing[0]} has no meaning for {solver.name}: take one of {plain}")
+    if sum(guidance.remembers for guidance in guidances) > 1:
+        raise UserError("two guidances remember their last calls: a sampler keeps one memory")
+
+
+def require_exportable(guidances: Sequence[Guidance], what: str, points: int) -> None:
+    """
+    Raises:
+        UserError: no file can hold the function `what`, of a solver of so many points, under these guidances.
+    """
+    for guidance in guidances:
+        if guidance.remembers:
+            raise UserError(f"{guidance.needs_plain_steps} goes from call to call: no exported file remembers it")
+        if guidance.levels and what != "step" and points == 2:
+            raise UserError(
+                f"{guidance.name} goes by the steps of the plan, at both points of each: export --what step, "
+                "or take a solver of one point, such as euler"
+            )
 
 
 def boosted(guidances: list[Guidance]) -> list[Guidance]:

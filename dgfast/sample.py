@@ -31,6 +31,7 @@ from dgfast.config import (
 )
 from dgfast.errors import UserError
 from dgfast.files import sha256
+from dgfast.manifest import recorded
 from dgfast.options import NUMBER, Duration, Group, GuidedCommand, IntegerRanges, option
 from dgfast.ranges import Ranges
 from dgfast.runtimes import PRECISIONS, RUNTIMES, Runtime
@@ -463,9 +464,9 @@ def _job(
     from dgfast.devices import arithmetic
     from dgfast.networks import roles
 
-    method = (
-        {"one_step": True} if settings is None else {"sampling": asdict(settings[0]), "guidance": asdict(settings[1])}
-    )
+    method: dict[str, Any] = {"one_step": True}
+    if settings is not None:
+        method = {"sampling": asdict(settings[0]), "guidance": recorded(settings[1])}
     decoding = options["vae"] or (bundle.vae and bundle.vae.described())
     return {
         "bundle": bundle.name,

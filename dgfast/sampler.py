@@ -16,6 +16,7 @@ from dgfast.devices import device_of, require_float64, seconds_of
 from dgfast.errors import UserError
 from dgfast.graph import Function
 from dgfast.guidance import CarriedGradient, DiscriminatorGuidance, Guidance
+from dgfast.guidance.memory import Memory
 from dgfast.job import GuidanceLike, Job
 from dgfast.networks import Networks, one_hot
 from dgfast.plan import Step
@@ -85,6 +86,7 @@ class Sampler:
         self.score_evaluations = sum(1 + sum(guidance.evaluations for guidance in call) for call in calls)
         self.score_backwards = sum(guidance.backwards for call in calls for guidance in call)
         self.guidance_gradients = sum(guidance.gradients for call in calls for guidance in call)
+        self._remembers = any(map(_remember, calls))
 
     def __repr__(self) -> str:
         """Two lines: solver and cost, guidance and device."""
@@ -178,12 +180,13 @@ class Sampler:
         log_ratio = torch.full((batch,), torch.inf, dtype=self.state_dtype, device=latents.device)
         first_bad = torch.full((), len(self.steps), device=latents.device)  # on the device: looking would wait for it
         last = torch.zeros_like(latents, dtype=self.state_dtype), torch.full_like(times[0, 0], torch.inf)
+        memory = [torch.zeros_like(last[0])] if self._remembers else []
         carried = CarriedGradient(self.guidance.dg_reuse) if self.guidance.dg_every > 1 else None
         x = self.first_state(latents)
         for step, (t, t_next), bounds in zip(self.steps, times, log_variances, strict=True):
             t_hat, x_hat = self._churn(step, x, t, log_ratio, noise)
-            arguments = (x_hat, t_hat, t_next, class_labels, *self._more(last, bounds, noise), *extra)
-            x, denoised, log_ratio = self._step_function(step, arguments, carried)(*arguments)
+            arguments = (x_hat, t_hat, t_next, class_labels, *self._more(last, bounds, noise), *extra, *memory)
+            x, denoised, log_ratio, *memory = self._step_function(step, arguments, carried)(*arguments)
             last = denoised, t_hat
             changed = None if on_step is None else on_step(step, x, denoised, log_ratio)
             if changed is not None:
@@ -221,8 +224,8 @@ class Sampler:
 
     def prepare(self, batch: int) -> None:
         """Build every function that the plan calls for batches of this size, so that sampling itself compiles none."""
-        example, guidances = self._call_example(batch), self._guidances()
-        self._runtime.prepare([(self.job.called(g, self.guidance.dg_every > 1), example) for g in guidances])
+        functions = [self.job.called(guidances, self.guidance.dg_every > 1) for guidances in self._guidances()]
+        self._runtime.prepare([(one, self._call_example(one.guidances, batch)) for one in functions])
         for call, _ in self._calls(batch):
             call()
         if self._capture is not None:
@@ -240,9 +243,9 @@ class Sampler:
 
     def _calls(self, batch: int) -> Iterator[tuple[Callable[[], object], int]]:
         """Each function of the plan, called with zeros, and how often the plan calls it."""
-        example = self._call_example(batch)
         with torch.no_grad():
             for guidances, count in self._guidances().items():
+                example = self._call_example(guidances, batch)
                 function = self._function(guidances, example, self.guidance.dg_every > 1)
                 yield partial(function, *example), count
 
@@ -250,10 +253,12 @@ class Sampler:
         """The guidances of the plan's calls, and how many calls have them."""
         return Counter(g for step in self.steps for g in (step.predictor, step.corrector) if g is not None)
 
-    def _call_example(self, batch: int) -> tuple[Tensor | None, ...]:
+    def _call_example(self, guidances: Sequence[Guidance], batch: int) -> tuple[Tensor | None, ...]:
         bounds = self._uploaded([self.steps[0].log_variances], batch)[0] if self._solver.function == "posterior" else ()
         shapes = self.job.conditions.values()
-        return *self._example(batch), *bounds, *(torch.zeros(batch, *shape, device=self.device) for shape in shapes)
+        x, *others = self._example(batch)
+        conditions = (torch.zeros(batch, *shape, device=self.device) for shape in shapes)
+        return x, *others, *bounds, *conditions, *([x] if _remember(guidances) else [])
 
     def _example(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         x = torch.zeros((batch, *self.shape), dtype=self.state_dtype, device=self.device)
@@ -295,19 +300,21 @@ class Sampler:
     def _step_function(
         self, step: Step, example: tuple[Tensor | None, ...], carried: CarriedGradient | None
     ) -> Function:
-        """(x_hat, t_hat, t_next, class_labels, *more) -> (x_next, denoised, log_ratio)."""
+        """(x_hat, t_hat, t_next, labels, *more, *conditions, *memory) -> (x_next, denoised, log_ratio, *memory)."""
+        inputs = self._solver.inputs
 
         def advance(
             x_hat: Tensor, t_hat: Tensor, t_next: Tensor, labels: Tensor | None, *more: Tensor
         ) -> tuple[Tensor, ...]:
-            extra = more[len(self._solver.inputs) :]
-            predict = self._call(step.predictor, labels, extra, step.carried[0], carried)
+            memory = Memory(more[-1]) if self._remembers else None
+            extra = more[len(inputs) : len(inputs) + len(self.job.conditions)]
+            predict = self._call(step.predictor, labels, extra, step.carried[0], carried, memory)
             correct = None
             if step.corrector is not None:
-                correct = self._call(step.corrector, labels, extra, step.carried[1], carried)
-            named = dict(zip(self._solver.inputs, more, strict=False))  # of which the conditions are the rest
+                correct = self._call(step.corrector, labels, extra, step.carried[1], carried, memory, second=True)
+            named = dict(zip(inputs, more[: len(inputs)], strict=True))
             x, denoised, log_ratio = self._solver.step(x_hat, t_hat, t_next, predict, correct, named)
-            return x.to(self.state_dtype), denoised, log_ratio
+            return x.to(self.state_dtype), denoised, log_ratio, *([memory.kept] if memory else [])
 
         if self._capture is None or carried is not None:  # what is carried lives outside of any one step
             return advance
@@ -321,16 +328,27 @@ class Sampler:
         extra: Sequence[Tensor] = (),
         reusing: DiscriminatorGuidance | None = None,
         carried: CarriedGradient | None = None,
+        memory: Memory | None = None,
+        second: bool = False,
     ) -> Call:
-        """The solver's function under the given guidances, with the conditions `extra`."""
-        coords = self.coordinates
+        """The solver's function under the given guidances, with the conditions `extra`.
+
+        Args:
+            second: leave the memory as it is.
+        """
+        coords, memory = self.coordinates, memory if _remember(guidances) else None
 
         def call(x: Tensor, t: Tensor, *bounds: Tensor) -> tuple[Tensor, ...]:
             sigma = coords.sigma(t).flatten()
             # A velocity is asked for at the path's own state: at its beginning s is 0.
             seen = x if self._solver.function == "velocity" else (x / coords.s(t)).to(self.state_dtype)
             arguments = seen, sigma, class_labels, *bounds, *extra
+            if memory is not None:
+                arguments = *arguments, memory.kept
             results = self._function(guidances, arguments, carried is not None)(*arguments)
+            if memory is not None:
+                results, kept = results[:-1], results[-1]
+                memory.kept = memory.kept if second else kept
             if carried is None:
                 return results
             denoised, log_ratio, *gradient = results
@@ -352,3 +370,7 @@ class Sampler:
         """
         function = self.job.called(guidances, keep)
         return self._functions(function.identity, example, partial(self._runtime.build, function, example))
+
+
+def _remember(guidances: Sequence[Guidance]) -> bool:
+    return any(guidance.remembers for guidance in guidances)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dgfast import __version__
-from dgfast.errors import UserError
+from dgfast.errors import UserError, one_line
 from dgfast.export import onnx_file
 from dgfast.export.parity import Case, Report, Row, Runs, Tensors
 from dgfast.export.proof import tolerance
@@ -95,7 +95,7 @@ class FunctionSubject:
 
 
 def export_onnx(
-    function: Function, example: Example, path: str | Path, *, dynamic: Sequence[str] = (),
+    function: Function, example: Example, path: str | Path, *, dynamic: str | Sequence[str] = (),
     others: Sequence[Example] = (), opset: int = onnx_file.OPSET,
 ) -> Report:  # fmt: skip
     """Write a pure function of tensors, gradients inside, as one ONNX file, which is kept only if it is right.
@@ -160,19 +160,39 @@ def export_tensorrt(
 
 
 def _subject(
-    function: Function, example: Example, dynamic: Sequence[str], others: Sequence[Example]
+    function: Function, example: Example, dynamic: str | Sequence[str], others: Sequence[Example]
 ) -> FunctionSubject:
-    of_tensors = flat(function, example)
+    of_tensors, dynamic = flat(function, example), (dynamic,) if isinstance(dynamic, str) else tuple(dynamic)
     for name in dynamic:
         if name not in of_tensors.inputs or not of_tensors.example[name].dim():
             known = ", ".join(n for n, x in of_tensors.example.items() if x.dim())
             raise UserError(f"dynamic={name}: there is no such argument with a first size; there are {known}")
-    return FunctionSubject(of_tensors, tuple(dynamic), tuple(named(of_tensors, other) for other in others))
+    subject = FunctionSubject(of_tensors, dynamic, tuple(named(of_tensors, other) for other in others))
+    if dynamic:
+        _require_open(subject)
+    return subject
+
+
+def _require_open(subject: FunctionSubject) -> None:
+    """
+    Raises:
+        UserError: the function takes the open size of the example alone.
+    """
+    try:
+        subject.forms(None)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise UserError(one_line(
+            f"dynamic={','.join(subject.open)}: the function fails for another first size, {error}; name all the "
+            "arguments that have it"
+        )) from error  # fmt: skip
 
 
 def _onnx(subject: FunctionSubject, path: Path, opset: int, target: str) -> Report:
     first = next((x for x in subject.function.example.values() if x.dim()), torch.zeros(1))
     batch, path = None if subject.open else len(first), _suffixed(path, ".onnx")
+    doubles = {name for name, x in subject.function.example.items() if x.dtype == torch.float64}
+    if doubles and subject.dtype != "float64":
+        raise UserError(f"{', '.join(sorted(doubles))} in double precision, others in single: a file has one, give one")
     with _traced():
         return onnx_file.export(
             subject, path, batch=batch, dtype=subject.dtype, opset=opset, target=target,
@@ -199,4 +219,6 @@ def _suffixed(path: str | Path, suffix: str) -> Path:
         raise UserError(f"{path}: give a name that ends in {suffix}")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file")
     return path

@@ -25,6 +25,7 @@ def joint(networks: Networks, sampling: SamplingConfig, guidance: GuidanceConfig
         function.name, function, function.inputs, function.outputs, dict(function.weights),
         (*(step.sigma for step in made.steps), 0.0), made.shape, made.classes,
         isinstance(net, Preconditioner) and not isinstance(net, EDMPrecond), path, made.conditions,
+        {name: image.float() for name, image in function.images.items()},
     )  # fmt: skip
 
 

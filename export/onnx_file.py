@@ -38,6 +38,8 @@ def export(
 ) -> Report:
     """Write `subject` to `path`, reopen it, compare the two, and leave the file there only if it is right.
 
+    What lay there before stays if the function cannot be written.
+
     Args:
         batch: None leaves it open. dtype: of the matrix products, "float32" or "fp16"; or "float64", of all numbers.
         target: who reads the file, "onnxruntime", "onnxruntime-cuda" or "tensorrt".
@@ -46,8 +48,8 @@ def export(
         ParityError: what is wrong with the file, which is then gone; its report stays.
         UserError: the function cannot be exported.
     """
+    counted = _written(subject, path, batch, dtype, opset, target, metadata)
     try:
-        counted = _written(subject, path, batch, dtype, opset, target, metadata)
         say(f"{counted.total()} nodes: {', '.join(f'{op} {n}' for op, n in counted.most_common())}")
         report = _proved(path, subject, batch, dtype, target)
         report.write(path, metadata, dtype=dtype, nodes=dict(counted.most_common()))

@@ -20,6 +20,7 @@ from dgfast.export.joint_graph import generator, joint
 from dgfast.export.onnx_file import OPSET, export
 from dgfast.export.subject import Joint, Subject
 from dgfast.graph.agreement import PREDICTS_NOISE
+from dgfast.manifest import recorded
 from dgfast.networks import load
 from dgfast.runtimes.onnx.cuda import FUSED
 
@@ -69,7 +70,7 @@ class Request:
             "sigmas": json.dumps(subject.sigmas),
             "weights": json.dumps(subject.weights),
             "sampling": json.dumps(asdict(self.sampling)),
-            "guidance": json.dumps(asdict(self.guidance)),
+            "guidance": json.dumps(recorded(self.guidance)),
             PREDICTS_NOISE: json.dumps(subject.predicts_noise),
         }
 

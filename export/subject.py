@@ -107,6 +107,7 @@ class Joint(_OfSamples):
         predicts_noise: the network does, see `agreement.least_sizes`.
         path: of flow matching, of which x are states; None: they are clean images with noise.
         conditions: the denoiser's extra inputs, by name: one sample's shape.
+        images: what the guidances know of images [1 or B, C, H, W], which are inputs too.
     """
 
     what: str
@@ -120,6 +121,7 @@ class Joint(_OfSamples):
     predicts_noise: bool = False
     path: Path | None = None
     conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    images: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, inputs: Tensors) -> dict[str, Tensor]:
         """The eager reference: state and noise levels in double precision, as a sampler has them."""
@@ -127,7 +129,7 @@ class Joint(_OfSamples):
         return _run(self.function, arguments, self.outputs)
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
-        names = "x", "x_next", "noise", "denoised_last", "denoised", "shift", "variance", "velocity"
+        names = "x", "x_next", "noise", "denoised_last", "denoised", "shift", "variance", "velocity", *self.images
         images = dict.fromkeys(names, self.image)
         numbers = dict.fromkeys(("sigma", "sigma_next", "sigma_last", "log_least", "log_most", "log_ratio"), ())
         return {**images, **numbers, **self.conditions, "class_labels": (self.label_dim,)}
@@ -147,6 +149,7 @@ class Joint(_OfSamples):
         values["class_labels"] = F.one_hot(classes, max(self.label_dim, 1)).float()
         values |= {key: torch.randn(count, *shape, generator=generator) for key, shape in self.conditions.items()}
         values |= {key: torch.tensor([value]) for key, value in (self.weights | dict(weights or {})).items()}
+        values |= {key: image[:1].expand(count, *self.image).contiguous() for key, image in self.images.items()}
         return Case(name, {key: values[key] for key in self.inputs}, least_sizes(self.predicts_noise, values))
 
     def _noisy(self, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
@@ -164,14 +167,25 @@ class Joint(_OfSamples):
         return replace(case, name=f"{case.name}, last step", inputs=to_zero)
 
     def amplified(self, name: str, levels: Sequence[float], seed: int) -> Case:
-        """A case whose weights make the guidance as large as the image, so that an error in it cannot hide."""
-        zero, usual = off_values(), self.case(name, levels, seed)
-        off = self.case(name, levels, seed, {key: zero[key] for key in self.weights})
-        plain, guided = (self(case.inputs)[self.outputs[0]] for case in (off, usual))
-        share = float((guided - plain).abs().max() / plain.abs().max())
-        factor = min(1 / share, 1e6) if share else 1.0
-        raised = {k: zero[k] + factor * (w - zero[k]) for k, w in self.weights.items() if k != "dg_boost"}
-        return self.case(name, levels, seed, raised)
+        """A case whose weights make the guidance as large as the image, so that an error in it cannot hide.
+
+        As large in the sample where it is largest: errors are a share of each sample's own image.
+        """
+        zero = off_values()
+
+        def raised(factor: float) -> Case:
+            weights = {k: zero[k] + factor * (w - zero[k]) for k, w in self.weights.items() if k != "dg_boost"}
+            return self.case(name, levels, seed, weights)
+
+        plain = self(self.case(name, levels, seed, {key: zero[key] for key in self.weights}).inputs)[self.outputs[0]]
+
+        def share(case: Case) -> float:
+            added = (self(case.inputs)[self.outputs[0]] - plain).abs().flatten(1).amax(1)
+            return float((added / plain.abs().flatten(1).amax(1).clamp(min=1e-12)).max())
+
+        usual = share(raised(1.0))
+        factor = min(1 / usual, 1e6) if usual else 1.0
+        return raised(factor / max(share(raised(factor)), 1.0))  # not every correction is proportional to its weight
 
     def cases(self, batch: int) -> list[Case]:
         """Noise levels inside and outside of the window; the guidance as it is and amplified."""

@@ -48,6 +48,7 @@ SHORT = (
     (r"--out (?:cold|warm)$|benchmarks[./]|to_trt|^dgfast evaluate", "{} --help"),
     (r"to_package", "{} --help"),
     (r"package_only|TORCH=", "ls examples/package_only.cpp"),
+    (r"examples/observe\.py", "ls examples/observe.py"),
     (r"examples/(?:forces|guided_diffusers)", "ls examples"),  # tests/export/test_functions.py runs them
     (r"export/to_onnx\.py .*--(?:batch|what step)|--engine", "{} --help"),
     (r"dgfast[ .]sample .*--one-step", "{} --seeds 0-15"),

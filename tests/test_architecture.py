@@ -23,7 +23,7 @@ ROOMS = {
     "extras": ({"errors"}, set()),
     "ranges": (set(), set()),
     "files": (set(), set()),
-    "manifest": ({"errors", "files"}, set()),
+    "manifest": ({"config", "errors", "files", "guidance"}, set()),
     "job_folder": (
         {"config", "errors", "files", "image_folder", "manifest", "outputs", "ranges"},
         {"numpy", "filelock"},
@@ -42,7 +42,7 @@ ROOMS = {
     "denoiser": ({"flow", "magnitude", "noise_levels"}, {"torch"}),
     "nets": ({"denoiser", "errors", "extras", "magnitude", "ops"}, {"torch", "numpy", "diffusers"}),
     "presets": ({"errors"}, set()),
-    "guidance": ({"errors", "vp"}, {"torch"}),
+    "guidance": ({"bounds", "errors", "vp"}, {"torch", "numpy"}),
     "functions": ({"errors", "graph", "runtimes"}, {"torch"}),
     "graph": ({"IMPORTED_AT", "errors", "ops"}, {"torch"}),
     "runtimes": ({"bounds", "devices", "errors", "extras", "graph", "ops"}, {"torch", "numpy", "onnx", "onnxruntime"}),

@@ -17,6 +17,7 @@ from dgfast.guidance import OUTSIDE_WINDOW
 from tests.support.golden import Golden, NetFactory, correction_of, every_nth
 from tests.support.golden_dit import judge_dit
 from tests.support.golden_edm2 import judge_edm2_sampler, judge_encoders, judge_phema
+from tests.support.golden_guidance import judge_guiders
 from tests.support.golden_networks import (
     gradient_calls,
     gradient_guidance,
@@ -27,6 +28,7 @@ from tests.support.golden_networks import (
     judge_gradient,
     judge_pickle,
 )
+from tests.support.golden_posterior import judge_posterior
 from tests.support.golden_samplers import judge_adm, judge_dg_sampler, judge_edm_sampler, judge_vpsde
 from tests.support.golden_sit import judge_sit
 
@@ -39,6 +41,10 @@ def kind_of(meta: dict[str, Any]) -> str:
         return "adm"
     if source.startswith("alsdudrla10/DG_imagenet"):
         return "dit"
+    if "diffusers" in source and "guiders" in source:
+        return "guiders"
+    if "pigdm_tau2" in meta.get("config", {}):
+        return "posterior"
     if source.startswith("willisma/SiT"):
         return "sit"
     if "vpsde" in source:
@@ -83,9 +89,11 @@ def test_golden_outputs_agree_with_the_official_code(
         "encoders": lambda: judge_encoders(golden),
         "phema": lambda: judge_phema(golden),
         "dg sampler": lambda: judge_dg_sampler(golden, monkeypatch),
+        "guiders": lambda: judge_guiders(golden),
         "vpsde": lambda: judge_vpsde(golden),
         "adm": lambda: judge_adm(golden, monkeypatch),
         "dit": lambda: judge_dit(golden, monkeypatch),
+        "posterior": lambda: judge_posterior(golden),
         "pickle": lambda: judge_pickle(golden),
         "sit": lambda: judge_sit(golden),
     }

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from dgfast.errors import UserError
 from dgfast.functions.flat import Example, Flat, call_of, flat
@@ -42,14 +43,23 @@ def compile(
         raise UserError(f"runtime {runtime!r}: a function is compiled by {' or '.join(_ALLOWED)}")
     of_tensors, way = flat(function, example), RUNTIMES[runtime]
     try:
-        built = way.whole(of_tensors, list(of_tensors.example.values()))
+        whole = way.whole(of_tensors, list(of_tensors.example.values()))
     except UntraceableError as error:
         raise UserError(untraceable(error)) from error
+    device = next(iter(of_tensors.example.values())).device
+
+    def built(*tensors: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(device.type, enabled=False):  # the trace has what was cast already
+            return whole(*tensors)
+
     for trial in trials(of_tensors, [named(of_tensors, other) for other in others], {}):
         _require_agreement(of_tensors, built, trial, DOUBLE if in_double(of_tensors) else way.tolerance)
 
     def compiled(*arguments: Any, **keywords: Any) -> Any:
-        return of_tensors.structured(built(*of_tensors.tensors(*arguments, **keywords)))
+        tensors = of_tensors.tensors(*arguments, **keywords)
+        if any(isinstance(x, FakeTensor) for x in tensors):
+            raise UserError("a compiled function cannot be traced again: give the function that it was made of")
+        return of_tensors.structured(built(*tensors))
 
     return compiled
 

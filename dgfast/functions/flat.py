@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Flat:
     outputs: tuple[str, ...]
     _arguments: TreeSpec
     _results: TreeSpec
+    own_weights: ClassVar[bool] = True  # see `graph.cache.lowered`
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -70,6 +71,8 @@ def flat(function: Callable[..., Any], example: Example) -> Flat:
     Raises:
         UserError: it is not, or arguments or results are no tensors; an error of the function comes as it is.
     """
+    if not callable(function):
+        raise UserError(f"an object of type {type(function).__name__}: give a function of tensors")
     arguments, keywords = call_of(example)
     named, spec = _flattened(function, arguments, keywords)
     if not named:
@@ -87,6 +90,8 @@ def flat(function: Callable[..., Any], example: Example) -> Flat:
     for name, (_, x) in zip(outputs, leaves, strict=True):
         if not isinstance(x, Tensor):
             raise UserError(f"the function returns {name}, a {type(x).__name__}: let it return tensors")
+        if x.is_complex() or not x.numel():
+            raise UserError(f"the function returns {name}, {_form(x)}: let it return real tensors with elements")
     if not outputs or len(set(outputs)) < len(outputs):
         raise UserError(f"the function returns {', '.join(outputs) or 'nothing'}: results need names of their own")
     return Flat(function, example_of, tuple(outputs), spec, result_spec)
@@ -96,6 +101,8 @@ def call_of(example: Example) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Positional and keyword arguments of an example."""
     if isinstance(example, Mapping):
         return (), example
+    if not isinstance(example, Tensor | Sequence):
+        raise UserError(f"the example is a {type(example).__name__}: give a tensor, a tuple of arguments, or a dict")
     return ((example,) if isinstance(example, Tensor) else tuple(example)), {}
 
 
@@ -119,7 +126,7 @@ def _flattened(
     for name, x in named.items():
         if not isinstance(x, Tensor):
             raise UserError(f"{name} is a {type(x).__name__}: give a tensor, or bind it with functools.partial")
-        if x.dtype not in _DTYPES or not x.numel() or x.layout != torch.strided:
+        if x.dtype not in _DTYPES or not x.numel() or x.layout != torch.strided or x.is_meta:
             kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise UserError(f"{name} is {_form(x)}: give a dense tensor with elements, of {kinds}")
     return named, spec

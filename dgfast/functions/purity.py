@@ -46,8 +46,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
         return False
     finite = a.isfinite()
-    a, b = (x.detach().double() if not x.is_complex() else x.detach() for x in (a, b))
-    a, b = torch.where(finite, a, 0), torch.where(finite, b, 0)
+    a, b = (torch.where(finite, x.detach(), 0) for x in (a, b))
+    a, b = (torch.view_as_real(x) if x.is_complex() else x.double() for x in (a, b))
     return not a.numel() or relative_error(b, a, torch.zeros(())) <= _SAME or bool((a == b).all())
 
 

@@ -25,7 +25,7 @@ from dgfast.graph.cache_folder import cache_folder
 from dgfast.graph.environment import environment
 from dgfast.graph.key import NamelessError, digest, written
 from dgfast.graph.lower import fold_constants, unfolded
-from dgfast.graph.nodes import constant
+from dgfast.graph.nodes import constant, copy_constants
 from dgfast.graph.trace import trace
 
 NAME = "name"
@@ -39,6 +39,8 @@ _MOST_BYTES = 4 << 20  # of constants that are not the function's own tensors
 def lowered(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
     """`function` traced and lowered channels-last for the shapes of `example`, or read from an earlier run's file.
 
+    Its weights are those of the networks, where they lie; copies, if the function says that it has `own_weights`.
+
     Raises:
         UserError: as `trace.trace`.
     """
@@ -49,6 +51,8 @@ def lowered(function: Function, example: Sequence[Tensor | None]) -> GraphModule
         if path:
             _keep(path, graph, tensors)
     fold_constants(graph)
+    if getattr(function, "own_weights", False):
+        copy_constants(graph)
     graph.meta[NAME] = path and path.stem
     return graph
 

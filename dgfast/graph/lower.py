@@ -4,6 +4,7 @@ What remains of the backward pass is rewritten in terms of forward operations (a
 convolution), and whatever depends on weights alone is computed here, once.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,6 +105,8 @@ class _Lowering(Interpreter):
             dense = _dense(x)
             dx, *nothing = target(_like(grad.reshape(dense.shape), dense), dense, *rest)
             return dx.reshape(x.shape), *nothing
+        if target is aten.upsample_nearest2d_backward.default:
+            return _blocks_summed(args[0], args[2]) if _is_whole(args[1], args[2]) else target(*args)
         if target in (aten.view.default, aten._unsafe_view.default):
             return aten.reshape.default(*args)  # a view of the layout that was traced may be a copy in another
         if target is aten._safe_softmax.default:
@@ -148,6 +151,17 @@ class _Lowering(Interpreter):
             for i, o, s, p, r in zip(x.shape[2:], grad.shape[2:], stride, padding, reach, strict=True)
         ]
         return self._convolution(grad, weight, None, stride, padding, dilation, True, extra, groups)
+
+
+def _is_whole(large: Sequence[int], small: Sequence[int]) -> bool:
+    """Whether images of the one size have a whole number of pixels for each of the other's."""
+    return all(a % b == 0 for a, b in zip(large, small[2:], strict=True))
+
+
+def _blocks_summed(grad: Tensor, size: Sequence[int]) -> Tensor:
+    """The sums [B, C, *size] over blocks of pixels: the input gradient of repeating each pixel."""
+    block = [a // b for a, b in zip(grad.shape[2:], size[2:], strict=True)]
+    return aten.avg_pool2d.default(grad, block) * math.prod(block)
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -21,6 +21,20 @@ def constant(graph: GraphModule, node: Node) -> Tensor:
     return value.detach()
 
 
+def copy_constants(graph: GraphModule) -> None:
+    """Give the graph tensors of its own, in place: what happens to the networks' is no matter of it any more."""
+    copies = dict[int, torch.UntypedStorage]()
+    for number, node in enumerate(graph.graph.find_nodes(op="get_attr")):
+        held = constant(graph, node)
+        memory = held.untyped_storage()
+        if memory._cdata not in copies:
+            copies[memory._cdata] = memory.clone()
+        place = held.storage_offset(), held.shape, held.stride()
+        node.target = f"_own_{number}"
+        graph.register_buffer(node.target, held.new_empty(0).set_(copies[memory._cdata], *place), persistent=False)
+    graph.recompile()
+
+
 def substitute(graph: GraphModule, node: Node, module: nn.Module, arguments: Sequence[Any]) -> None:
     """Call a module on `arguments` instead of what the node does."""
     name = f"{type(module).__name__.lower()}_{node.name}"

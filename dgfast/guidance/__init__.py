@@ -10,18 +10,31 @@ because the score is (D - x) / sigma^2 and a noise-aware network reads images at
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dgfast.guidance.adaptive_projected import AdaptiveProjectedGuidance
 from dgfast.guidance.autoguidance import Autoguidance
+from dgfast.guidance.cfg_plus_plus import CFGPlusPlus
 from dgfast.guidance.classifier import ClassifierGuidance
 from dgfast.guidance.classifier_free import ClassifierFreeGuidance
 from dgfast.guidance.declaration import GUIDANCES, Guidance, Repair, option
 from dgfast.guidance.discriminator import DiscriminatorGuidance
+from dgfast.guidance.frequency_decoupled import FrequencyDecoupledGuidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
+from dgfast.guidance.loss import LossGuidance
 from dgfast.guidance.low_density import LowDensityGuidance
+from dgfast.guidance.magnitude_aware import MagnitudeAwareGuidance
+from dgfast.guidance.observation import Mask, ObservationGuidance
 from dgfast.guidance.perturbed_attention import PerturbedAttentionGuidance
+from dgfast.guidance.pixel_norm import PixelNorm
 from dgfast.guidance.predicted_clean import PredictedCleanGuidance
+from dgfast.guidance.renorm import Renorm
+from dgfast.guidance.rescale import Rescale
 from dgfast.guidance.schedule import WeightSchedule
 from dgfast.guidance.skip_layer import SkipLayerGuidance
 from dgfast.guidance.smoothed_energy import SmoothedEnergyGuidance
+from dgfast.guidance.tangential import TangentialGuidance
+from dgfast.guidance.thresholding import DynamicThreshold
+from dgfast.guidance.unconditional import UnconditionalGuidance
+from dgfast.guidance.zero_star import CFGZeroStar
 
 if TYPE_CHECKING:
     from dgfast.guidance.compose import Denoiser, GuidedDenoiser, guided_denoiser, guided_posterior
@@ -31,20 +44,34 @@ if TYPE_CHECKING:
 __all__ = [
     "GUIDANCES",
     "OUTSIDE_WINDOW",
+    "AdaptiveProjectedGuidance",
     "Autoguidance",
+    "CFGPlusPlus",
+    "CFGZeroStar",
     "CarriedGradient",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "Denoiser",
     "DiscriminatorGuidance",
+    "DynamicThreshold",
+    "FrequencyDecoupledGuidance",
     "Guidance",
     "GuidedDenoiser",
+    "LossGuidance",
     "LowDensityGuidance",
+    "MagnitudeAwareGuidance",
+    "Mask",
+    "ObservationGuidance",
     "PerturbedAttentionGuidance",
+    "PixelNorm",
     "PredictedCleanGuidance",
+    "Renorm",
     "Repair",
+    "Rescale",
     "SkipLayerGuidance",
     "SmoothedEnergyGuidance",
+    "TangentialGuidance",
+    "UnconditionalGuidance",
     "WeightSchedule",
     "gradient_keeping_denoiser",
     "guided_denoiser",

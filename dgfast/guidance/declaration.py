@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_ty
 from dgfast.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from dgfast.config import GuidanceConfig
@@ -44,6 +45,7 @@ class Option:
         attribute: of the guidance, which then is a weight and under `input` an input of an exported file. off: the
             value of that weight that guides nothing. second: it holds at the solver's second point alone.
         inside: another value needs another exported file. exported: there are such files at all.
+        file: it names a file, whose content counts and not its name. No bundle may have one.
     """
 
     name: str
@@ -59,11 +61,14 @@ class Option:
     second: bool
     inside: bool
     exported: bool
+    file: bool
 
     def check(self, value: Any) -> None:
         """Raises UserError for a value that it may not have."""
         if value is None and self.default is None:
             return
+        if self.file and not (isinstance(value, str) and value.isprintable()):
+            raise UserError(f"{self.name} {value!r:.80} is not the name of a file")
         if self.choices and value not in self.choices:
             raise UserError(f"{self.name} {value!r} is not one of {', '.join(self.choices)}")
         if self.kind is float and not math.isfinite(value):
@@ -84,13 +89,13 @@ class Option:
 def option(
     default: T, help: str, symbol: str | None = None, *, choices: tuple[str, ...] = (), least: int | None = None,
     attribute: str | None = None, input: str | None = None, off: float | None = None, second: bool = False,
-    inside: bool = True, exported: bool = True,
+    inside: bool = True, exported: bool = True, file: bool = False,
 ) -> T:  # fmt: skip
     """A field of a guidance's `Options`, see `Option`; with the default, a guidance does nothing."""
     about = {
         "help": help, "symbol": symbol, "choices": choices, "least": least, "attribute": attribute, "input": input,
         "off": default if off is None else off, "second": second, "inside": inside and exported and not attribute,
-        "exported": exported,
+        "exported": exported, "file": file,
     }  # fmt: skip
     return field(default=default, metadata=about)
 
@@ -107,7 +112,7 @@ class Guidance(ABC):
             With a gradient it is one toward a log-density, whose gate is weight x `denoiser_gate`; the ancestral form
             puts the step's variance in that one's place. With a backward pass, `correct` gets an x that requires a
             gradient and a `denoised` that was made of it. With neither, it mixes denoisers. The last two correct the
-            denoised image whatever the solver.
+            denoised image whatever the solver. Properties, where they depend on how a guidance was made.
         mixes_velocities: it mixes what its networks predict, so that it mixes velocities as well, see
             `guidance.velocity`; its fields are the networks.
     """
@@ -119,10 +124,21 @@ class Guidance(ABC):
     use: ClassVar[str] = ""
     roles: ClassVar[tuple[str, ...]] = ()
     evaluations: ClassVar[int] = 0
-    gradients: ClassVar[int] = 0
-    backwards: ClassVar[int] = 0
     mixes_velocities: ClassVar[bool] = False
     config: ClassVar[type | None] = None
+
+    levels: Sequence[float] = ()
+    """Of the plan, of a guidance that goes by its steps: another plan needs another exported file. See `along`."""
+    second: bool = False
+    """Of such a guidance: it is one of the solver's second point."""
+
+    @property
+    def gradients(self) -> int:
+        return 0
+
+    @property
+    def backwards(self) -> int:
+        return 0
 
     def __init_subclass__(cls) -> None:
         if "Options" in vars(cls):
@@ -147,6 +163,13 @@ class Guidance(ABC):
     @classmethod  # noqa: B027 - most have nothing to refuse
     def check(cls, config: GuidanceConfig) -> None:
         """Raises UserError for options that contradict one another; each by itself is fine."""
+
+    @classmethod
+    def require_on(cls, config: GuidanceConfig, *names: str) -> None:
+        """Raises UserError for one of these options that is set while the guidance itself is off."""
+        idle = [one.name for one in cls.options() if one.name in names and getattr(config, one.name) != one.default]
+        if idle and not cls.on(config):
+            raise UserError(f"{idle[0]} needs {next(iter(cls.weights().values())).name}, which turns {cls.name} on")
 
     @classmethod
     def make(cls, networks: Networks, config: GuidanceConfig) -> Self:
@@ -192,12 +215,39 @@ class Guidance(ABC):
         changes = {key: getattr(config, one.name) for key, one in self.weights(second=True).items() if one.second}
         return replace(self, **changes) if changes else self  # type: ignore[type-var]
 
-    def along(self, levels: Sequence[float]) -> Self:
-        """The same guidance for a plan of these noise levels, highest first and 0 last; most act alike on every plan.
+    def fitted(self, shape: Sequence[int], device: torch.device) -> Self:
+        """The same guidance for images of this shape, [C, H, W], on this device; most take any.
 
-        At the solver's second point the levels begin with the second one, at which that point lies.
+        Raises:
+            UserError: it does not fit them.
         """
         return self
+
+    def images(self) -> dict[str, Tensor]:
+        """What of it is images [1 or B, C, H, W], each by the name that it has as an input of an exported file."""
+        return {}
+
+    def with_images(self, given: Mapping[str, Tensor]) -> Self:
+        """The same guidance with those of `given` that have the names of its `images` in their place."""
+        return self
+
+    def along(self, levels: Sequence[float], second: bool = False) -> Self:
+        """The same guidance for a plan of these noise levels, highest first and 0 last; most act alike on every plan.
+
+        Args:
+            second: for the calls at the solver's second point, where a step from one level to the next one ends.
+        """
+        return self
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it keeps something from call to call: in a function of `memory.remembering`, its `memory`."""
+        return False
+
+    @property
+    def needs_plain_steps(self) -> str:
+        """The option by which it has a meaning only where each step follows the denoised images of its own."""
+        return ""
 
     @classmethod
     def needed(cls, network: T | None, role: str) -> T:
@@ -215,20 +265,26 @@ class Repair(Guidance):
     """What mends denoised images that guidances have mixed, such as colours that a large scale has burnt.
 
     Repairs come after all guidances that mix, in the order of their declaration, for they do not commute; before
-    `clip_denoised` and before the guidances by gradients.
+    `clip_denoised` and before the guidances by gradients. One of what mixing does to an image, and not of any image
+    like `DynamicThreshold`, returns `plain` as it is where nothing was mixed in.
     """
 
     @abstractmethod
     def repaired(self, x: Tensor, sigma: Tensor, mixed: Tensor, plain: Tensor) -> Tensor:
-        """The images [B, C, H, W] in the place of `mixed`; `plain` are those before any guidance. Pure.
-
-        Where `mixed` is `plain`, it returns them as they are.
-        """
+        """The images [B, C, H, W] in the place of `mixed`; `plain` are those before any guidance. Pure."""
 
     def correct(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         raise TypeError(f"{type(self).__name__} is a repair: it corrects nothing by itself")
+
+
+def configure(record: type) -> None:
+    """Let `record` have the options of all guidances, of those declared before it and of those to come."""
+    Guidance.config = record
+    for guidance in GUIDANCES:
+        if not {one.name for one in guidance.options()} <= {one.name for one in fields(record)}:
+            _grow(record, guidance.Options)
 
 
 def guiding(config: GuidanceConfig) -> Iterator[type[Guidance]]:

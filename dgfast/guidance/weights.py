@@ -17,12 +17,17 @@ def weights(guidances: Sequence[Guidance], second: bool = False) -> dict[str, An
     return {name: getattr(guidance, attribute) for guidance, name, attribute in _named(guidances, second)}
 
 
+def images(guidances: Sequence[Guidance]) -> dict[str, Tensor]:
+    """The images of each guidance, by the names that they have as inputs: [1 or B, C, H, W]."""
+    return {name: image for guidance in guidances for name, image in guidance.images().items()}
+
+
 def with_weights(
     guidances: Sequence[Guidance], inputs: Mapping[str, Tensor], second: bool = False
 ) -> tuple[Guidance, ...]:
-    """The guidances with the weights of these inputs, one number each, in place of their own."""
+    """The guidances with what these inputs hold in place of their own: weights, one number each, and images."""
     return tuple(
-        replace(guidance, **{key: inputs[name] for _, name, key in _named([guidance], second)})  # type: ignore[type-var]
+        replace(guidance, **{key: inputs[name] for _, name, key in _named([guidance], second)}).with_images(inputs)  # type: ignore[type-var]
         for guidance in guidances
     )
 

@@ -33,7 +33,7 @@ class DDPM(Solver):
     """Draws each state anew, with the network's own variance where it learns one."""
 
     name, order, sigma_alone, unit_start = "ddpm", 1, True, True
-    function = "posterior"
+    function, plain_steps = "posterior", False
 
     @property
     def inputs(self) -> tuple[str, ...]:

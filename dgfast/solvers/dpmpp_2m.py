@@ -33,7 +33,7 @@ def dpmpp_2m_step(
 class DPMpp2M(Solver):
     """Extrapolates the denoised images from the last step's and this one's."""
 
-    name, order, sigma_alone = "dpmpp-2m", 2, True
+    name, order, sigma_alone, plain_steps = "dpmpp-2m", 2, True, False
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ _NOT_OF_A_PATH = (
 class FlowSolver(Solver):
     """A solver along a path; its `coords` are a `flow.FlowCoordinates`."""
 
-    function = "velocity"
+    function, plain_steps = "velocity", False
 
     @property
     def path(self) -> Path:

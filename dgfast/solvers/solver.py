@@ -41,6 +41,8 @@ class Solver(ABC):
         sigma_alone: it steps in sigma, without churn, other schedules and scaling.
         unit_start: it starts at unit variance, as DDPM does: as if the state were all noise.
         takes_eta: its noise has a size, `eta`.
+        plain_steps: each step goes toward the denoised images of its own calls; not of earlier ones, nor by a posterior
+            or a velocity.
         takes_diffusion: its noise has a size along a path, `diffusion`, and a last step without. reversible: it can go
             back from images to noise.
     """
@@ -55,6 +57,7 @@ class Solver(ABC):
     sigma_alone: ClassVar[bool] = False
     unit_start: ClassVar[bool] = False
     takes_eta: ClassVar[bool] = False
+    plain_steps: ClassVar[bool] = True
     takes_diffusion: ClassVar[bool] = False
     reversible: ClassVar[bool] = False
 

@@ -1,6 +1,7 @@
 """`--help`: sections, symbols and what the bundle says, without torch."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,11 +14,11 @@ from click.testing import CliRunner
 
 from dgfast import __version__, sample
 from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.guidance import GUIDANCES, Guidance
 from dgfast.options import Command, Group, Option, sections_of_help
 from tests.support.paths import ROOT
 
 _MODULES = ["sample", "convert", "evaluate", "train", "export.to_onnx", "export.to_trt"]
-_GUIDANCES = [section for section in sections_of_help() if section not in list(Group)]
 
 
 def _help(*arguments: str) -> str:
@@ -78,11 +79,10 @@ def test_help_needs_no_bundle_that_can_be_read(text: str | None, tmp_path: Path)
     assert "--steps" in _help("--bundle", str(tmp_path))
 
 
-@pytest.mark.parametrize("section", _GUIDANCES)
-def test_the_symbols_of_a_guidances_options_are_those_of_its_formula(section: str) -> None:
-    formula, parameters = section.split(", ", 1)[1], sample.main.get_params(click.Context(sample.main))
-    weights = {"w", "s", "a", "b", "p"} & {str(p.metavar) for p in parameters if getattr(p, "group", None) == section}
-    assert weights and all(f"{weight} " in formula for weight in weights)
+@pytest.mark.parametrize("guidance", GUIDANCES, ids=lambda guidance: guidance.name)
+def test_the_symbols_of_a_guidances_weights_are_those_of_its_formula(guidance: type[Guidance]) -> None:
+    symbols = {one.symbol for one in guidance.options() if one.attribute and one.symbol}
+    assert symbols and all(re.search(rf"\b{symbol}\b", guidance.formula) for symbol in symbols)
 
 
 @pytest.mark.parametrize("module", ["sample", "convert", "evaluate", "train"])

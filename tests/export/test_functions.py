@@ -124,9 +124,13 @@ def test_functions_that_vanish_are_judged_by_their_rounding() -> None:
         (lambda x: torch.cat([x, x]), torch.ones(3), {"dynamic": ["x"]}, r"multiple of the batch: export it for one"),
         (lambda x: x.sum() * torch.eye(len(x)), torch.ones(3), {"dynamic": ["x"]}, r"batch: export it for one"),
         (F.silu, torch.ones(3), {"dynamic": ["y"]}, r"dynamic=y: there is no such argument .*; there are input"),
+        (lambda x: x / len(x), torch.ones(3), {"dynamic": "x"}, r"a number that depends on the batch"),
+        (lambda x: x * (1 / len(x)), torch.ones(3), {"dynamic": "x"}, r"a number depends on the batch, 0\.5 and 0\.33"),
+        (lambda x: x + torch.ones(3), torch.ones(3), {"dynamic": "x"}, r"fails for another .*; name all the arguments"),
+        (lambda x: (x + torch.ones(3).bfloat16()).float(), torch.ones(3), {}, r"cannot export .*type bfloat16"),
         (F.silu, torch.ones(3, dtype=torch.float16), {}, r"input is float16 \[3\]: give a dense tensor"),
     ],
-    ids=["operation", "item", "twice", "square", "name", "half"],
+    ids=["operation", "item", "twice", "square", "name", "size", "share", "fixed", "bfloat16", "half"],
 )  # fmt: skip
 def test_functions_that_cannot_be_files_are_refused_in_a_line(
     function: Any, example: Tensor, options: dict[str, Any], says: str, tmp_path: Path
@@ -134,6 +138,19 @@ def test_functions_that_cannot_be_files_are_refused_in_a_line(
     with pytest.raises(UserError, match=says) as error:
         dgfast.export_onnx(function, example, tmp_path / "refused.onnx", **options)
     assert "\n" not in str(error.value.message) and not (tmp_path / "refused.onnx").exists()
+
+
+def test_functions_file_stays_where_another_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "norm.onnx"
+    dgfast.export_onnx(lambda x: x / x.norm(), torch.ones(3), path)
+    with pytest.raises(UserError, match="does not trace"):
+        dgfast.export_onnx(lambda x: x.max().item() * x, torch.ones(3), path)
+    np.testing.assert_allclose(ran(path, x=torch.tensor([0.0, 3, 4]))["output"], [0, 0.6, 0.8], rtol=1e-6)
+    with pytest.raises(UserError, match="y in double precision, others in single"):
+        dgfast.export_onnx(lambda x, y: x + y, (torch.ones(3), torch.ones(3).double()), path)
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(UserError, match="is a folder: give the name of a file"):
+        dgfast.export_onnx(F.silu, torch.ones(3), tmp_path / "folder.onnx")
 
 
 def test_functions_files_have_the_suffix_of_their_kind(tmp_path: Path) -> None:

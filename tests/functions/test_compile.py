@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import dgfast
 from dgfast.errors import UserError
@@ -166,6 +167,10 @@ IMPURE: dict[str, tuple[Callable[..., Any], str]] = {
     "mask": (lambda x: x[x > 0], rf"does not trace: aten\.index\.Tensor depends on the values of a tensor.*{AT}"),
     "number": (lambda x: {"n": 3.0}, "returns n, a float: let it return tensors"),
     "nothing": (lambda x: (), "the function returns nothing"),
+    "imaginary": (lambda x: torch.complex(x, x), r"returns output, complex64 \[5, 3\]: let it return real tensors"),
+    "empty": (lambda x: x[:0], r"returns output, float32 \[0, 3\]: let it return real tensors with elements"),
+    "random known": (lambda x: x * torch.rand(3).max().item(), "draws random numbers"),
+    "no function": (3, "an object of type int: give a function of tensors"),  # type: ignore[dict-item]
 }
 
 
@@ -182,6 +187,12 @@ def test_compile_refuses_arguments_that_are_no_tensors() -> None:
         dgfast.compile(lambda x, s: x * s, (points(0), 2.0))
     with pytest.raises(UserError, match=r"x is float32 \[0\]: give a dense tensor with elements"):
         dgfast.compile(lambda x: x, torch.ones(0))
+    with pytest.raises(UserError, match=r"x is float32 \[1\] on meta: give a dense tensor"):
+        dgfast.compile(lambda x: x, torch.ones(1, device="meta"))
+    with pytest.raises(UserError, match=r"the example is a float: give a tensor"):
+        dgfast.compile(lambda x: x, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"does not trace: aten.nonzero.default depends on the values"):
+        dgfast.compile(torch.nonzero, torch.ones(1))
     with pytest.raises(UserError, match=r"runtime 'onnx': a function is compiled by compiled or package"):
         dgfast.compile(lambda x: x, torch.ones(1), runtime="onnx")
 
@@ -196,6 +207,55 @@ def test_compile_refuses_what_came_out_otherwise(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(RUNTIMES, "compiled", Runtime("compiled", build))
     with pytest.raises(UserError, match=r"compiled, output differs from the function's by .* on near"):
         dgfast.compile(lambda x: x.exp(), torch.ones(3))
+
+
+LABELS, MASK = torch.tensor([1, 5, 2, 0, 4]), torch.eye(5, 3) > 0
+
+
+def classes(x: Tensor) -> Tensor:
+    return torch.func.grad(lambda y: (y.repeat(1, 2).log_softmax(1) * F.one_hot(LABELS, 6)).sum())(x)
+
+
+def written_in_part(x: Tensor) -> Tensor:
+    held = torch.zeros(5, 3)
+    row = held[0]
+    row.copy_(x[0])
+    return x * held.max().item()
+
+
+KNOWN: dict[str, Callable[[Tensor], Any]] = {
+    "one_hot": classes,
+    "mask": lambda x: (x[MASK], x[:, MASK[0]], x[MASK[:, 0], 1:]),
+    "mask made": lambda x: (x[:, None] - x)[~torch.eye(5).bool()],
+    "item": lambda x: x * (LABELS + 1).float().mean().item(),
+    "branch": lambda x: x if (LABELS * 2).sum() > 3 else -x,
+    "list": lambda x: torch.stack([x[i] for i in LABELS.clamp(max=4).tolist()]),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_compile_reads_what_depends_on_no_argument(name: str) -> None:
+    compiled = dgfast.compile(KNOWN[name], points(0))
+    torch.testing.assert_close(compiled(points(1)), KNOWN[name](points(1)))
+
+
+def test_compile_reads_nothing_that_an_argument_was_written_to() -> None:
+    with pytest.raises(UserError, match="depends on the values of a tensor"):
+        dgfast.compile(written_in_part, points(0))
+
+
+def test_compiled_function_keeps_its_weights_and_types() -> None:
+    """Whatever becomes of the module, or is cast around it."""
+    net, shift = nn.Linear(3, 3), torch.ones(3)
+    function = partial(lambda x, net: net(x) + shift, net=net)
+    compiled, expected = dgfast.compile(function, points(0)), function(points(1)).detach()
+    with torch.no_grad():
+        net.weight.zero_()
+        shift.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(points(1)), expected)
+    with pytest.raises(UserError, match="cannot be traced again: give the function that it was made of"):
+        dgfast.compile(compiled, points(0))
 
 
 def test_compile_asks_for_examples_where_it_finds_none() -> None:

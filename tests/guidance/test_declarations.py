@@ -1,5 +1,7 @@
 """A guidance is one class: declared once, it is in every command line, bundle, plan and exported file."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from dgfast.guidance.declaration import all_options
 from dgfast.image_folder import read_images
 from dgfast.networks import Networks
 from dgfast.runtimes.onnx.session import OnnxEngine
+from tests.support.paths import ROOT
 
 
 @pytest.fixture
@@ -100,9 +103,24 @@ def test_declared_guidance_is_in_the_configuration_and_in_bundles(
         replace(config, brightness=float("nan"))  # type: ignore[call-arg]
 
 
+def test_declared_before_the_configuration_is_in_it_too() -> None:
+    code = """
+from dataclasses import dataclass
+from dgfast.guidance import Guidance, option
+class Early(Guidance):
+    @dataclass(frozen=True)
+    class Options:
+        early: float = option(0.0, "How early.", "w", attribute="weight")
+from dgfast import GuidanceConfig
+print(GuidanceConfig(early=0.5).early, GuidanceConfig().dg_weight)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "0.5 0.0\n", done.stderr
+
+
 def test_every_option_is_a_field_of_the_configuration_and_turns_its_guidance_on() -> None:
     names = {one.name for one in all_options()}
-    assert names <= {one.name for one in fields(GuidanceConfig)} and len(names) == 33
+    assert names <= {one.name for one in fields(GuidanceConfig)} and len(names) == 63
     assert not any(kind.on(GuidanceConfig()) or kind.on(GuidanceConfig(), second=True) for kind in GUIDANCES)
     assert [kind.name for kind in GUIDANCES if kind.on(GuidanceConfig(dg_weight_2nd=1.0), second=True)] == [
         "discriminator guidance"

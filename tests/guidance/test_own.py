@@ -21,6 +21,7 @@ class Brighter(Guidance):
 
     by: float | Tensor
     levels: tuple[float, ...] = ()
+    second: bool = False
 
     def active(self, sigma_low: float, sigma_high: float) -> bool:
         return bool(self.by)
@@ -28,8 +29,8 @@ class Brighter(Guidance):
     def correct(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor) -> Any:
         return torch.ones_like(denoised), self.by * torch.ones_like(sigma), None
 
-    def along(self, levels: Any) -> Self:
-        return replace(self, levels=tuple(levels))
+    def along(self, levels: Any, second: bool = False) -> Self:
+        return replace(self, levels=tuple(levels), second=second)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +79,12 @@ def test_own_guidance_acts_at_both_points_beside_a_configuration() -> None:
         assert all(len(step.corrector or ()) == 1 for step in brighter.steps[:-1]) == (solver == "heun")
 
 
-def test_own_guidance_hears_the_levels_of_the_plan_from_its_point_on() -> None:
+def test_own_guidance_hears_the_levels_of_the_plan_and_its_point() -> None:
     steps = Sampler(NETWORKS, replace(EULER, solver="heun"), [Brighter(0.25)]).steps
     levels = (*(step.sigma for step in steps), 0.0)
     (first,), (second,) = steps[0].predictor, steps[0].corrector or ()
     assert isinstance(first, Brighter) and isinstance(second, Brighter)
-    assert first.levels == levels and second.levels == levels[1:]
+    assert first.levels == second.levels == levels and (first.second, second.second) == (False, True)
 
 
 @pytest.mark.parametrize(

@@ -51,14 +51,16 @@ def _by_rows(
     centred = g.binary("Sub", rows, mean)
     variance = _mean_product(g, centred, centred)
     rstd = g.unary("Reciprocal", g.unary("Sqrt", g.binary("Add", variance, g.constant(eps, g.wide))))
-    slope, start = (
-        g.constant(np.full(grouped, default), g.wide) if p is None else g.cast(g.reshape(p, grouped), g.wide)
-        for default, p in ((1, weight), (0, bias))
-    )
-    wide = g.reshape(g.binary("Mul", rstd, slope), _wide(x))
-    g.normalised[rstd.name] = centred, wide
+    start = g.constant(np.zeros(grouped), g.wide) if bias is None else g.cast(g.reshape(bias, grouped), g.wide)
+    g.normalised[rstd.name] = centred
     shift = g.reshape(start, (1, *_wide(x)[1:]))
-    return g.affine(g.reshape(centred, x.shape), wide, shift), mean, rstd
+    return g.affine(g.reshape(centred, x.shape), _slope(g, x, rstd, weight, grouped), shift), mean, rstd
+
+
+def _slope(g: OnnxGraph, x: Value, rstd: Value, weight: Value | None, grouped: Shape) -> Value:
+    """r w, one number a sample and channel. Two normalisations of one image have r in common, and w not."""
+    w = g.constant(np.ones(grouped), g.wide) if weight is None else g.cast(g.reshape(weight, grouped), g.wide)
+    return g.reshape(g.binary("Mul", rstd, w), _wide(x))
 
 
 def _rows(g: OnnxGraph, x: Value, groups: int) -> Value:
@@ -112,12 +114,15 @@ def group_norm_backward(g: OnnxGraph, grad: Value, x: Value, rstd: Value, weight
     scale = None if scale is None else g.cast(scale, g.wide)
     if g.rank_4:
         return g.cast(_backward_by_channels(g, h, scale, x, rstd, weight, groups), grad.dtype)
-    return g.cast(_backward_by_rows(g, h, scale, x, rstd, groups), grad.dtype)
+    return g.cast(_backward_by_rows(g, h, scale, x, rstd, weight, groups), grad.dtype)
 
 
-def _backward_by_rows(g: OnnxGraph, h: Value, scale: Value | None, x: Value, rstd: Value, groups: int) -> Value:
+def _backward_by_rows(
+    g: OnnxGraph, h: Value, scale: Value | None, x: Value, rstd: Value, weight: Value | None, groups: int
+) -> Value:
     """own - mean(own) - x' mean(own x') with own = r g and x' = (x - m) r, which is never written down."""
-    centred, slope = g.normalised[rstd.name]
+    centred = g.normalised[rstd.name]
+    slope = _slope(g, x, rstd, weight, (1, groups, elements(x.shape[1:2]) // groups, 1))
     own = g.binary("Mul", h, slope if scale is None else g.binary("Mul", slope, scale))
     grads = _rows(g, own, groups)
     product = g.binary("Mul", _mean_product(g, grads, centred), g.binary("Mul", rstd, rstd))

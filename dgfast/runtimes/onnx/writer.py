@@ -120,6 +120,8 @@ class _Writer:
         return zip(nodes, twins, strict=True)
 
     def _constant(self, value: Tensor, twin: Tensor) -> Value:
+        if value.dtype not in NUMPY:
+            raise UserError(f"cannot export a constant of type {str(value.dtype).removeprefix('torch.')}")
         if value.shape == twin.shape:
             return self.graph.constant(value.cpu().numpy())
         sizes = _sizes(value.shape, twin.shape)
@@ -158,6 +160,8 @@ class _Writer:
             return [self._merge(a, b) for a, b in zip(one, other, strict=True)]
         if isinstance(one, dict):
             return {key: self._merge(value, other[key]) for key, value in one.items()}
+        if isinstance(one, float) and one != other and one == one:
+            raise UserError(f"a number depends on the batch, {one:g} and {other:g}: {_ONE_SIZE}")
         return _size(one, other) if isinstance(one, int) and one != other else one
 
 

@@ -82,6 +82,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "layer norm": lambda x: F.layer_norm(x + 5, (8,)) + F.layer_norm(x, (6, 8, 8), bias=PLANES),
     "gelu": lambda x: F.gelu(3 * x) + F.gelu(x, approximate="tanh"),
     "group norm": lambda x: F.group_norm(x + 5, 3, WEIGHT, BIAS),
+    "group norms of one image": lambda x: F.group_norm(x, 3, WEIGHT) * F.group_norm(x, 3, WEIGHT.flip(0) ** 2, BIAS),
     "group norm, scale, shift": lambda x: F.group_norm(x, 2, WEIGHT, BIAS) * (x.mean((2, 3), keepdim=True) + 1) + 0.5,
     "convolution": lambda x: F.conv2d(x, KERNEL, BIAS[:4], padding=1),
     "strided": lambda x: F.conv2d(x, KERNEL, stride=2, padding=1),
@@ -95,7 +96,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention": attention,
     "linear": lambda x: F.linear(x.flatten(2).transpose(1, 2), KERNEL[:, :, 0, 0], BIAS[:4]),
 }
-_FORWARD_ONLY = ("any", "comparisons", "elementwise", "gelu", "layer norm", "norms", "padding", "sums", "upsampling")
+_FORWARD_ONLY = ("any", "comparisons", "elementwise", "gelu", "layer norm", "norms", "padding", "sums")
 BACKWARD = [name for name in OPERATIONS if name not in _FORWARD_ONLY]
 
 

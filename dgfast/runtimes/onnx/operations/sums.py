@@ -56,7 +56,9 @@ def _var(
 
 
 @entry(aten.linalg_vector_norm.default)
-def _norm(g: OnnxGraph, out: Out, x: Value, order: float, axes: Any = None, keepdim: bool = False, **_: Any) -> Value:
+def _norm(
+    g: OnnxGraph, out: Out, x: Value, order: float = 2, axes: Any = None, keepdim: bool = False, **_: Any
+) -> Value:
     x, axes = g.cast(x, out.dtype), range(len(x.shape)) if axes is None else axes
     if abs(order) == math.inf:
         return g.reduce("ReduceMax" if order > 0 else "ReduceMin", g.unary("Abs", x), list(axes), keepdim)

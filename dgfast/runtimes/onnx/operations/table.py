@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from dgfast.runtimes.onnx.graph import OnnxGraph, Value
+from dgfast.runtimes.onnx.graph import Batch, OnnxGraph, Value
 
 Entry = Callable[..., Any]
 """(graph, out, *arguments, **keywords) -> Value or tuple; `out` is the shape and numpy type that torch says."""
@@ -33,4 +33,6 @@ def entry(*targets: Any) -> Callable[[Entry], Entry]:
 
 def number(g: OnnxGraph, x: Any, dtype: Any) -> Value:
     """A tensor or a plain number as a value of this type."""
+    if isinstance(x, Batch):
+        raise NoFormError("a number that depends on the batch: export it for one batch size")
     return g.cast(x, dtype) if isinstance(x, Value) else g.constant(x, dtype)
