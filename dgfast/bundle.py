@@ -8,8 +8,9 @@
 ```
 
 Roles of networks: `score` (the denoiser), `reference` (a worse one, for autoguidance), `classifier` (noise-aware; also
-the trunk of the discriminator), `discriminator` (its head), `features` (clean images, for the metrics), `generator`
-(latents to images in one forward). `vae`, for a bundle of latents alone, says what decodes them (see `VaeSpec`).
+the trunk of the discriminator), `discriminator` (its head, or by itself if it reads images), `features` (clean images,
+for the metrics), `generator` (latents to images in one forward). `vae`, for a bundle of latents alone, says what
+decodes them (see `VaeSpec`).
 `sampling` and `guidance` are the defaults of `python -m dgfast.sample` with this bundle.
 """
 

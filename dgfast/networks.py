@@ -130,13 +130,16 @@ def load(
             raise UserError(
                 f"bundle {opened.name}: the classifier reads {shapes[0]} images, the score network makes {shapes[1]}"
             )
+    under_head = None if discriminator_reads_images(opened) else trunk
+    if under_head is None and not discriminator_reads_images(opened):
+        head = None  # without what it stands on
     try:
         return Networks(
             denoiser=score,
-            discriminator=noise_aware.Discriminator(trunk, head) if trunk is not None and head is not None else None,
+            discriminator=noise_aware.Discriminator(under_head, head) if head is not None else None,
             classifier=noise_aware.NoisyClassifier(trunk) if trunk is not None else None,
             reference=nets.get("reference"),
-            time=_time(score, trunk, opened.spec("classifier").time_schedule if trunk is not None else None),
+            time=_time(score, opened.nets.get("classifier")),
         )
     except ValueError as error:
         raise UserError(f"bundle {opened.name}: {error}") from error
@@ -166,11 +169,24 @@ def one_hot(labels: Sequence[int] | Tensor, classes: int, count: int, device: to
     return F.one_hot(indices, classes).float()
 
 
-def _time(score: object, trunk: EncoderUNetModel | None, schedule: str | None) -> Callable[[Tensor], Tensor]:
-    """t(sigma) of that schedule: a discrete-time score network's own where it has the same, as in ADM's code."""
+def _time(score: ScoreNet, classifier: bundles.NetSpec | None) -> Callable[[Tensor], Tensor]:
+    """t(sigma) as the bundle's classifier reads it, and a discriminator with it.
+
+    A discrete-time score network has its own, which is taken where it has the same schedule, as in ADM's code.
+    """
+    schedule = classifier.time_schedule if classifier else None
     if isinstance(score, DDPMPrecond) and schedule in (None, score.noise_schedule):
         return score.time
-    return TIME_SCHEDULES[schedule or (adm_time_schedule(trunk.image_size) if trunk else "linear")]
+    return TIME_SCHEDULES[schedule or (adm_time_schedule(image_shape(score)[-1]) if classifier else "linear")]
+
+
+def discriminator_reads_images(bundle: bundles.Bundle) -> bool:
+    """Whether the bundle's discriminator is a network of its own, rather than a head on the classifier's features."""
+    head, score = bundle.nets.get("discriminator"), bundle.nets.get("score")
+    if head is None or score is None or head.kind != "EncoderUNetModel":
+        return False
+    read = (head.keywords.get("in_channels"), head.keywords.get("image_size"))
+    return read == (score.keywords.get("img_channels"), score.keywords.get("img_resolution"))
 
 
 def roles(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str]:
@@ -180,4 +196,9 @@ def roles(bundle: bundles.Bundle, guidance: GuidanceConfig | None) -> list[str]:
     """
     if guidance is None:
         return ["score", *(role for role in bundle.nets if role not in ("score", "features", "generator"))]
-    return list(dict.fromkeys(["score", *(role for kind in guiding(guidance) for role in kind.roles)]))
+    needed = [
+        kind.roles[:1] if discriminator_reads_images(bundle) and kind.roles[0] == "discriminator" else kind.roles
+        for kind in guiding(guidance)
+        if kind.roles
+    ]
+    return list(dict.fromkeys(["score", *(role for each in needed for role in each)]))

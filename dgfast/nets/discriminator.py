@@ -22,11 +22,14 @@ class Discriminator(nn.Module):
     """DG's discriminator (arXiv 2211.17091): a small ADM encoder on the features of a frozen ADM classifier.
 
     (u [B, C, R, R] at VP scale, t [B] in [0, 1], class_labels [B, label_dim] or None) -> logit of "real" [B].
+
+    Args:
+        trunk: the classifier; None: the head reads the images themselves.
     """
 
-    def __init__(self, trunk: EncoderUNetModel, head: EncoderUNetModel) -> None:
+    def __init__(self, trunk: EncoderUNetModel | None, head: EncoderUNetModel) -> None:
         super().__init__()
-        if (trunk.feature_channels, trunk.feature_size) != (head.in_channels, head.image_size):
+        if trunk is not None and (trunk.feature_channels, trunk.feature_size) != (head.in_channels, head.image_size):
             raise ValueError(
                 f"the trunk's features are {trunk.feature_channels} x {trunk.feature_size} x {trunk.feature_size}, "
                 f"the discriminator reads {head.in_channels} x {head.image_size} x {head.image_size}"
@@ -36,7 +39,9 @@ class Discriminator(nn.Module):
     def forward(self, u: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         timesteps = _TIMESTEPS * t
         labels = class_labels.argmax(dim=1) if self.head.num_classes and class_labels is not None else None
-        features = self.trunk.features(_cast(u, self.trunk), timesteps)
+        features = _cast(u, self.head)
+        if self.trunk is not None:
+            features = self.trunk.features(features, timesteps)
         return self.head(features, timesteps, labels).squeeze(-1)
 
 

@@ -1,68 +1,178 @@
 """DG's discriminator (arXiv 2211.17091, algorithm 1): real against generated images at every noise level."""
 
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dgfast.nets.adm import EncoderUNetModel
 from dgfast.nets.discriminator import Discriminator
-from dgfast.noise_levels import log_uniform_sigma
+from dgfast.networks import ScoreNet
 from dgfast.training.classifier import to_vp
 from dgfast.training.data import ImageSet
-from dgfast.vp import vp_time
+from dgfast.vp import vp_alpha
+
+Time = Callable[[Tensor], Tensor]
 
 
-def discriminator_loss(
-    trunk: EncoderUNetModel, real: ImageSet, generated: ImageSet, classes: int, device: torch.device
-) -> Callable[[nn.Module, int], Tensor]:
-    """Binary cross-entropy of a discriminator's head; label 1 is real.
+@dataclass(frozen=True)
+class Trial:
+    """Real and generated images, noised and shown to a discriminator.
 
-    Half of each batch is real, half generated. sigma is log-uniform, which is what DG's importance-sampled time comes
-    to (`noise_levels.log_uniform_sigma`). The trunk is frozen.
+    Attributes:
+        real, generated: images [N, C, H, W] with class indices [N], on the device.
+        trunk: the frozen classifier under the head that is trained, or None: it reads the images.
+        classes: of the discriminator; 0: it is not told. time: t(sigma) as guidance will call it.
+        sigmas: lowest and largest noise level; ln sigma is uniform between them, which is what DG's importance-sampled
+            time comes to (`noise_levels.log_uniform_sigma`).
     """
-    sets = [tuple(tensor.to(device) for tensor in data.tensors()) for data in (real, generated)]
 
-    def loss(net: nn.Module, batch: int) -> Tensor:
-        assert isinstance(net, EncoderUNetModel)
-        picked = [
-            (images[picks], labels[picks])
-            for images, labels in sets
-            for picks in [torch.randint(len(images), (batch // 2,)).to(device)]
-        ]
+    real: tuple[Tensor, Tensor]
+    generated: tuple[Tensor, Tensor]
+    trunk: EncoderUNetModel | None
+    classes: int
+    time: Time
+    sigmas: tuple[float, float]
+
+    def cross_entropy(self, net: nn.Module, batch: int) -> Tensor:
+        """Binary cross-entropy; half of each batch is real, of label 1, half generated."""
+        picked = [_pick(images, batch // 2) for images in (self.real, self.generated)]
         images, labels = (torch.cat(parts) for parts in zip(*picked, strict=True))
-        sigma = log_uniform_sigma(torch.rand(len(images))).to(device)
-        logit = Discriminator(trunk, net)(to_vp(images, sigma), vp_time(sigma), F.one_hot(labels, classes))
-        is_real = (torch.arange(len(images), device=device) < batch // 2).float()
+        sigma = self._sigma(len(images))
+        logit = self.logit(net, to_vp(images, sigma), sigma, labels)
+        is_real = (torch.arange(len(images), device=logit.device) < batch // 2).float()
         return F.binary_cross_entropy_with_logits(logit, is_real)
 
-    return loss
+    def corrected_denoising(self, score: ScoreNet) -> Callable[[nn.Module, int], Tensor]:
+        """EDM's weighted error of the guided denoiser D + sigma^2 grad log_ratio on real images, weight 1.
+
+        The guided model's own denoising score matching: weighted over sigma as likelihood is, it bounds the divergence
+        KL(data | guided model) (arXiv 2101.09258, theorem 1), where cross-entropy bounds none once the discriminator
+        overfits (arXiv 2503.16117, which trains by this gradient). Differentiates twice through the discriminator.
+        """
+        sd = getattr(score, "sigma_data", 0.5)
+
+        def loss(net: nn.Module, batch: int) -> Tensor:
+            x0, labels = _pick(self.real, batch)
+            sigma = self._sigma(batch)
+            error, correction = self.correction(net, score, x0, sigma, labels)
+            weight = (sigma**2 + sd**2) / (sigma * sd) ** 2
+            return (weight.float().view(-1, 1, 1, 1) * (error + correction) ** 2).mean()
+
+        return loss
+
+    def correction(
+        self, net: nn.Module, score: ScoreNet, x0: Tensor, sigma: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """On freshly noised x0, the denoiser's error D - x0 and what weight 1 adds to it: [B, C, H, W] each."""
+        scale = sigma.float().view(-1, 1, 1, 1)
+        x = x0 + scale * torch.randn(x0.shape).to(x0.device)
+        rows = F.one_hot(labels, score.label_dim).float() if score.label_dim else None
+        with torch.no_grad():
+            denoised = score(x, sigma.to(x.dtype), rows)
+        with torch.enable_grad(), _twice_differentiable():
+            x = x.requires_grad_()
+            logit = self.logit(net, vp_alpha(sigma).float().view(-1, 1, 1, 1) * x, sigma, labels)
+            (gradient,) = torch.autograd.grad(logit.sum(), x, create_graph=net.training)
+        return denoised - x0, scale**2 * gradient
+
+    def logit(self, net: nn.Module, u: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        assert isinstance(net, EncoderUNetModel)
+        rows = F.one_hot(labels, self.classes) if self.classes else None
+        return Discriminator(self.trunk, net)(u, self.time(sigma), rows)
+
+    def _sigma(self, count: int) -> Tensor:
+        low, high = (math.log(sigma) for sigma in self.sigmas)
+        u = torch.rand(count, dtype=torch.float64)
+        return (low + u * (high - low)).exp().to(self.real[0].device)
 
 
-@torch.no_grad()
+def _pick(images: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    picks = torch.randint(len(images[0]), (count,)).to(images[0].device)
+    return images[0][picks], images[1][picks]
+
+
+def _twice_differentiable() -> AbstractContextManager[None]:
+    """The attention of torch that has a second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def on_device(data: ImageSet, device: torch.device) -> tuple[Tensor, Tensor]:
+    images, labels = data.tensors()
+    return images.to(device), labels.to(device)
+
+
 def judge_by_sigma(
-    net: Discriminator,
-    real: ImageSet,
-    generated: ImageSet,
-    classes: int,
-    sigmas: tuple[float, ...],
-    device: torch.device,
+    trial: Trial, net: nn.Module, score: ScoreNet, sigmas: tuple[float, ...]
 ) -> dict[str, dict[str, float]]:
-    """Held-out accuracy and binary cross-entropy at each noise level, both halves weighing the same."""
+    """What `net` makes of the trial's images, at each noise level.
+
+    Returns:
+        by level: accuracy and binary cross-entropy, real and generated images weighing the same; and denoising, the
+        mean squared error of the denoiser under guidance of weight 1 on the real ones, over the unguided one's: below
+        1, guidance brings it closer to the data.
+    """
     torch.manual_seed(0)
     by_sigma = {}
     for level in sigmas:
         losses, rights = [], []
-        for data, is_real in ((real, 1.0), (generated, 0.0)):
-            images, labels = (tensor.to(device) for tensor in data.tensors())
-            sigma = torch.full((len(images),), level, dtype=torch.float64, device=device)
-            logit = net(to_vp(images, sigma), vp_time(sigma), F.one_hot(labels, classes))
+        for (images, labels), is_real in ((trial.real, 1.0), (trial.generated, 0.0)):
+            sigma = torch.full((len(images),), level, dtype=torch.float64, device=images.device)
+            with torch.no_grad():
+                logit = trial.logit(net, to_vp(images, sigma), sigma, labels)
             target = torch.full_like(logit, is_real)
             losses.append(F.binary_cross_entropy_with_logits(logit, target))
             rights.append(((logit > 0).float() == target).float().mean())
         by_sigma[f"{level:g}"] = {
             "accuracy": round(float(torch.stack(rights).mean()), 4),
             "loss": round(float(torch.stack(losses).mean()), 4),
+            "denoising": round(_share_of_error(trial, net, score, level), 4),
         }
     return by_sigma
+
+
+def _share_of_error(trial: Trial, net: nn.Module, score: ScoreNet, level: float, batch: int = 100) -> float:
+    guided, unguided = 0.0, 0.0
+    for images, labels in zip(*(part.split(batch) for part in trial.real), strict=True):
+        sigma = torch.full((len(images),), level, dtype=torch.float64, device=images.device)
+        error, correction = trial.correction(net, score, images, sigma, labels)
+        unguided += float(error.square().sum())
+        guided += float((error + correction.detach()).square().sum())
+    return guided / unguided
+
+
+def verdict(by_sigma: dict[str, dict[str, float]], divergence: bool = False) -> str | None:
+    """A sentence where it is of no use: it sees nothing, or everything, or not what the denoiser gets wrong.
+
+    Args:
+        by_sigma: of `judge_by_sigma`. divergence: whether it was trained to correct the denoiser; its logit then tells
+            nothing apart, as it is known up to a constant at each sigma.
+    """
+    blind = all(judged["loss"] > math.log(2) - _BLIND for judged in by_sigma.values())
+    sharp = [level for level, judged in by_sigma.items() if judged["accuracy"] > _SHARP and float(level) >= _NOISY]
+    share = sum(judged["denoising"] for judged in by_sigma.values()) / len(by_sigma)
+    if blind and not divergence:
+        return (
+            "held-out real and generated images cannot be told apart at any noise level: this discriminator guides "
+            "toward nothing. Draw more images, or train longer or with another --net"
+        )
+    if sharp and not divergence:
+        return (
+            f"real and generated images are told apart trivially (over {_SHARP:.0%} at sigma {', '.join(sharp)}): "
+            "look whether they differ in more than the model's errors, such as size before scaling, format or class"
+        )
+    if share >= 1:
+        return (
+            f"on held-out real images, guidance of weight 1 does not bring the denoiser closer: its squared error is "
+            f"{share:.4f} of the unguided one's, in the mean over noise levels. Try --objective kl"
+        )
+    return None
+
+
+_BLIND = 0.003  # nats below a guess's cross-entropy that still are chance in some thousand images
+_SHARP, _NOISY = 0.99, 0.2

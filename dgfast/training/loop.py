@@ -3,17 +3,18 @@
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from dgfast.errors import UserError
+from dgfast.training.averaging import averaged
+from dgfast.training.early_stopping import Best, EarlyStopping
 
 _RECORDS = 200  # lines of metrics.jsonl in a whole run
 
@@ -28,6 +29,7 @@ class Schedule:
         lr: Adam's largest learning rate, reached after `warmup` of the run and falling linearly to 0.
         weight_decay: Adam's, as DG uses it.
         ema: decay of the averaged weights, which are the ones that are kept.
+        ema_rel: relative width of EDM2's power-function average, which takes the place of `ema`; None: `ema` it is.
         seed: step k draws its batch and its noise from seed and k alone, so an interrupted run goes on exactly.
     """
 
@@ -37,6 +39,7 @@ class Schedule:
     weight_decay: float = 0.0
     warmup: float = 0.05
     ema: float = 0.999
+    ema_rel: float | None = None
     seed: int = 0
 
     @property
@@ -84,6 +87,8 @@ def fit_together(
     folder: Path,
     device: torch.device,
     watch: Callable[[Sequence[nn.Module]], None] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    stopping: EarlyStopping | None = None,
 ) -> list[nn.Module]:
     """Train the players' networks in place and return their averaged weights as networks in eval mode.
 
@@ -91,29 +96,38 @@ def fit_together(
 
     Args:
         watch: called with the averaged networks whenever the state is saved.
+        recipe: what else makes this run another than one in the same folder, by name.
+        stopping: judges the first player's average; the best one is returned, and the run may end before its time.
 
     Raises:
-        UserError: the folder holds a run of another schedule or network, or one whose state is damaged; a loss or a
-            weight is not finite.
+        UserError: the folder holds a run of another schedule, recipe or network, or one whose state is damaged; a loss
+            or a weight is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     nets = nn.ModuleList(player.net for player in players)
     nets.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # torch types one argument
-    average = AveragedModel(nets, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema), use_buffers=True)
+    average = averaged(nets, schedule.ema, schedule.ema_rel)
     # One Adam holds all players: its state is each parameter's own, and who is not on turn has no gradient.
     optimiser = torch.optim.Adam(
         [{"params": p.net.parameters(), "betas": p.betas, "lr": p.rate * schedule.lr} for p in players],
         weight_decay=schedule.weight_decay,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, schedule.factor)
+    best = Best(stopping)
     parts = {"net": nets, "average": average, "optimiser": optimiser, "scheduler": scheduler}
-    done = _restore(folder / "state.pt", parts, schedule, device)
+    parts |= {"best": best} if stopping else {}
+    settings = asdict(schedule) | dict(recipe or {})
+    done = _restore(folder / "state.pt", parts, settings, device)
 
     step, recent, started = done, [], time.monotonic()
     interval = max(1, schedule.steps // _RECORDS)
+    if stopping:  # every check is a record
+        interval = max(1, schedule.steps // stopping.checks // max(1, _RECORDS // stopping.checks))
     bar = tqdm(total=schedule.steps, initial=done, unit="step", desc=folder.name, dynamic_ncols=True)
     try:
         for step in range(done, schedule.steps):
+            if best.settled:
+                break
             torch.manual_seed(schedule.seed * 1_000_003 + step)
             recent.append(torch.stack([_turn(player, nets, optimiser, schedule.batch, step) for player in players]))
             scheduler.step()
@@ -124,8 +138,9 @@ def fit_together(
                 recent.clear()
                 bar.set_postfix(loss=" ".join(f"{loss:.4f}" for loss in losses))
                 found = {"loss": losses[0]} if len(losses) == 1 else {f"loss_{k}": x for k, x in enumerate(losses)}
+                found |= best.see(average.module, step + 1, schedule.steps)
                 _record(folder / "metrics.jsonl", step=step + 1, **found, seconds=time.monotonic() - started)
-                _save(folder / "state.pt", parts, schedule, step + 1)
+                _save(folder / "state.pt", parts, settings, step + 1)
                 if watch is not None:
                     watch(list(average.module.eval().children()))
     except KeyboardInterrupt:
@@ -133,6 +148,7 @@ def fit_together(
         raise UserError(f"{folder.name}: interrupted at step {step}; the same command goes on from {folder}") from None
     finally:
         bar.close()
+    best.restore(average.module)
     return list(average.module.eval().requires_grad_(False).children())
 
 
@@ -167,24 +183,24 @@ def _checked(losses: Tensor, nets: nn.Module, step: int, folder: Path) -> list[f
     )
 
 
-def _save(path: Path, parts: dict[str, Any], schedule: Schedule, step: int) -> None:
+def _save(path: Path, parts: dict[str, Any], settings: dict[str, Any], step: int) -> None:
     state = {name: part.state_dict() for name, part in parts.items()}
     partial = path.with_suffix(".partial")
-    torch.save({"step": step, "schedule": asdict(schedule), **state}, partial)
+    torch.save({"step": step, "schedule": settings, **state}, partial)
     os.replace(partial, path)
 
 
-def _restore(path: Path, parts: dict[str, Any], schedule: Schedule, device: torch.device) -> int:
+def _restore(path: Path, parts: dict[str, Any], settings: dict[str, Any], device: torch.device) -> int:
     """Load the state at `path`, if there is one, into `parts`; the number of steps it has behind it.
 
     Raises:
-        UserError: it is no whole state, or one of another schedule or of other networks.
+        UserError: it is no whole state, or one of other settings or of other networks.
     """
     if not path.exists():
         return 0
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        changed = [name for name, value in asdict(schedule).items() if state["schedule"].get(name) != value]
+        changed = [name for name, value in settings.items() if state["schedule"].get(name) != value]
         if changed:
             raise UserError(f"{path} belongs to a run with another {', '.join(changed)}; remove it to start anew")
         for name, part in parts.items():

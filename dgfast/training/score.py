@@ -9,11 +9,16 @@ from torch.nn import functional as F
 from dgfast.denoiser import EDMPrecond
 from dgfast.training.data import ImageSet
 
-P_MEAN, P_STD = -1.2, 1.2  # ln sigma ~ N(P_MEAN, P_STD^2)
+P_MEAN, P_STD = -1.2, 1.2
 
 
-def denoising_loss(data: ImageSet, device: torch.device) -> Callable[[nn.Module, int], Tensor]:
-    """Loss of an `EDMPrecond` on batches of `data`: mean of lambda(sigma) (D(x + n; sigma, y) - x)^2."""
+def denoising_loss(
+    data: ImageSet, device: torch.device, p_mean: float = P_MEAN, p_std: float = P_STD
+) -> Callable[[nn.Module, int], Tensor]:
+    """Loss of an `EDMPrecond` on batches of `data`: mean of lambda(sigma) (D(x + n; sigma, y) - x)^2.
+
+    ln sigma is normal, of mean `p_mean` and standard deviation `p_std`.
+    """
     images, labels = (tensor.to(device) for tensor in data.tensors())
 
     def loss(net: nn.Module, batch: int) -> Tensor:
@@ -21,7 +26,7 @@ def denoising_loss(data: ImageSet, device: torch.device) -> Callable[[nn.Module,
         picks = torch.randint(len(images), (batch,)).to(device)
         x = images[picks]
         classes = F.one_hot(labels[picks], net.label_dim).float() if net.label_dim else None
-        sigma = (P_MEAN + P_STD * torch.randn(batch, 1, 1, 1)).exp().to(device)
+        sigma = (p_mean + p_std * torch.randn(batch, 1, 1, 1)).exp().to(device)
         noisy = x + sigma * torch.randn(x.shape).to(device)
         weight = (sigma**2 + net.sigma_data**2) / (sigma * net.sigma_data) ** 2
         return (weight * (net(noisy, sigma.flatten(), classes) - x) ** 2).mean()

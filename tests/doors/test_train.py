@@ -14,7 +14,7 @@ from dgfast import bundle as bundles
 from dgfast.errors import UserError
 from dgfast.noise_levels import log_uniform_sigma, vp_time
 from dgfast.train import main
-from dgfast.training import loop
+from dgfast.training import job, loop
 from dgfast.training.data import ImageSet, load_images, split
 from dgfast.training.loop import Schedule, fit
 
@@ -63,7 +63,7 @@ def test_train_makes_a_whole_bundle_that_samples(squares: Path, tmp_path: Path) 
     assert set(done.nets) == {"score", "features", "classifier", "discriminator"}
     assert done.class_names == ("0", "1") and done.license == "CC0" and done.provenance == "squares"
     assert done.guidance.dg_weight == 0.5 and done.spec("classifier").time_schedule == "linear"
-    assert set(done.metrics["discriminator"]["held_out_by_sigma"]["1"]) == {"accuracy", "loss"}
+    assert set(done.metrics["discriminator"]["held_out_by_sigma"]["1"]) == {"accuracy", "loss", "denoising"}
     assert done.metrics["score"]["command"].startswith(f"dgfast train score --bundle {folder} --data ")
     result = CliRunner().invoke(sample, [*draw, "--out", str(tmp_path / "guided")])
     assert (
@@ -82,7 +82,7 @@ def test_train_keeps_what_joined_the_bundle_meanwhile(
         assert _train("features", tmp_path / "bundle", squares, "--images", "8").exit_code == 0
         return fit_together(*arguments)
 
-    monkeypatch.setattr(loop, "fit_together", and_features_meanwhile)
+    monkeypatch.setattr(job, "fit_together", and_features_meanwhile)
     result = _train("score", tmp_path / "bundle", squares, "--images", "8", "--net", _TINY_SCORE)
     assert result.exit_code == 0, result.output
     done = bundles.read(tmp_path / "bundle")
@@ -204,12 +204,6 @@ def test_train_bad_input_is_one_line(squares: Path, tmp_path: Path, options: lis
     errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
     assert result.exit_code == 2 and len(errors) == 1 and message in errors[0], result.output
     assert not (tmp_path / "bundle").exists()
-
-
-def test_train_discriminator_needs_images_to_hold_out(squares: Path, tmp_path: Path) -> None:
-    np.savez(tmp_path / "few.npz", images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.zeros(4, np.int64))
-    result = _train("discriminator", tmp_path / "bundle", squares, "--generated", str(tmp_path))
-    assert result.exit_code == 2 and "draw at least 5" in result.output.splitlines()[-1]
 
 
 def test_training_noise_is_log_uniform_as_dg_draws_it() -> None:

@@ -26,7 +26,7 @@ def fresh() -> nn.Module:
 
 
 def weights(net: nn.Module) -> list[float]:
-    return [float(parameter) for parameter in net.parameters()]
+    return [float(parameter.detach()) for parameter in net.parameters()]
 
 
 def test_training_torn_while_it_saves_goes_on_from_the_state_before(
