@@ -24,9 +24,12 @@ def declared(net: object) -> dict[str, tuple[int, ...]]:
     """The conditions of a network, by name: one sample's shape.
 
     Raises:
-        UserError: a name that no argument can have, or a shape that none has.
+        UserError: a name that no argument can have, a shape that none has, or no shapes by name.
     """
-    shapes = {name: tuple(shape) for name, shape in getattr(net, "conditions", {}).items()}
+    own = getattr(net, "conditions", None) or {}
+    if not isinstance(own, Mapping) or not all(isinstance(shape, Sequence) for shape in own.values()):
+        raise UserError(f"conditions of the network: {own!r:.80} are no shapes by name, such as {{'text': (5,)}}")
+    shapes = {name: tuple(shape) for name, shape in own.items()}
     for name, shape in shapes.items():
         if not str(name).isidentifier() or name in _TAKEN | _RESULTS | off_values().keys():
             raise UserError(f"conditions of the network: {name!r:.80} is no name for one")
@@ -42,22 +45,38 @@ def given(shapes: Shapes, values: Mapping[str, Tensor] | None, count: int, devic
         values: by name, one row a sample, [count, *shape]; or the same for all, [*shape] or [1, *shape].
 
     Raises:
-        UserError: one that is missing, superfluous or misshapen.
+        UserError: one that is missing, superfluous, misshapen or no real numbers.
     """
-    values = values or {}
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise UserError(f"conditions must be tensors by name, not a {type(values).__name__}")
     if strange := [name for name in values if name not in shapes]:
         raise UserError(f"the network has no condition {strange[0]!r:.80}; it has {', '.join(shapes) or 'none'}")
     rows = []
     for name, shape in shapes.items():
-        if name not in values:
+        if values.get(name) is None:
             raise UserError(f"condition {name} is missing: give conditions={{{name!r}: tensor of {[count, *shape]}}}")
-        value = torch.as_tensor(values[name])
+        value = _numbers(name, values[name])
         if tuple(value.shape) not in (shape, (1, *shape), (count, *shape)):
             raise UserError(
                 f"condition {name} has the shape {[*value.shape]}; give {[count, *shape]}, or {[*shape]} for all images"
             )
         rows.append(value.to(device, torch.float32).expand(count, *shape))
     return tuple(rows)
+
+
+def _numbers(name: str, value: object) -> Tensor:
+    """
+    Raises:
+        UserError: it is no tensor of real numbers.
+    """
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"condition {name} is a {type(value).__name__}, not a tensor of numbers") from error
+    if tensor.is_complex():
+        raise UserError(f"condition {name} has complex numbers: give their real and imaginary parts side by side")
+    return tensor
 
 
 class Conditioned:

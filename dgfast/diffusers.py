@@ -12,6 +12,7 @@ guider never sees the images themselves: it notes what the denoiser is called wi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -34,7 +35,7 @@ Conditions = dict[str, tuple[Any, Any]]
 """Inputs of the denoiser by name, with the condition and without, as a pipeline hands them to its guider."""
 
 
-class _Around(BaseGuidance):  # type: ignore[misc]  # diffusers ships no types
+class _Around(BaseGuidance, ABC):  # type: ignore[misc]  # diffusers ships no types
     """Another guider, and what the denoiser is called with for its conditional prediction."""
 
     _input_predictions: Sequence[str] = ("pred_cond", "pred_uncond")
@@ -95,10 +96,11 @@ class _Around(BaseGuidance):  # type: ignore[misc]  # diffusers ships no types
         result.pred = self._corrected(result.pred, pred_cond, *self._noted)
         return result
 
+    @abstractmethod
     def _corrected(
         self, prediction: Tensor, conditional: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Tensor:
-        raise NotImplementedError
+        """The prediction of the guider inside, corrected; the last two are what the denoiser was called with."""
 
 
 class Autoguidance(_Around):

@@ -1,5 +1,6 @@
 """Functions to export, and what an exported file is tried with: calls it has not seen, and a whole run."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -75,16 +76,16 @@ class Subject(Protocol):
         ...
 
 
-class _OfSamples:
+class _OfSamples(ABC):
     """What functions of samples in single precision have in common."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     weights: dict[str, float]
 
+    @abstractmethod
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one sample of every tensor that has one a sample."""
-        raise NotImplementedError
 
     def varied(self) -> tuple[str, ...]:
         return tuple(name for name in self.inputs if name not in self.weights)

@@ -118,11 +118,13 @@ def _json(path: Path) -> dict[str, Any]:
 def _loaded(name: str, place: Path) -> Any:
     """The network in that folder, in float32."""
     made = from_diffusers.model_class(name)
+    if not any(place.glob("*.safetensors")):
+        raise UserError(f"{place}: no {name} with safetensors weights there; save it by diffusers' save_pretrained")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return made.from_pretrained(place, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ArithmeticError, NotImplementedError) as error:
         raise UserError(f"{place}: no {name} with safetensors weights there ({one_line(error, 200)})") from error
 
 

@@ -22,6 +22,8 @@ from dgfast.errors import UserError
 
 MOST_STD = 1 / math.sqrt(12)
 """The relative standard deviation of the mean over all of training, k = 0; no profile that ends now has more."""
+LEAST_STD = 1e-4
+"""Far less than training tracks; from about 1e-150 on the exponent of its profile is infinite."""
 _NAME = re.compile(r"-(\d+)-(\d+\.\d+)\.pkl$")
 _FARTHEST = 0.2
 """A profile farther from the wanted one, as `distance` tells, is another average; EDM2's own are within 0.01."""
@@ -89,7 +91,7 @@ def average_of(path: Path) -> Average:
         UserError: a name that does not say what it is an average of.
     """
     found = _NAME.search(path.name)
-    if not found or not 0 < float(found[2]) < MOST_STD or not int(found[1]):
+    if not found or not LEAST_STD < float(found[2]) < MOST_STD or not int(found[1]):
         raise UserError(
             f"{path}: a snapshot's name must end as EDM2's do, -KIMG-STD.pkl, "
             "such as network-snapshot-0008388-0.050.pkl"
@@ -117,8 +119,10 @@ def reconstruct(paths: Sequence[Path], std: float, kimg: int | None = None) -> t
         UserError: a standard deviation that no average has, or that these snapshots do not come near; no snapshot of
             `kimg`; snapshots of different networks, one given twice, or files that are none.
     """
-    if not 0 < std < MOST_STD:
-        raise UserError(f"--phema-std {std:g}: an average over training has one above 0 and below {MOST_STD:.4f}")
+    if not LEAST_STD < std < MOST_STD:
+        raise UserError(
+            f"--phema-std {std:g}: an average over training has one above {LEAST_STD} and below {MOST_STD:.4f}"
+        )
     averages = sorted(map(average_of, paths), key=lambda average: (average.images, average.std))
     for one, other in itertools.pairwise(averages):
         if (one.images, one.std) == (other.images, other.std):

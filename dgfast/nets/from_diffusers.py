@@ -69,9 +69,11 @@ def build(
             raise ValueError(
                 f"{model_type} of images {size}: they must be square, of at most {_MOST_PATCHES}^2 patches"
             )
+        _require_multiple(size, keywords.get("patch_size", 2))
         raw = made(sample_size=size, in_channels=img_channels, num_embeds_ada_norm=label_dim, **keywords)
     else:
         raw = made(sample_size=size, in_channels=img_channels, num_class_embeds=label_dim or None, **keywords)
+        _require_multiple(size, 2 ** (len(raw.down_blocks) - 1))
     return DiffusersPrecond(FromDiffusers(raw, label_dim if is_dit else None), size, img_channels, label_dim, **own)
 
 
@@ -97,6 +99,16 @@ def keywords_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """As JSON has it."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def _require_multiple(size: int | tuple[int, int], unit: int) -> None:
+    """
+    Raises:
+        ValueError: a side that the network cannot halve so often, or cut into patches.
+    """
+    sides = [size] if isinstance(size, int) else size
+    if any(side % unit for side in sides):
+        raise ValueError(f"img_resolution {size}: the network takes sides that are multiples of {unit}")
 
 
 def _size(resolution: int | list[int]) -> int | tuple[int, int]:

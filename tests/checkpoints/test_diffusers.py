@@ -1,6 +1,7 @@
 """Networks of diffusers: tiny ones, saved by diffusers into folders, against its own schedulers' formulas."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,7 @@ def test_what_a_folder_lacks_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         patched.setitem(sys.modules, "diffusers", None)
         assert "needs diffusers" in (line := refused(folder)) and "pip install 'dgfast[latent]'" in line
     assert "has no scheduler_config.json: give --set beta_schedule=linear and --set" in refused(folder / "unet")
+    assert "takes sides that are multiples of 2" in refused(folder, "--set", "img_resolution=[7,16]")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)
     save_file(state | {"conv_in.bias": torch.full_like(state["conv_in.bias"], torch.nan)}, weights)
@@ -206,6 +208,28 @@ def test_what_a_folder_lacks_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     weights.unlink()
     torch.save(net.state_dict(), weights.with_suffix(".bin"))
     assert "no UNet2DModel with safetensors weights there" in refused(folder)
+
+
+def test_keywords_that_divide_by_zero_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "pipeline")
+    file = tmp_path / "pipeline" / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"norm_num_groups": 0}))
+    assert "no UNet2DModel" in refused(tmp_path / "pipeline")
+
+
+def test_folder_without_safetensors_gets_one_line(tmp_path: Path) -> None:
+    """diffusers' own loader reports a missing file in its log, too."""
+    saved(tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    logged: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = logged.append  # type: ignore[method-assign, assignment]
+    diffusers.utils.logging.add_handler(handler)
+    try:
+        assert "no UNet2DModel with safetensors weights there" in refused(tmp_path / "pipeline")
+    finally:
+        diffusers.utils.logging.remove_handler(handler)
+    assert not logged
 
 
 def test_a_network_of_diffusers_in_python_needs_no_bundle() -> None:

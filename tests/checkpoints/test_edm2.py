@@ -216,10 +216,10 @@ def test_phema_door_makes_a_bundle_of_snapshots(training: dict[tuple[int, float]
     assert all(torch.equal(stored[name], value) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("std", ["0", "-1", "0.2887", "1"])
+@pytest.mark.parametrize("std", ["0", "-1", "1e-200", "0.2887", "1"])
 def test_phema_of_no_possible_std_is_refused(training: dict[tuple[int, float], Path], tmp_path: Path, std: str) -> None:
     said = refused("--phema-std", std, *training.values(), "--out", tmp_path / "b")
-    assert "above 0 and below 0.2887" in said
+    assert "above 0.0001 and below 0.2887" in said
 
 
 def test_phema_refuses_what_makes_no_average(

@@ -18,6 +18,7 @@ from dgfast.outputs import (
     Chunk,
     Drawn,
     Fetcher,
+    as_pixels,
     fetch,
     save_grid,
     to_uint8,
@@ -51,13 +52,13 @@ def test_outputs_fetch_what_the_formats_keep() -> None:
     latents = torch.randn(3, 4, 2, 2)
 
     def decode(z: torch.Tensor) -> torch.Tensor:
-        return z[:, :3].repeat_interleave(2, dim=-1)
+        return as_pixels(z[:, :3].repeat_interleave(2, dim=-1))
 
     for images, kept in ((True, {"images", "latents"}), (False, {"latents"})):
         arrays = {name: wait() for name, wait in Fetcher(decode, images, latents=True)(latents).items()}
         assert arrays.keys() == kept and np.array_equal(arrays["latents"], latents.numpy())
     (drawn,) = (wait() for wait in Fetcher(decode)(latents).values())
-    assert np.array_equal(drawn, to_uint8(decode(latents)))
+    assert drawn.dtype == np.uint8 and np.array_equal(drawn, decode(latents).permute(0, 2, 3, 1).numpy())
 
 
 class OnDevice(torch.Tensor):

@@ -151,6 +151,8 @@ def test_conditions_go_with_their_seeds_through_batches(static: bool) -> None:
         ({"text": None}, r"condition text is missing: give conditions={'text': tensor of \[3, 5, 3\]}"),
         ({"text": torch.ones(3, 5)}, r"condition text has the shape \[3, 5\]; give \[3, 5, 3\], or \[5, 3\] for all"),
         ({"text": torch.ones(2, 5, 3)}, r"condition text has the shape \[2, 5, 3\]; give \[3, 5, 3\]"),
+        ({"text": "a cat"}, "condition text is a str, not a tensor of numbers"),
+        ({"text": torch.ones(5, 3) * 1j}, "condition text has complex numbers"),
         ({"mask": torch.ones(3)}, r"the network has no condition 'mask'; it has text, strength"),
     ],
 )
@@ -165,14 +167,23 @@ def test_conditions_that_do_not_fit_are_refused_before_anything_runs(changes: di
     assert not called
 
 
+def test_conditions_that_are_none_or_no_mapping_are_refused() -> None:
+    sampler: Any = Sampler(networks(), CONFIG)
+    with pytest.raises(UserError, match="condition text is missing"):
+        sampler(SEEDS, LABELS, conditions=values() | {"text": None})
+    with pytest.raises(UserError, match="tensors by name, not a list"):
+        sampler(SEEDS, LABELS, conditions=[torch.ones(5, 3)])
+
+
 @pytest.mark.parametrize(
     ("declared", "complaint"),
     [
         ({"sigma": (1,)}, "'sigma' is no name for one"), ({"dg_weight": ()}, "'dg_weight' is no name for one"),
         ({"a text": (1,)}, "'a text' is no name for one"), ({"text": (0,)}, r"condition text: \(0,\) is no shape"),
+        (["text"], "are no shapes by name"), ({"text": 5}, "are no shapes by name"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_a_condition_is_refused(declared: dict[str, Any], complaint: str) -> None:
+def test_what_cannot_be_a_condition_is_refused(declared: Any, complaint: str) -> None:
     net: Any = Conditional()
     net.conditions = declared
     with pytest.raises(UserError, match=complaint):
