@@ -170,7 +170,7 @@ class _Raw(nn.Module):
         return image
 
 
-class _Judge(nn.Module):
+class Judge(nn.Module):
     """(u, t) -> logits [B, classes], as a classifier; with class_labels the one of each class, as a discriminator."""
 
     def __init__(self, channels: int) -> None:
@@ -203,7 +203,7 @@ def _networks(family: str) -> Networks:
         return _frozen(nets.build("DDPMPrecond", **kinds[family], **shape), draws)
 
     score, worse = net(), net()
-    classifier, discriminator = (_frozen(_Judge(channels), draws) for _ in range(2))
+    classifier, discriminator = (_frozen(Judge(channels), draws) for _ in range(2))
     time = {"time": score.time} if family != "edm" else {}
     return Networks(score, discriminator, classifier, worse, **time)
 

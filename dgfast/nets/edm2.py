@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgfast.magnitude import SILU_GAIN, Fourier, Layer, concatenated, mix, normalise
+from dgfast.nets.attention import Attend, dot_product
 
 
 class EDM2Block(nn.Module):
@@ -44,6 +45,7 @@ class EDM2Block(nn.Module):
         self.heads = out_channels // channels_per_head if attention else 0
         if self.heads and out_channels % self.heads:
             raise ValueError(f"{out_channels} channels cannot be shared among {self.heads} heads")
+        self.attend: Attend | None = dot_product if self.heads else None
         self.keep, branch = mix(res_balance)
         self.keep_attn, branch_attn = mix(attn_balance)
 
@@ -80,7 +82,8 @@ class EDM2Block(nn.Module):
             x = self.conv_skip(x)
         x = self.keep * x + y
         if self.heads:
-            x = self.keep_attn * x + self._attention(x)
+            branch = 0 if self.attend is None else self._attended(x, self.attend)
+            x = self.keep_attn * x + branch
         return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
 
     def _resampled(self, x: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ class EDM2Block(nn.Module):
             return F.interpolate(x, scale_factor=2.0, mode="nearest")
         return F.conv_transpose2d(x, taps * 4, groups=x.shape[1], stride=2, padding=padding)
 
-    def _attention(self, x: Tensor) -> Tensor:
+    def _attended(self, x: Tensor, attend: Attend) -> Tensor:
         """Self-attention of queries, keys and values that are normalised over the channels of each head."""
         assert self.attn_qkv is not None and self.attn_proj is not None
         weight: Tensor = self.attn_qkv.weight
@@ -106,7 +109,7 @@ class EDM2Block(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # [B, HW, C]
         qkv = F.linear(tokens, weight.flatten(1).to(x.dtype)).unflatten(-1, (3, self.heads, -1))
         q, k, v = normalise(qkv, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, HW, C / heads]
-        y = F.scaled_dot_product_attention(q, k, v).permute(0, 1, 3, 2).reshape(x.shape)
+        y = attend(q, k, v).permute(0, 1, 3, 2).reshape(x.shape)
         return self.attn_proj(y)
 
 

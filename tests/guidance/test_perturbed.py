@@ -1,5 +1,6 @@
 """Guidance by the same network run differently in some layers: what changes, what is shared, in every runtime."""
 
+import copy
 import math
 from collections.abc import Callable
 from itertools import chain
@@ -38,6 +39,10 @@ DIT = {
     "model_type": "DiT", "img_resolution": 8, "img_channels": 1, "label_dim": 3, "hidden_size": 32, "depth": 8,
     "num_heads": 2, "patch_size": 4,
 }  # fmt: skip
+EDM2 = {
+    "img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_channels": 16, "channel_mult": [1, 1],
+    "num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 8,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,8 @@ def changed(guidance: Any) -> list[str]:
     for name, module in guidance.reference.named_modules():
         attends = getattr(module, "attend", None)
         odd = attends is not None and getattr(attends, "__name__", "") != "dot_product"
-        left_out = getattr(module, "num_heads", 0) and hasattr(module, "attend") and attends is None
+        heads = getattr(module, "num_heads", 0) or getattr(module, "heads", 0)
+        left_out = heads and hasattr(module, "attend") and attends is None
         names += [name.removeprefix("model.")] if odd or left_out or getattr(module, "skipped", False) else []
     return names
 
@@ -99,6 +105,19 @@ def test_perturbed_layers_by_default_are_the_networks_middle(filled_net: Callabl
     dit = filled_net("DDPMPrecond", DIT, "perturbed/dit/")
     assert changed(made("slg", dit)) == ["blocks.2", "blocks.3", "blocks.4"]
     assert changed(made("pag", dit)) == [f"blocks.{i}.attn" for i in (2, 3, 4)]
+
+
+def test_perturbed_edm2_attends_otherwise_in_its_middle_alone(filled_net: Callable[..., Any]) -> None:
+    edm2 = filled_net("EDM2Precond", EDM2, "perturbed/edm2/")
+    x, sigma, labels = images(2, 1, 8, 8), torch.tensor([0.3, 2.0]), torch.eye(3)[:2]
+    plain, middle = edm2(x, sigma, labels), "unet.dec.4x4_in0"
+    for kind in KINDS:
+        guidance = made(kind, edm2)
+        assert changed(guidance) == [middle]
+        assert (guidance.reference(x, sigma, labels) - plain).abs().max() > 1e-4
+    without = copy.deepcopy(edm2)
+    torch.nn.init.zeros_(without.get_submodule(middle).attn_proj.weight)
+    assert torch.equal(made("slg", edm2).reference(x, sigma, labels), without(x, sigma, labels))
 
 
 def test_perturbed_attention_is_the_identity_for_a_matrix_of_attention() -> None:
