@@ -80,8 +80,8 @@ def _folder(options: str) -> str:
 
 def _draw(folder: Path, options: str, count: int, steps: int) -> None:
     command = (
-        f"-m dgfast.sample --out {shlex.quote(str(folder))} --seeds 0-{count - 1} --labels 0-9 --batch 100 --steps {steps} "
-        f"--format npz --compile {'' if '--dg-weight' in options else '--dg-weight 0'} {options}"
+        f"-m dgfast.sample --out {shlex.quote(str(folder))} --seeds 0-{count - 1} --labels 0-9 --batch 100 "
+        f"--steps {steps} --format npz --compile {'' if '--dg-weight' in options else '--dg-weight 0'} {options}"
     )
     subprocess.run([sys.executable, *shlex.split(command)], check=True)
 

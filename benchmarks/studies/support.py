@@ -153,8 +153,8 @@ def _error(denoiser: Any, guidances: list[Guidance], build: Callable[..., Any]) 
 def _inputs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     sigma = torch.tensor([0.1, 1.0, 20.0], dtype=torch.float64).roll(seed)
-    noise = torch.randn(3, 2, 8, 8, dtype=torch.float64, generator=generator)
-    return (0.5 + sigma.view(-1, 1, 1, 1) ** 2).sqrt() * noise, sigma, F.one_hot((torch.arange(3) + seed) % 3, 3).float()
+    x = (0.5 + sigma.view(-1, 1, 1, 1) ** 2).sqrt() * torch.randn(3, 2, 8, 8, dtype=torch.float64, generator=generator)
+    return x, sigma, F.one_hot((torch.arange(3) + seed) % 3, 3).float()
 
 
 if __name__ == "__main__":
