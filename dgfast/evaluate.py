@@ -1,14 +1,19 @@
-"""Measure how good the images of `dgfast sample` are.
+"""Measure how good the images of `dgfast sample` are, or any others.
 
-Compares each folder's shards with held-out real images in the features of the bundle's own small classifier: Frechet
-and kernel distance (torchmetrics), precision, recall, density and coverage (prdc), and the mean log-ratio of the
-bundle's discriminator. The first row is the yardstick: training images in the place of generated ones. Distances in
-these features are for comparison with each other only, not with published Inception figures.
+Compares each folder, or npz file, of generated images with real ones, in the features of the bundle's own small
+classifier, or of a TorchScript file (--features) such as Inception or DINOv2: Frechet distance (FID, FD-DINOv2), kernel
+distance (torchmetrics), precision, recall, density and coverage (prdc), and the mean log-ratio of the bundle's
+discriminator. Where --data has the real ones, the first row is the yardstick: training images in the place of generated
+ones. Distances in a small classifier's features are for comparison with each other only.
+
+--features runs the file that it names. TorchScript is a program of torch's operators (no Python), some of which read
+and write files: name only one that you would run.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,9 +21,30 @@ from dgfast.errors import UserError
 from dgfast.options import Command, Group, option
 
 if TYPE_CHECKING:  # torch takes longer to import than --help may take
-    from dgfast.training.data import ImageSet
+    from dgfast.evaluation.judge import Judge, Row
 
-_YARDSTICK = 2000  # training images in the first row
+_BY_FOLDER = "folders"
+
+
+class SeedRanges(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.4 and newer
+    """Ranges of seeds, each judged by itself, such as 0-49999,50000-99999; or the word "folders"."""
+
+    name = "ranges"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Sequence[tuple[int, int]] | str:
+        if value == _BY_FOLDER:
+            return _BY_FOLDER
+        ranges = []
+        for part in str(value).split(","):
+            first, _, last = part.partition("-")
+            if not (
+                first.isdecimal() and last.isdecimal() and max(len(first), len(last)) < 19 and int(first) <= int(last)
+            ):
+                self.fail(f"{part[:40]!r}: expected ranges such as 0-49999,50000-99999, or {_BY_FOLDER}", param, ctx)
+            ranges.append((int(first), int(last)))
+        return ranges
 
 
 @click.command(cls=Command, help=__doc__)
@@ -27,103 +53,93 @@ _YARDSTICK = 2000  # training images in the first row
     "--bundle", group=Group.INPUT, default="mnist32", show_default=True, help="Whose features and discriminator judge."
 )
 @option(
-    "--data", group=Group.INPUT, default="mnist", show_default=True, help="`mnist`, or an npz with images and labels."
+    "--features", group=Group.INPUT, type=click.Path(path_type=Path), metavar="FILE",
+    help="A TorchScript file whose features judge in the place of the bundle's; it is run.",
+)  # fmt: skip
+@option(
+    "--features-range", group=Group.INPUT, type=click.Choice(["0,255", "0,1", "-1,1", "imagenet"]),
+    help="Values of pixels that it reads; imagenet: normalised by ImageNet's mean and deviation, as for DINOv2. "
+    "[default: 0,255 of an Inception, which takes return_features; else it must be given]",
+)  # fmt: skip
+@option(
+    "--features-size", group=Group.INPUT, type=click.IntRange(1, 4096), metavar="SIDE",
+    help="Resize images to so many pixels a side first, bicubic and antialiased (DINOv2: 224).  [default: as they are]",
+)  # fmt: skip
+@option("--data", group=Group.INPUT, help="`mnist`, or an npz with images and labels.  [default: mnist]")
+@option("--holdout", type=int, group=Group.INPUT, help="Images of --data that are the reference.  [default: 1000]")
+@option(
+    "--reference", group=Group.INPUT, type=click.Path(path_type=Path), metavar="PATH",
+    help="Compare with that in the place of --data: a folder or npz of images, or moments (EDM's .npz, EDM2's .pkl).",
+)  # fmt: skip
+@option(
+    "--seed-ranges", group=Group.INPUT, type=SeedRanges(),
+    help="Judge each range of seeds by itself, such as 0-49999,50000-99999, and print lowest and mean; `folders`: of "
+    "the folders.",
+)  # fmt: skip
+@option(
+    "--metrics", group=Group.OUTPUT, help="Some of the columns, separated by commas.  [default: all that can be had]"
 )
-@option("--holdout", group=Group.INPUT, default=1000, show_default=True, help="Held-out images, as in training.")
+@option(
+    "--bootstrap", group=Group.OUTPUT, type=click.IntRange(0), metavar="N",
+    help="95 % intervals of so many resamples; 0: none.  [default: 200 if a feature has 512 numbers or fewer]",
+)  # fmt: skip
+@option(
+    "--subset", group=Group.OUTPUT, type=click.IntRange(7), default=10_000, show_default=True, metavar="N",
+    help="Images of each side that kernel, precision, recall, density and coverage look at, at most.",
+)  # fmt: skip
 @option("--json", "report", group=Group.OUTPUT, type=click.Path(path_type=Path), help="Write the numbers there too.")
 @option("--device", group=Group.RUNTIME, help="cpu or cuda; default: what is there.")
-def main(
-    folders: tuple[Path, ...], bundle: str, data: str, holdout: int, report: Path | None, device: str | None
-) -> None:
+def main(**options: Any) -> None:
     from dgfast.extras import require
 
     require("torchmetrics", "prdc")
+    report: Path | None = options.pop("report")
     if report is not None and not report.absolute().parent.is_dir():
         raise UserError(f"--json {report}: there is no folder {report.parent}; make it first")
 
     from tqdm import tqdm
 
-    from dgfast import bundle as bundles
-    from dgfast.devices import pick_device, precision
-    from dgfast.judge import Judge
+    from dgfast.devices import precision
+    from dgfast.evaluation.request import Request, prepare
 
-    yardstick, held_out = _real(data, holdout)
-    sets = {"training images": yardstick} | {str(folder): _drawn(folder) for folder in folders}
-    judge = Judge(bundles.read(bundle), held_out, pick_device(device))
-    for name, images in {f"--data {data}": held_out, **sets}.items():
-        judge.require_fit(name, images)
-    _note_what_may_be_unfinished(folders)
-    work = sum(judge.work(images) for images in sets.values())
-    bar = tqdm(total=work, unit="image", desc="judging", dynamic_ncols=True, disable=None)  # not into a log file
-    with bar, precision("float32"):
-        rows = {name: judge(images, bar.update) for name, images in sets.items()}
-    _print_table(rows)
+    ranges = options.pop("seed_ranges") or ()
+    of_seeds = () if ranges == _BY_FOLDER else ranges
+    with precision("float32"):
+        prepared = prepare(Request(**options, ranges=of_seeds))
+        for note in prepared.notes:
+            click.echo(note, err=True)
+        # Not into a log file.
+        with tqdm(total=prepared.work, unit="image", desc="judging", dynamic_ncols=True, disable=None) as bar:
+            judge = prepared.judge(bar.update)
+            rows = [row for images in prepared.yardstick for row in judge(images, (), bar.update)]
+            of_folders = {images.name: judge(images, of_seeds, bar.update) for images in prepared.sets}
+    all_folders = [row for each in of_folders.values() for row in each]
+    groups = {"": all_folders} if ranges == _BY_FOLDER else of_folders if ranges else {}
+    _print(judge, [*rows, *all_folders], groups)
     if report is not None:
-        _write(report, rows)
+        _write(report, judge, [*rows, *all_folders], groups)
 
 
-# Images ---------------------------------------------------------------------------------------------------------------
-def _real(data: str, holdout: int) -> "tuple[ImageSet, ImageSet]":
-    """Training images for the first row, and held-out ones.
+# Results --------------------------------------------------------------------------------------------------------------
+def _print(judge: "Judge", rows: "Sequence[Row]", groups: "Mapping[str, Sequence[Row]]") -> None:
+    from dgfast.evaluation.results import interval_lines, table
 
-    Raises:
-        UserError: no such images, or too few of either.
-    """
-    from dgfast.judge import FEWEST
-    from dgfast.training.data import ImageSet, load_images, split
-
-    if holdout < FEWEST:
-        raise UserError(
-            f"--holdout {holdout}: images are compared with these; give {FEWEST} at least, better a thousand"
-        )
-    real = load_images(data)
-    train, held_out = split(real, holdout)
-    if len(train) < FEWEST:
-        raise UserError(
-            f"--holdout {holdout} leaves {len(train)} of {len(real)} images for the first row; leave {FEWEST} at least"
-        )
-    return ImageSet(train.images[:_YARDSTICK], train.labels[:_YARDSTICK]), held_out
+    lines = table(rows, groups)
+    if any(row.resampled for row in rows):
+        lines += ["", *interval_lines(rows, judge.bootstrap)]
+    click.echo("\n".join(lines))
 
 
-def _drawn(folder: Path) -> "ImageSet":
-    """All images of a job.
-
-    Raises:
-        UserError: none there, not all, or something else.
-    """
-    from dgfast.image_folder import read_images
-    from dgfast.training.data import image_set
-
-    return image_set(*read_images(folder), folder)
-
-
-def _note_what_may_be_unfinished(folders: tuple[Path, ...]) -> None:
-    from dgfast.manifest import promised_images
-
-    for folder in folders:
-        if promised_images(folder) is None:
-            click.echo(
-                f"{folder} has no manifest that says how many images belong to it; judging those there", err=True
-            )
-
-
-# The table ------------------------------------------------------------------------------------------------------------
-def _print_table(rows: dict[str, dict[str, float]]) -> None:
-    columns = list(next(iter(rows.values())))
-    width = max(len(name) for name in rows)
-    click.echo(" " * width + "".join(f"{column:>12}" for column in columns))
-    for name, row in rows.items():
-        cells = (f"{row[c]:>12d}" if isinstance(row[c], int) else f"{row[c]:>12.4f}" for c in columns)
-        click.echo(f"{name:<{width}}" + "".join(cells))
-
-
-def _write(report: Path, rows: dict[str, dict[str, float]]) -> None:
+def _write(report: Path, judge: "Judge", rows: "Sequence[Row]", groups: "Mapping[str, Sequence[Row]]") -> None:
     """
     Raises:
         UserError: the file cannot be written.
     """
+    from dgfast.evaluation.results import as_json
+
+    content = as_json(judge.reference, judge.extractor.name, rows, groups, judge.most)
     try:
-        report.write_text(json.dumps(rows, indent=1) + "\n")
+        report.write_text(json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"--json {report}: cannot be written ({error.strerror}); the table above is complete"

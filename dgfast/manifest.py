@@ -141,6 +141,11 @@ def owner(folder: Path) -> str:
     return "another process"
 
 
+def content_of(folder: Path) -> dict[str, Any] | None:
+    """What the folder's manifest holds; None where there is none, or none of JSON."""
+    return _read_json(folder / NAME)
+
+
 def promised_images(folder: Path) -> int | None:
     """How many images the folder's manifest promises; None where there is none that says so."""
     promised = (_read_json(folder / NAME) or {}).get("images")

@@ -88,6 +88,11 @@ ROOMS = {
         | {"sampler"},
         {"torch"},
     ),
+    "evaluation": (
+        {"bounds", "bundle", "checkpoints", "devices", "errors", "files", "guidance", "image_folder", "manifest"}
+        | {"nets", "networks", "outputs", "ranges", "training"},
+        {"numpy", "prdc", "torch", "torchmetrics"},
+    ),
     "batches": ({"errors", "one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }
 # Folder of a runtime -> the folders of others from which it takes something.

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from dgfast.errors import UserError
 from dgfast.extras import require
-from dgfast.image_folder import read_files, read_images
+from dgfast.image_folder import PICTURES, read_files, read_images
 
 _SPLIT_SEED = 2211_17091
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ def load_folder(folder: Path) -> ImageSet:
         return ImageSet(
             *(np.concatenate(arrays) for arrays in zip(*((p.images, p.labels) for p in parts), strict=True))
         )
-    pictures = [path for path in sorted(folder.glob("*/*")) or [] if path.suffix.lower() in _PICTURES]
-    pictures += [path for path in sorted(folder.glob("*")) if path.suffix.lower() in _PICTURES and path.stem != "grid"]
+    pictures = [path for path in sorted(folder.glob("*/*")) or [] if path.suffix.lower() in PICTURES]
+    pictures += [path for path in sorted(folder.glob("*")) if path.suffix.lower() in PICTURES and path.stem != "grid"]
     if (folder / "manifest.json").is_file() or not pictures:
         return ImageSet(*read_images(folder))
     images, labels = read_files(folder, [str(path.relative_to(folder)) for path in pictures])
