@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from benchmarks.studies.quality import judged
 from dgfast.extras import require
 
 GRADIENTS: dict[str, tuple[str, ...]] = {
@@ -64,7 +65,7 @@ def main(count: int, steps: int, only: str | None, out: Path) -> None:
     for number, (folder, (name, options)) in enumerate(zip(folders, settings, strict=True), 1):
         click.echo(f"{number} of {len(settings)}: {name} {options}", err=True)
         _draw(folder, options, count, steps)
-    rows = _judged(folders, settings, out / "evaluation.json")
+    rows = _rows(folders, settings)
     (out / "guidances.json").write_text(json.dumps(rows, indent=1) + "\n")
     _plot(rows, out / "guidances.png")
     click.echo("| guidance | options | score calls | gradients | " + " | ".join(METRICS) + " |")
@@ -86,20 +87,14 @@ def _draw(folder: Path, options: str, count: int, steps: int) -> None:
     subprocess.run([sys.executable, *shlex.split(command)], check=True)
 
 
-def _judged(folders: list[Path], settings: list[tuple[str, str]], report: Path) -> list[dict[str, Any]]:
+def _rows(folders: list[Path], settings: list[tuple[str, str]]) -> list[dict[str, Any]]:
     """A row for each setting: what it is, what it cost and how good its images are."""
-    command = [sys.executable, "-m", "dgfast.evaluate", *map(str, folders), "--json", str(report)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    metrics = json.loads(report.read_text())
     rows = []
-    for folder, (name, options) in zip(folders, settings, strict=True):
+    for folder, (name, options), metrics in zip(folders, settings, judged(folders, METRICS), strict=True):
         runs = json.loads((folder / "manifest.json").read_text())["runs"]
         run = next(run for run in reversed(runs) if run["images"])
-        rows.append(
-            {"guidance": name, "options": options}
-            | {"score": run["score_evaluations"], "gradients": run["guidance_gradients"]}
-            | {metric: metrics[str(folder)][metric] for metric in METRICS}
-        )
+        cost = {"score": run["score_evaluations"], "gradients": run["guidance_gradients"]}
+        rows.append({"guidance": name, "options": options, **cost, **metrics})
     return rows
 
 

@@ -12,5 +12,5 @@ def judged(folders: Sequence[Path], names: Sequence[str]) -> list[dict[str, floa
     report = folders[0].parent / "quality.json"
     command = [sys.executable, "-m", "dgfast.evaluate", *map(str, folders), "--json", str(report)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    metrics = json.loads(report.read_text())
-    return [{name: metrics[str(folder)][name] for name in names} for folder in folders]
+    rows = {row["folder"]: row["metrics"] for row in json.loads(report.read_text())["rows"]}
+    return [{name: rows[str(folder)][name]["value"] for name in names} for folder in folders]
