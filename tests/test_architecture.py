@@ -82,7 +82,11 @@ ROOMS = {
     "engines": ({"bundle", "config", "errors", "graph", "guidance", "job", "runtimes", "solvers"}, {"torch"}),
     "outputs": ({"errors", "files", "ranges"}, {"torch", "numpy", "PIL"}),
     "plan": ({"config", "denoiser", "errors", "guidance", "networks", "noise_levels", "solvers"}, {"torch"}),
-    "options": ({"__version__", "bounds", "config", "guidance", "ranges", "solvers"}, {"click"}),
+    "option_types": ({"ranges"}, {"click"}),
+    "options": ({"__version__", "bounds", "config", "guidance", "option_types"}, {"click"}),
+    "job_options": ({"config", "guidance", "option_types", "options", "solvers"}, {"click"}),
+    "settings": ({"bundle", "config", "errors", "presets"}, {"click"}),
+    "execution": ({"bundle", "engines", "errors", "runtimes", "settings"}, {"click"}),
     "one_step": (
         {"bundle", "devices", "errors", "graph", "guidance", "job", "networks", "plan", "randomness", "runtimes"}
         | {"sampler"},
