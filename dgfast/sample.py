@@ -199,7 +199,7 @@ def _check_labels(sampler: Any, labels: Ranges | None) -> None:
 
 
 def _chunks(options: dict[str, Any], engine: Any) -> Any:
-    from dgfast.job_folder import Chunks
+    from dgfast.chunks import Chunks
 
     seeds, batch = options["seeds"], options["batch"]
     fixed = engine is not None and engine.batch is not None

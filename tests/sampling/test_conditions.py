@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dgfast.batches import draw
+from dgfast.chunks import Chunk
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.engines import runtime_of
 from dgfast.errors import UserError
@@ -17,7 +18,7 @@ from dgfast.export.joint_graph import joint
 from dgfast.export.onnx_file import export
 from dgfast.job import Job
 from dgfast.networks import Networks
-from dgfast.outputs import Chunk, Drawn, Fetcher
+from dgfast.outputs import Drawn, Fetcher
 from dgfast.ranges import Ranges
 from dgfast.runtimes.onnx.session import OnnxEngine
 from dgfast.sampler import Sampler
