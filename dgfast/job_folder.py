@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -46,14 +47,16 @@ class JobFolder:
         formats: Sequence[str],
         rank: int = 0,
         processes: int = 1,
+        typed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """
         Args:
             formats: names of `config.KEPT` and `config.PRODUCTS`.
             rank: of this process; the one of rank 0 opens the folder, others only add to it. processes: all of them.
+            typed: see `Manifest`.
         """
         self.path, self.chunks, self._rank, self._processes = path, chunks, rank, processes
-        self.manifest = Manifest(path, {**job, "formats": sorted(formats)}, len(chunks.seeds))
+        self.manifest = Manifest(path, {**job, "formats": sorted(formats)}, len(chunks.seeds), typed)
         kept = [FORMATS[name] for name in formats if name in FORMATS]
         self._passing = not kept  # products alone are made of shards, which go once they are there
         self._kept: list[Format] = kept or [FORMATS["npz"]]

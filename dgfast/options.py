@@ -114,6 +114,12 @@ def _as_typed(value: Any) -> str:
     return value if isinstance(value, str) and value.isprintable() else ""
 
 
+def names_as_typed() -> dict[str, str]:
+    """The running command's options as a user types them, by the names of their values: --steps of num_steps."""
+    context = click.get_current_context()
+    return {one.name: one.opts[0] for one in context.command.get_params(context) if one.name}
+
+
 def command_line() -> list[str]:
     """The running command's arguments, as they were typed."""
     return list(click.get_current_context().meta[_ARGUMENTS])

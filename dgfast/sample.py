@@ -21,7 +21,7 @@ from dgfast.files import sha256
 from dgfast.job_options import GuidedCommand
 from dgfast.manifest import recorded
 from dgfast.option_types import PATH, Duration, IntegerRanges
-from dgfast.options import BUNDLE, Group, option
+from dgfast.options import BUNDLE, Group, names_as_typed, option
 from dgfast.ranges import Ranges
 from dgfast.runtimes import PRECISIONS, RUNTIMES, Runtime
 from dgfast.settings import Settings, settings_of
@@ -131,7 +131,7 @@ def _main(options: dict[str, Any], began: float) -> None:
     drawing = Drawing(
         folder=JobFolder(
             options["out"], _job(bundle, settings, options, execution.name), _chunks(options, execution.engine),
-            formats, team.rank, team.size,
+            formats, team.rank, team.size, names_as_typed(),
         ),
         team=team, make=make, runtime=execution.name, fetcher=fetcher, kernels=options["kernels"],
         facts=_facts(device, team), may_fall_back=options["compiled"] == "try", time_limit=options["time_limit"],

@@ -191,12 +191,15 @@ class Sampler:
         if failed < len(self.steps):
             raise UserError(
                 f"the images became NaN or infinite at step {failed} of {len(self.steps)}, "
-                f"sigma {self.steps[failed].sigma:.4g}; {self._remedy()}"
+                f"sigma {self.steps[failed].sigma:.4g}; {self._remedy(extra)}"
             )
         return x
 
-    def _remedy(self) -> str:
+    def _remedy(self, conditions: Sequence[Tensor]) -> str:
         """What a user can do about images that are not finite."""
+        for name, value in zip(self.job.conditions, conditions, strict=True):
+            if not bool(value.isfinite().all()):
+                return f"condition {name} is infinite itself"
         net = self.networks.denoiser
         half = isinstance(net, nn.Module) and any(p.dtype != torch.float32 for p in net.parameters())
         remedies = ["use --dtype float32"] if half else []

@@ -8,6 +8,7 @@ import click
 
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
+from dgfast.options import names_as_typed
 
 if TYPE_CHECKING:
     from dgfast.bundle import Bundle
@@ -38,9 +39,7 @@ def _chosen(given: Mapping[str, Any], record: type[SamplingConfig] | type[Guidan
 
 def _require_none(idle: set[str]) -> None:
     """Raises UserError for options of a solver or a guidance beside `--one-step`."""
-    context = click.get_current_context()
-    names = [option.opts[0] for option in context.command.get_params(context) if option.name in idle]
-    if names:
+    if names := [typed for name, typed in names_as_typed().items() if name in idle]:
         raise UserError(f"--one-step has no solver and no guidance: leave out {', '.join(names)}, or --one-step")
 
 

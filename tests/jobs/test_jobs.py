@@ -121,10 +121,10 @@ def test_a_bug_half_way_says_what_is_safe(
 def test_another_job_in_the_folder_is_refused(small_bundle: Bundle, undisturbed: Path) -> None:
     before = contents(undisturbed)
     for options, differing in (
-        (["--steps", "5"], "num_steps 4 there, 5 here"), (["--seeds", "0-10"], "seeds 0-9 there, 0-10 here"),
-        (["--labels", "1"], "labels none there, 1 here"), (["--dtype", "bf16"], "dtype float32 there, bf16 here"),
-        (["--noise", "cuda"], "noise none there, cuda here"),
-        (["--batch", "5"], "batch 4 there, 5 here"), (["--format", "npz"], "formats grid,npz there, npz here"),
+        (["--steps", "5"], "--steps 4 there, 5 here"), (["--seeds", "0-10"], "--seeds 0-9 there, 0-10 here"),
+        (["--labels", "1"], "--labels none there, 1 here"), (["--dtype", "bf16"], "--dtype float32 there, bf16 here"),
+        (["--noise", "cuda"], "--noise none there, cuda here"),
+        (["--batch", "5"], "--batch 4 there, 5 here"), (["--format", "npz"], "--format grid,npz there, npz here"),
     ):  # fmt: skip
         result = _run(small_bundle, undisturbed, *options)
         assert result.exit_code == 2 and f"holds another job: {differing}" in result.output
