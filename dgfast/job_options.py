@@ -8,11 +8,12 @@ import click
 
 from dgfast.config import DISCRETIZATIONS, SCALINGS, SCHEDULES, STATE_DTYPES, VARIANCES
 from dgfast.guidance import declaration
+from dgfast.guidance.options import PAIR, POINTS
 from dgfast.option_types import NUMBER, FloatPair, WeightPoints
 from dgfast.options import Command, Group, Option, option, section
 from dgfast.solvers import DIFFUSIONS, LAST_STEPS, SOLVERS
 
-_TYPES = {float: NUMBER, int: int, str: str, declaration.PAIR: FloatPair(), declaration.POINTS: WeightPoints()}
+_TYPES = {float: NUMBER, int: int, str: str, PAIR: FloatPair(), POINTS: WeightPoints()}
 _of_solver = partial(option, group=Group.SOLVER)
 _number = partial(_of_solver, type=NUMBER)
 _SAMPLED = (
