@@ -331,6 +331,7 @@ def test_sampler_guidance_config_names_the_setting_it_refuses(wrong: dict[str, A
         ({"label_dim": -1}, "label_dim -1 is no number of classes; without any it is 0"),
         ({"label_dim": None}, "label_dim None is no number of classes"),
         ({"sigma_min": math.nan}, "sigma_min nan must be at least 0, and below sigma_max"),
+        ({"sigma_max": None}, "below sigma_max None"),
         ({"sigma_min": 80.0, "sigma_max": 0.002}, "sigma_min 80.0 must be at least 0, and below sigma_max 0.002"),
     ],
 )
