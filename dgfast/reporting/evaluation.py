@@ -89,7 +89,10 @@ def _row(row: Mapping[str, Any]) -> Judged:
 
 def _value(name: str, value: Mapping[str, Any]) -> Value:
     numbers = [value["value"], value.get("low"), value.get("high")]
-    if not all(number is None or (type(number) in (int, float) and math.isfinite(number)) for number in numbers):
+    are_numbers = [type(number) in (int, float) and math.isfinite(number) for number in numbers]
+    if not are_numbers[0] or not all(
+        is_one or number is None for is_one, number in zip(are_numbers, numbers, strict=True)
+    ):
         raise ValueError(f"{name} is no number")
     return Value(float(numbers[0]), *numbers[1:])
 

@@ -128,7 +128,7 @@ def predictions(name: str, trajectory: Trajectory, alt: str) -> Picture:
             rows.append(y + height / 2 - 0.5)
             names.append(f"seed {trajectory.seeds[seed]}, {word}")
 
-    left, top = 1.3, 0.5  # inches for what stands beside the images
+    left, top = 0.2 + 0.075 * max(map(len, names)), 0.5  # inches for what stands beside the images
     tall = (_WIDTH - left) * sheet.shape[0] / sheet.shape[1] + top
 
     def draw(figure: Figure) -> None:

@@ -116,12 +116,20 @@ def label_points(
         note = axes.annotate(
             text, (x, y), (dx, dy), textcoords="offset points", fontsize=8, va="center",
             ha="center" if not dx else "left" if dx > 0 else "right",
+            arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.6} if abs(dy) > _LINE else None,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
         )  # fmt: skip
         note.set_in_layout(False)
 
 
-_OFFSETS = tuple((dx, dy) for dy in (0, 12, -12, 24, -24) for dx in (8, -8, 0) if dx or dy)
+_LINE = 12  # points from one line of text to the next
+_OFFSETS = tuple(
+    (dx, sign * line * _LINE)
+    for line in range(6)
+    for sign in (1, -1)
+    for dx in (8, -8, 0)
+    if (dx or line) and (line or sign > 0)
+)
 _Box = tuple[float, float, float, float]
 """Left, bottom, right and top, in pixels."""
 

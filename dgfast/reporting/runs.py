@@ -46,8 +46,8 @@ class Run:
 
     Attributes:
         name: the folder, as it was given. job: what its manifest says of what decides on the images.
-        images: of the whole job. complete: whether all are there. facts: what the manifest tells of the last run that drew something.
-        speed: None where the manifest does not say it; no_speed: why.
+        images: of the whole job. complete: whether all are there. facts: what the manifest tells of the last run that
+            drew something. speed: None where the manifest does not say it; no_speed: why.
     """
 
     folder: Path
@@ -190,8 +190,9 @@ def _parts(run: Run) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         yield images, np.array([int(Path(name).stem) for name in names]), labels
         return
     for path in run.folder.glob("samples_*.npz"):
-        images, labels = read_files(run.folder, [path.name])
-        yield images[: len(seeds)], np.array([*seeds]), labels[: len(seeds)]
+        images, labels = (array[: len(seeds)] for array in read_files(run.folder, [path.name]))
+        grey = (images == images[..., :1]).all()  # which it keeps as three channels
+        yield images[..., :1] if grey else images, np.array([*seeds]), labels
 
 
 def _seeds(path: Path, count: int) -> np.ndarray:
