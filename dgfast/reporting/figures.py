@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -84,7 +84,7 @@ def quality_and_speed(name: str, points: Sequence[Point], alt: str) -> Picture:
         axes.margins(y=0.15)
         axes.set_xlabel("images a second (logarithmic; right is faster)")
         axes.set_ylabel("Frechet distance (lower is better)")
-        figure.legend(loc="outside upper center", ncols=min(3, len(methods)))
+        figure.legend(loc="outside upper center", ncols=_columns(methods))
         label_points(figure, axes, [(p.images_per_second, p.distance, p.label) for p in points], lines)
 
     return picture(name, "Quality against speed", alt, (_WIDTH, 4.8), draw)
@@ -205,7 +205,7 @@ def noise_errors(name: str, errors: NoiseErrors, alt: str) -> Picture:
         axes.invert_xaxis()
         axes.set_xlabel("noise level sigma" + (" (rightmost: the finished images)" if images else ""))
         axes.set_ylabel("relative error")
-        figure.legend(loc="outside upper center", ncols=3)
+        figure.legend(loc="outside upper center", ncols=_columns(errors.errors))
 
     return picture(name, f"Error of the {errors.of} by noise level", alt, (_WIDTH, 3.8), draw)
 
@@ -227,9 +227,14 @@ def speed_ups(name: str, rows: Sequence[Row], alt: str) -> Picture:
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_xlabel("times as fast as eager, in the same run")
         axes.margins(x=0.1)  # room for the labels
-        figure.legend(loc="outside upper right", ncols=len(groups))
+        figure.legend(loc="outside upper right", ncols=_columns(groups))
 
     return picture(name, "Speed-up over eager", alt, (_WIDTH, 1.2 + 0.3 * len(drawn)), draw)
+
+
+def _columns(names: Iterable[str]) -> int:
+    """Of a legend with these names, so that it is not wider than the figure."""
+    return max(1, min(4, 110 // (max(map(len, names)) + 8)))
 
 
 def _short(text: str, most: int = 44) -> str:
