@@ -237,5 +237,5 @@ def _columns(names: Iterable[str]) -> int:
     return max(1, min(4, 110 // (max(map(len, names)) + 8)))
 
 
-def _short(text: str, most: int = 44) -> str:
+def _short(text: str, most: int = 48) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
