@@ -48,12 +48,17 @@ class Judged:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One file. Its rows are comparable with one another, and not with those of other references or features."""
+    """One file. Its rows are comparable with one another, and not with those of other references or features.
+
+    Attributes:
+        over_seeds: what is said of rows that differ in their seeds alone, "lowest" or "mean", and the metrics' values.
+    """
 
     path: Path
     reference: str
     features: str
     rows: Sequence[Judged]
+    over_seeds: Sequence[tuple[str, Mapping[str, float]]] = ()
 
     @property
     def metrics(self) -> list[str]:
@@ -69,7 +74,15 @@ def parse(path: Path, content: Mapping[str, Any]) -> Evaluation:
     try:
         reference = content["reference"]
         said = f"{reference['name']} ({int(reference['images']):,} images)"
-        return Evaluation(path, said, str(content["features"]), [_row(row) for row in content["rows"]])
+        over_seeds = [
+            (
+                f"{group['name']} {kind}".strip(),
+                {str(name): _value(name, {"value": v}).value for name, v in group[kind].items()},
+            )
+            for group in content.get("seed_ranges") or ()
+            for kind in ("lowest", "mean")
+        ]
+        return Evaluation(path, said, str(content["features"]), [_row(row) for row in content["rows"]], over_seeds)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path} is no whole file of `dgfast evaluate --json` ({one_line(repr(error))}); make it anew"
@@ -110,7 +123,11 @@ def run_of(row: Judged, evaluation: Evaluation, runs: Sequence[Run]) -> tuple[Ru
         return None, f"the folder {row.folder} was not given to this page"
     judged = row.settings.get("job", row.settings)
     other = [name for name in judged if name in run.job and judged[name] != run.job[name]]
-    if other or row.images != run.images:
-        what = ", ".join(other) or "number of images"
-        return None, f"the folder {row.folder} holds another run than the one that was judged (other {what})"
+    if not judged and row.images != run.images:  # of a file that knows the settings, a row may be of some seeds alone
+        other = ["number of images"]
+    if other:
+        return (
+            None,
+            f"the folder {row.folder} holds another run than the one that was judged (other {', '.join(other)})",
+        )
     return run, run.no_speed

@@ -171,6 +171,12 @@ def _judged(evaluation: Evaluation) -> Iterator[Html]:
         "Metrics of each set of images", ["images of", "images", "seeds", *names],
         ([row.name, f"{row.images:,}", row.seeds, *_cells(names, row.metrics)] for row in evaluation.rows),
     )  # fmt: skip
+    if evaluation.over_seeds:
+        cells = (
+            [of, *(f"{values[name]:.4g}" if name in values else "" for name in names)]
+            for of, values in evaluation.over_seeds
+        )
+        yield table("Over ranges of seeds", ["of", *names], cells)
     compared = [row for row in evaluation.rows if row.differences]
     names = list(dict.fromkeys(name for row in compared for name in row.differences))
     if compared:

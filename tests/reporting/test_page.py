@@ -170,6 +170,18 @@ def test_no_speed_no_point_and_the_page_says_why(made: Callable[..., str], tmp_p
         assert line in page.text
 
 
+def test_rows_of_some_seeds_of_a_folder_have_its_speed(made: Callable[..., str], tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "a", guidance=GuidanceConfig())
+    job = json.loads((run / "manifest.json").read_text())["job"]
+    rows = [judged(f"a {seeds}", "a", 0.5, images=8, seeds=seeds, settings=job) for seeds in ("0-7", "8-15")]
+    path = evaluation(tmp_path / "quality.json", rows)
+    groups = [{"name": "a", "lowest": {"frechet": 0.25}, "mean": {"frechet": 0.375, "precision": 0.75}}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed_ranges": groups}))
+    page = _Reader(made("a", path))
+    assert _column(page.tables["Quality and speed"], "images/s") == ["4", "4"]
+    assert page.tables["Over ranges of seeds"][1:] == [["a lowest", "0.25", ""], ["a mean", "0.375", "0.75"]]
+
+
 def test_machines_are_not_held_against_each_other(made: Callable[..., str], tmp_path: Path) -> None:
     run_folder(tmp_path / "a", guidance=GuidanceConfig())
     run_folder(tmp_path / "b", guidance=GuidanceConfig(), device="a GPU", seconds=0.1)
