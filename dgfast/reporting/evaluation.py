@@ -23,7 +23,10 @@ class Value:
     high: float | None
 
     def __str__(self) -> str:
-        interval = "" if self.low is None or self.high is None else f" ({self.low:.4g} to {self.high:.4g})"
+        interval = (
+            "" if self.low is None or self.high is None else f" ({self.low:.4g}\xa0to\xa0{self.high:.4g})"
+        )  # not to be torn
+
         return f"{self.value:.4g}{interval}"
 
 

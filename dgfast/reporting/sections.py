@@ -154,7 +154,7 @@ def quality(evaluations: Sequence[Evaluation], all_runs: Sequence[Run]) -> Secti
         section.parts.append(tag("h3", str(evaluation.path)))
         section.parts.append(
             paragraph(
-                f"Against {evaluation.reference}, in the features of {evaluation.features}. In brackets: intervals."
+                f"Against {evaluation.reference}, in the features of {evaluation.features}. Intervals are in brackets."
             )
         )
         section.parts += _judged(evaluation)

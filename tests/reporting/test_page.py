@@ -47,6 +47,7 @@ class _Reader(HTMLParser):
         assert self._path.pop() == tag, "every element ends where it must"
 
     def handle_data(self, data: str) -> None:
+        data = data.replace("\xa0", " ")
         if "style" in self._path:
             return
         self.text += data
