@@ -82,6 +82,8 @@ def _drawn(bundle: str, given: dict[str, Any]) -> "Trajectory":
 
     read = bundles.read(bundle)
     sampling = replace(read.sampling, **{name: given[name] for name in asdict(SamplingConfig()) if name in given})
+    if sampling.respacing is not None and "num_steps" in given:
+        sampling = replace(sampling, respacing=str(given["num_steps"]))
     guidance = replace(read.guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
     return record(read, sampling, guidance, given.get("seeds", Ranges([(0, 3)])), given.get("labels"))
 

@@ -1,14 +1,16 @@
 """The door `dgfast report`: what `dgfast sample` wrote is on the page, and mistakes take one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from dgfast.config import GuidanceConfig
+from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.report import main
+from dgfast.reporting import trajectory
 from tests.support.reporting import evaluation, judged, noise_errors, run_folder
 from tests.support.sample import draw
 
@@ -52,6 +54,19 @@ def test_trajectory_is_drawn_shown_kept_and_shown_again(tiny: Path, tmp_path: Pa
     for name in ("trajectories-1.png", "corrections-1.png"):
         assert (again / name).read_bytes() == (drawn / name).read_bytes()
     assert not (again / "trajectory.npz").exists()
+
+
+def test_steps_of_a_bundle_in_discrete_time_are_its_timesteps(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[SamplingConfig]()
+    monkeypatch.setattr(trajectory, "record", lambda bundle, sampling, *_: asked.append(sampling))
+    respaced = shutil.copytree(tiny, tmp_path / "respaced")
+    description = json.loads((tiny / "bundle.json").read_text()) | {"sampling": {"respacing": "250"}}
+    (respaced / "bundle.json").write_text(json.dumps(description))
+    for bundle in (tiny, respaced):
+        _run("--trajectory", bundle, "--steps", "4", "--out", tmp_path / "page")
+    assert [(sampling.num_steps, sampling.respacing) for sampling in asked] == [(4, None), (4, "4")]
 
 
 _PARTS = '{"parts": {"parity by noise level": {"rows": [%s]}}}'

@@ -31,7 +31,7 @@ _MEASURE = """
   text: document.body.innerText, title: document.title}) })</script></body>"""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser() -> str:
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)
     if path is None:
@@ -40,7 +40,7 @@ def browser() -> str:
 
 
 @pytest.mark.parametrize("width", [1200, 800])
-def test_page_in_a_browser(width: int, browser: str, whole: Whole, tmp_path: Path) -> None:
+def test_page_in_a_browser(browser: str, whole: Whole, width: int, tmp_path: Path) -> None:
     assert whole.text.count(_POLICY) == 1
     measuring = whole.text.replace(_POLICY, f"{_POLICY}; script-src &#x27;unsafe-inline&#x27;").replace(
         "</body>", _MEASURE

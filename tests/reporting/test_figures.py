@@ -13,7 +13,6 @@ from matplotlib.text import Annotation, Text
 from dgfast.reporting.figures import Point, front, predictions, quality_and_speed
 from dgfast.reporting.plotting import logarithmic
 from dgfast.reporting.trajectory import Trajectory
-from tests.reporting.conftest import Whole
 from tests.support.reporting import clipped
 
 _NUMBERS = st.integers(1, 6).map(float)
@@ -41,10 +40,6 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
     monkeypatch.setattr(Figure, "savefig", keeping)
     return figures
-
-
-def test_no_text_is_clipped(whole: Whole) -> None:
-    assert whole.clipped == [[]] * 5
 
 
 @pytest.mark.parametrize("seeds", [1, 8])

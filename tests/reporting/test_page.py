@@ -122,6 +122,10 @@ def test_every_picture_has_a_text_and_is_a_file_as_well(whole: Whole) -> None:
     assert base64.b64encode((whole.folder / "grid-1.png").read_bytes()).decode() in shown
 
 
+def test_no_text_of_a_picture_is_clipped(whole: Whole) -> None:
+    assert whole.clipped == [[]] * 5
+
+
 def test_grids_hold_the_folders_own_images(made: Callable[..., str], tmp_path: Path) -> None:
     run_folder(tmp_path / "a", guidance=GuidanceConfig())
     made("a")
