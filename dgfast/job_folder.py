@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ class JobFolder:
         formats: Sequence[str],
         rank: int = 0,
         processes: int = 1,
-        typed: Mapping[str, str] = MappingProxyType({}),
+        typed: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:

@@ -36,7 +36,7 @@ _SAMPLED = (
         "--state-dtype", type=click.Choice(STATE_DTYPES), help="Of the solver's state, its noise levels and its noise."
     ),
 )
-_EXPORTED = (
+_SHARED = (
     _of_solver("--solver", type=click.Choice(tuple(SOLVERS)), help="What integrates the ODE or SDE."),
     _number("--eta", metavar="eta", help="Noise of the ddim solver, from 0 to 1."),
     _of_solver("--diffusion", type=click.Choice(DIFFUSIONS), help="Noise of the flow-sde solvers along the path."),
@@ -58,13 +58,14 @@ class GuidedCommand(Command):
     They are looked up when the command runs, so that a guidance declared since its making is among them.
 
     Args:
-        exported: leave out what no exported file can do, and the grid, which a file is not tied to.
+        exported: leave out what no exported file can do.
+        sampling: offer all of a `SamplingConfig`; without it the solver, and what its functions depend on.
     """
 
-    def __init__(self, *arguments: Any, exported: bool = False, **settings: Any) -> None:
+    def __init__(self, *arguments: Any, exported: bool = False, sampling: bool = False, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._exported = exported
-        for add in _EXPORTED if exported else _SAMPLED + _EXPORTED:
+        for add in (_SAMPLED if sampling else ()) + _SHARED:
             add(self)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:

@@ -36,13 +36,15 @@ class Manifest:
         products: name of each file that was made in the end -> its SHA-256; None until then.
     """
 
-    def __init__(self, folder: Path, job: Mapping[str, Any], images: int, typed: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, job: Mapping[str, Any], images: int, typed: Mapping[str, str] | None = None
+    ) -> None:
         """
         Args:
             job: everything that decides on the images and their files, as plain data.
             typed: what of it has another name where a user gives it, see `options.names_as_typed`.
         """
-        self.path, self.images, self._typed = folder / NAME, images, typed
+        self.path, self.images, self._typed = folder / NAME, images, typed or {}
         self.job: dict[str, Any] = json.loads(json.dumps(strict(job)))
         self.chunks: dict[int, str] = {}
         self.products: dict[str, str] | None = None

@@ -28,7 +28,7 @@ from dgfast.settings import Settings, settings_of
 from dgfast.stopping import interruptible
 
 
-@click.command(cls=GuidedCommand, help=__doc__)
+@click.command(cls=GuidedCommand, sampling=True, help=__doc__)
 @BUNDLE
 @option(
     "--seeds", group=Group.INPUT, default="0-63", help="One image a seed; or @FILE of them.",

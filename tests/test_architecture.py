@@ -73,6 +73,11 @@ ROOMS = {
         | {"runtimes", "sampler"},
         {"torch"},
     ),
+    "reporting": (
+        {"__version__", "bounds", "bundle", "chunks", "config", "devices", "errors", "files", "graph", "guidance"}
+        | {"image_folder", "manifest", "networks", "outputs", "plan", "pure_function", "ranges", "runtimes", "sampler"},
+        {"torch", "numpy", "matplotlib"},
+    ),
     "batches": ({"chunks", "errors", "one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }
 # Folder of a runtime -> the folders of others from which it takes something.
