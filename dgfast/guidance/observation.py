@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from dgfast.errors import UserError, one_line
-from dgfast.guidance.declaration import Guidance, option
+from dgfast.guidance.declaration import Guidance
 from dgfast.guidance.likelihood import per_sample, solved, squared_norm, unit
+from dgfast.guidance.options import option
 
 if TYPE_CHECKING:
     import torch
