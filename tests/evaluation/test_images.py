@@ -81,7 +81,7 @@ def test_grey_arrays_without_channels_have_one(tmp_path: Path) -> None:
         ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, "images must be uint8"),
         ({"images": noise(3), "labels": np.arange(4)}, "labels must be 3 whole numbers"),
         ({"images": noise(3), "labels": np.zeros(3)}, "labels must be 3 whole numbers; found float64"),
-        ({"images": np.array([{}])}, "an array of Python objects"),
+        ({"images": np.array([{}])}, "such as Python objects"),
         ({"images": np.asfortranarray(noise(3))}, "stored column by column"),
     ],
 )
