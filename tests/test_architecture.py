@@ -93,6 +93,23 @@ ROOMS = {
         | {"nets", "networks", "outputs", "ranges", "training"},
         {"numpy", "prdc", "torch", "torchmetrics"},
     ),
+    "reporting": (
+        {
+            "__version__",
+            "bounds",
+            "bundle",
+            "config",
+            "devices",
+            "errors",
+            "files",
+            "graph",
+            "guidance",
+            "image_folder",
+            "job",
+        }
+        | {"manifest", "networks", "outputs", "plan", "ranges", "runtimes", "sampler"},
+        {"torch", "numpy", "matplotlib"},
+    ),
     "batches": ({"errors", "one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }
 # Folder of a runtime -> the folders of others from which it takes something.
