@@ -81,7 +81,7 @@ class SeedRanges(click.ParamType):  # type: ignore[type-arg]  # generic only in 
 )
 @option(
     "--bootstrap", group=Group.OUTPUT, type=click.IntRange(0), metavar="N",
-    help="95 % intervals of so many resamples; 0: none.  [default: 200 if a feature has 512 numbers or fewer]",
+    help="95 % intervals of so many resamples; 0: none.  [default: 200 if a feature has 256 numbers or fewer]",
 )  # fmt: skip
 @option(
     "--subset", group=Group.OUTPUT, type=click.IntRange(7), default=10_000, show_default=True, metavar="N",

@@ -83,10 +83,9 @@ class _Array:
         assert self.kind is not None
         dtype = np.dtype(self.kind.name)
         size = math.prod(of(side, int) for side in self.shape) * dtype.itemsize
-        require(type(self.raw) in (bytes, bytearray, str) and min(self.shape, default=1) > 0, "it has an empty array")
-        raw = self.raw.encode("latin-1") if isinstance(self.raw, str) else self.raw  # of protocol 2
-        require(len(raw) == size, "an array in it has not the size that it claims")
-        return np.frombuffer(raw, dtype).reshape(self.shape, order="F" if self.by_columns else "C")
+        require(type(self.raw) in (bytes, bytearray) and min(self.shape, default=1) > 0, "it has an empty array")
+        require(len(self.raw) == size, "an array in it has not the size that it claims")
+        return np.frombuffer(self.raw, dtype).reshape(self.shape, order="F" if self.by_columns else "C")
 
 
 class _ArrayType:

@@ -86,6 +86,7 @@ def open_images(path: Path) -> Images:
     if path.is_file():
         return _of_npz(str(path), None, [path], {})
     content = content_of(path) or {}
+    require_intact(path, content)
     names = image_files(path)
     settings = content.get("job")
     settings = settings if isinstance(settings, dict) else {}
@@ -98,7 +99,6 @@ def open_images(path: Path) -> Images:
         if len(images) > promised:
             remedy = "others are among them; move those elsewhere"
         raise UserError(f"{path} holds {len(images)} images, its manifest promises {promised}: {remedy}")
-    require_intact(path, content)
     return images
 
 

@@ -40,12 +40,14 @@ def _noted(content: Mapping[str, Any]) -> Iterator[tuple[list[str], str]]:
             yield [name], str(digest)
     if not (isinstance(chunks, dict) and isinstance(job, dict) and isinstance(job.get("batch"), int)):
         return
+    kept = [name for name in job.get("formats", ()) if name in FORMATS]
+    if not kept and products:  # its shards went once what was made of them was there
+        return
     seeds, size = Ranges.parse(str(job.get("seeds", ""))) if job.get("seeds") else Ranges(), max(job["batch"], 1)
-    kept = [name for name in job.get("formats", ()) if name in FORMATS] or ["npz"]
     for index, digest in chunks.items():
         start = int(index) * size
         chunk = Chunk(int(index), seeds[start : start + size])
-        yield [name for form in kept for name in FORMATS[form].paths(chunk)], str(digest)
+        yield [name for form in kept or ["npz"] for name in FORMATS[form].paths(chunk)], str(digest)
 
 
 def _digests(folder: Path, names: list[str]) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """Arrays of an npz file, rows at a time: fifty thousand images need not lie in memory at once."""
 
 import math
+import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -14,8 +16,16 @@ import numpy as np
 from dgfast.bounds import open_file
 from dgfast.errors import UserError, one_line
 
-_BROKEN = (EOFError, KeyError, NotImplementedError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_BROKEN = (
+    EOFError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError, struct.error, zlib.error,
+    zipfile.BadZipFile,
+)  # fmt: skip
+_LENGTHS = {b"\1\0": struct.Struct("<H"), b"\2\0": struct.Struct("<I")}  # of the header, by the format's version
+_MOST_TEXT = 1000  # of a header
+_TEXT = re.compile(
+    r"\{'descr': '(?P<type>[<>|][a-zA-Z]\d{1,3})', 'fortran_order': (?P<by_columns>True|False), "
+    r"'shape': \((?P<shape>(\d{1,15}, )*(\d{1,15},?)?)\), \}\s*"
+)
 
 
 @dataclass(frozen=True)
@@ -86,12 +96,17 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _header(member: IO[bytes]) -> Header:
-    version = np.lib.format.read_magic(member)
-    if version not in _HEADERS:
-        raise ValueError(f"an array of NumPy's format {version}")
-    shape, by_columns, dtype = _HEADERS[version](member)
-    if dtype.hasobject:
-        raise ValueError("an array of Python objects")
-    if by_columns and len(shape) > 1:
+    """What stands before an array (NumPy's format NPY); by NumPy's own reader it would be parsed as Python."""
+    start = member.read(8)
+    if start[:6] != b"\x93NUMPY" or start[6:] not in _LENGTHS:
+        raise ValueError("not an array of NumPy's format 1 or 2")
+    layout = _LENGTHS[start[6:]]
+    (length,) = layout.unpack(member.read(layout.size))
+    text = member.read(min(length, _MOST_TEXT)).decode("latin-1")
+    match = _TEXT.fullmatch(text)
+    if match is None or match["type"][1] in "OV":
+        raise ValueError("an array of something else than numbers, such as Python objects")
+    shape = tuple(int(side) for side in match["shape"].replace(",", " ").split())
+    if match["by_columns"] == "True" and len(shape) > 1:
         raise ValueError("an array stored column by column; save np.ascontiguousarray of it")
-    return Header(shape, dtype)
+    return Header(shape, np.dtype(match["type"]))

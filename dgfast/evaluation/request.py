@@ -22,7 +22,7 @@ from dgfast.training.data import ImageSet, load_images, split
 
 _YARDSTICK = 2000  # training images in the first row
 _DATA, _HOLDOUT = "mnist", 1000
-_BOOTSTRAP, _CHEAP_WIDTH = 200, 512
+_BOOTSTRAP, _CHEAP_WIDTH = 200, 256
 
 
 @dataclass(frozen=True, kw_only=True)

