@@ -74,8 +74,8 @@ ROOMS = {
         {"torch"},
     ),
     "evaluation": (
-        {"bounds", "bundle", "checkpoints", "devices", "errors", "files", "guidance", "image_folder", "manifest"}
-        | {"nets", "networks", "outputs", "ranges", "training"},
+        {"bounds", "bundle", "checkpoints", "chunks", "devices", "errors", "files", "guidance", "image_folder"}
+        | {"manifest", "nets", "networks", "outputs", "ranges", "training"},
         {"numpy", "prdc", "torch", "torchmetrics"},
     ),
     "reporting": (

@@ -6,9 +6,10 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+from dgfast.chunks import Chunk
 from dgfast.errors import UserError
 from dgfast.files import sha256
-from dgfast.outputs import FORMATS, Chunk
+from dgfast.outputs import FORMATS
 from dgfast.ranges import Ranges
 
 

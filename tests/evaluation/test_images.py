@@ -118,7 +118,8 @@ def test_images_of_different_sizes_are_one_line(folder: Folder, tmp_path: Path) 
 
 @pytest.mark.parametrize("formats", [["npz"], ["png"], ["adm"], ["npz", "png"], ["png", "npz"]])
 def test_files_that_are_not_what_the_manifest_noted_are_one_line(formats: list[str], tmp_path: Path) -> None:
-    from dgfast.job_folder import Chunks, JobFolder
+    from dgfast.chunks import Chunks
+    from dgfast.job_folder import JobFolder
     from dgfast.outputs import Drawn
     from dgfast.ranges import Ranges
 
