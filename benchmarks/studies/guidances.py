@@ -22,8 +22,8 @@ GRADIENTS: dict[str, tuple[str, ...]] = {
     "classifier": ("--classifier-scale 0.5", "--classifier-scale 1", "--classifier-scale 2", "--classifier-scale 4"),
     "predicted clean": ("--fidelity 1", "--fidelity 3"),
     "low density": ("--diversity 0.5", "--diversity 1"),
-    "autoguidance": ("--autoguidance 1.15", "--autoguidance 1.5", "--autoguidance 2", "--autoguidance 3"),
-    "discriminator 4 + autoguidance": ("--dg-weight 4 --autoguidance 1.15", "--dg-weight 4 --autoguidance 1.5"),
+    "autoguidance": ("--autoguidance 1.15", "--autoguidance 1.3", "--autoguidance 1.5"),
+    "discriminator 4 + autoguidance": ("--dg-weight 4 --autoguidance 1.15", "--dg-weight 4 --autoguidance 1.3"),
     "PAG": ("--pag-scale 0.5", "--pag-scale 1", "--pag-scale 2"),
     "SEG": ("--seg-scale 0.5", "--seg-scale 1", "--seg-scale 2"),
     "SLG": ("--slg-scale 0.1", "--slg-scale 0.3", "--slg-scale 1"),
@@ -47,6 +47,8 @@ MIXES: dict[str, tuple[str, ...]] = {
 METRICS = ("frechet", "precision", "recall", "density", "coverage")
 _UNGUIDED = "unguided"
 _MARKERS = "os^Dv<>P*XhH"
+_REPAIRED, _REPAIRED_OPTION = "CFG 5, ", "--cfg-scale 5"
+_SHOWN = 2.0  # Frechet distance up to which a point decides on the frame
 
 
 @click.command(help=__doc__)
@@ -99,7 +101,7 @@ def _rows(folders: list[Path], settings: list[tuple[str, str]]) -> list[dict[str
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Precision against coverage, a line from no guidance on with each weight that grows."""
+    """Precision against coverage, a line from no guidance on with each weight that grows; far points lie outside."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -113,9 +115,10 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
             line = [row for row in rows if row["guidance"] == name]
             if not line:
                 continue
+            path_of_weights = [*_origin(name, rows), *line]
             marker, color = _MARKERS[number % len(_MARKERS)], f"C{number % 10}"
             axis.plot(
-                [row["coverage"] for row in [unguided, *line]], [row["precision"] for row in [unguided, *line]],
+                [row["coverage"] for row in path_of_weights], [row["precision"] for row in path_of_weights],
                 color=color, linewidth=1,
             )  # fmt: skip
             axis.plot(
@@ -125,9 +128,21 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.plot([unguided["coverage"]], [unguided["precision"]], "k*", markersize=14, label=_UNGUIDED)
         axis.set(xlabel="coverage", title=title)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower left")
+        axis.legend(fontsize=8, loc="upper left")
+    for edge, metric in (("x", "coverage"), ("y", "precision")):
+        values = [row[metric] for row in rows if row["frechet"] < _SHOWN]
+        margin = 0.05 * (max(values) - min(values))
+        axes[0].set(**{f"{edge}lim": (min(values) - margin, max(values) + margin)})
     axes[0].set_ylabel("precision")
     figure.savefig(path, dpi=110)
+
+
+def _origin(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The row that a guidance of weight 0 would be: of a repair what it repairs; of CFG++ none, for it always guides."""
+    if name == "CFG++":
+        return []
+    repaired = name.startswith(_REPAIRED)
+    return [row for row in rows if row["options"] == _REPAIRED_OPTION] if repaired else rows[:1]
 
 
 if __name__ == "__main__":
