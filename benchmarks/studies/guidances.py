@@ -138,7 +138,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _origin(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The row that a guidance of weight 0 would be: of a repair what it repairs; of CFG++ none, for it always guides."""
+    """The row of weight 0: of a repair what it repairs; of CFG++ none, for it always guides."""
     if name == "CFG++":
         return []
     repaired = name.startswith(_REPAIRED)
