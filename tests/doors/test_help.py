@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from dgfast import __version__, sample
-from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast import bundle as bundles
+from dgfast.config import SamplingConfig
 from dgfast.guidance import GUIDANCES, Guidance
 from dgfast.options import Command, Group, Option, sections_of_help
 from tests.support.paths import ROOT
@@ -51,7 +52,7 @@ def test_sections_stand_in_one_order_whatever_the_order_of_the_options() -> None
 
 
 def test_every_default_of_the_bundle_that_an_option_changes_is_shown() -> None:
-    settings = asdict(SamplingConfig()) | asdict(GuidanceConfig(dg_weight=5.0))
+    settings = asdict(SamplingConfig()) | asdict(bundles.read("mnist32").guidance)
     context = click.Context(sample.main)
     for parameter in sample.main.get_params(context):
         default = settings.get(parameter.name or "")
