@@ -142,7 +142,7 @@ class Guidance(ABC):
 
     def __init_subclass__(cls) -> None:
         if "Options" in vars(cls):
-            GUIDANCES.append(cls)
+            _declare(cls)
             if Guidance.config is not None:
                 _grow(Guidance.config, cls.Options)
 
@@ -277,6 +277,25 @@ class Repair(Guidance):
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         raise TypeError(f"{type(self).__name__} is a repair: it corrects nothing by itself")
+
+
+def _declare(guidance: type[Guidance]) -> None:
+    """Enter a guidance into the list; one that is declared again, as when a notebook's cell is run anew, once.
+
+    Raises:
+        UserError: an option that another guidance has, and is not the same; or a field that is no option.
+    """
+    own = {f.name: (f.default, dict(f.metadata)) for f in fields(guidance.Options)}  # type: ignore[arg-type]
+    plain = next((name for name, (_, metadata) in own.items() if "attribute" not in metadata), None)
+    if plain is not None:
+        raise UserError(f"{guidance.__name__}.Options: {plain} is made by no `option`")
+    names = [(one.__module__, one.__qualname__) for one in GUIDANCES]
+    at = names.index(name) if (name := (guidance.__module__, guidance.__qualname__)) in names else None
+    for other in (one for i, one in enumerate(GUIDANCES) if i != at):
+        for f in fields(other.Options):  # type: ignore[arg-type]
+            if f.name in own and own[f.name] != (f.default, dict(f.metadata)):
+                raise UserError(f"{guidance.__name__}.Options: {other.__name__} has an option {f.name} of its own")
+    GUIDANCES[slice(len(GUIDANCES), None) if at is None else slice(at, at + 1)] = [guidance]
 
 
 def configure(record: type) -> None:

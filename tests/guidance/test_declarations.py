@@ -118,6 +118,59 @@ print(GuidanceConfig(early=0.5).early, GuidanceConfig().dg_weight)
     assert done.stdout == "0.5 0.0\n", done.stderr
 
 
+def test_declared_again_it_stands_in_the_place_of_the_first() -> None:
+    """As when a cell of a notebook is run anew, or a dataclass with slots made of a class: it would guide twice."""
+
+    def declare(default: float) -> None:
+        class Again(Guidance):
+            @dataclass(frozen=True)
+            class Options:
+                again: float = option(default, "How often.", "w", attribute="weight")
+
+    declare(0.0)
+    first, count = GUIDANCES[-1], len(GUIDANCES)
+    declare(0.5)
+    try:
+        assert GUIDANCES[-1].__qualname__ == first.__qualname__ and first not in GUIDANCES and len(GUIDANCES) == count
+        assert asdict(GuidanceConfig())["again"] == 0.5
+    finally:
+        GUIDANCES.pop()
+
+
+def test_option_that_another_guidance_has_or_that_is_none_is_refused() -> None:
+    before = [*GUIDANCES]
+    with pytest.raises(UserError, match=r"Another\.Options: ClassifierFreeGuidance has an option cfg_scale of its own"):
+
+        class Another(Guidance):
+            @dataclass(frozen=True)
+            class Options:
+                cfg_scale: float = option(0.0, "Another scale.", "w", attribute="weight")
+
+    with pytest.raises(UserError, match=r"Plain\.Options: number is made by no `option`"):
+
+        class Plain(Guidance):
+            @dataclass(frozen=True)
+            class Options:
+                number: float = 0.0
+
+    assert before == GUIDANCES and GuidanceConfig().cfg_scale == 1.0
+
+
+def test_option_that_the_command_has_itself_is_refused_there() -> None:
+    code = """
+from dataclasses import dataclass
+from dgfast.guidance import Guidance, option
+class Seeding(Guidance):
+    @dataclass(frozen=True)
+    class Options:
+        seeds: float = option(0.0, "How many.", "w", attribute="weight")
+from dgfast import sample
+sample.main(["--dry-run"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Error: a guidance has the option seeds, which this command has" in done.stderr
+
+
 def test_every_option_is_a_field_of_the_configuration_and_turns_its_guidance_on() -> None:
     names = {one.name for one in all_options()}
     assert names <= {one.name for one in fields(GuidanceConfig)} and len(names) == 63

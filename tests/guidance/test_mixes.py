@@ -168,6 +168,8 @@ def test_magnitude_aware_scale_shrinks_with_the_correction() -> None:
         corrections.append((guided(guidance, plain, x, sigma) - plain).flatten(1).norm(dim=1) / share)
     assert (corrections[1] < 0.5 * corrections[0]).all()
     plain_guidance = ClassifierFreeGuidance(network(plain, reference), 5.0)
+    still = MagnitudeAwareGuidance(network(0 * plain, 0 * plain), 5.0, space="x0")  # an untrained network's
+    assert torch.equal(guided(still, 0 * plain, x, sigma), 0 * plain)
     undamped = MagnitudeAwareGuidance(network(plain, reference), 5.0, alpha=0.0)
     torch.testing.assert_close(guided(undamped, plain, x, sigma), guided(plain_guidance, plain, x, sigma))
 
