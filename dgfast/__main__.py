@@ -10,7 +10,7 @@ import click
 
 from dgfast.options import CommandGroup
 
-_COMMANDS = ("sample", "convert", "train", "evaluate")
+_COMMANDS = ("sample", "convert", "train", "evaluate", "report")
 
 
 class _Commands(CommandGroup):

@@ -7,7 +7,7 @@ from dgfast.errors import UserError
 
 EXTRAS = {
     "diffusers": "latent",
-    "matplotlib": "bench",
+    "matplotlib": "report",
     "mlxtend": "train",
     "onnx": "onnx",
     "onnxruntime": "onnx",

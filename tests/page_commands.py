@@ -51,6 +51,7 @@ SHORT = (
     (r"examples/observe\.py", "ls examples/observe.py"),
     (r"examples/(?:forces|guided_diffusers)", "ls examples"),  # tests/export/test_functions.py runs them
     (r"export/to_onnx\.py .*--(?:batch|what step)|--engine", "{} --help"),
+    (r"^dgfast report .*(?:\.json|--trajectory)", "{} --help"),
     (r"dgfast[ .]sample .*--one-step", "{} --seeds 0-15"),
     (r"dgfast[ .]sample .*--(?:compile|runtime)", "{} --seeds 0-1 --steps 2 --dg-weight 0"),
     (r"dgfast[ .]evaluate", "{} --holdout 8 --data few.npz"),

@@ -88,6 +88,23 @@ ROOMS = {
         | {"sampler"},
         {"torch"},
     ),
+    "reporting": (
+        {
+            "__version__",
+            "bounds",
+            "bundle",
+            "config",
+            "devices",
+            "errors",
+            "files",
+            "graph",
+            "guidance",
+            "image_folder",
+            "job",
+        }
+        | {"manifest", "networks", "outputs", "plan", "ranges", "runtimes", "sampler"},
+        {"torch", "numpy", "matplotlib"},
+    ),
     "batches": ({"errors", "one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }
 # Folder of a runtime -> the folders of others from which it takes something.

@@ -32,7 +32,8 @@ _CASES = {
     "train": ("mlxtend", _TRAIN, "pip install 'dgfast[train]'"),
     "to-onnx": ("onnx", ["-m", "dgfast.export.to_onnx"], "pip install 'dgfast[onnx]'"),
     "example": ("onnxruntime", ["examples/onnx_only.py", "a", "b"], "pip install 'dgfast[onnx]'"),
-    "report": ("matplotlib", ["-m", "benchmarks.report", str(_RESULTS), "--out", "."], "dgfast[bench]'"),
+    "report": ("matplotlib", ["-m", "dgfast", "report", str(_RESULTS)], "pip install 'dgfast[report]'"),
+    "table": ("matplotlib", ["-m", "benchmarks.report", str(_RESULTS), "--out", "."], "dgfast[report]'"),
 }
 
 

@@ -18,7 +18,7 @@ from dgfast.guidance import GUIDANCES, Guidance
 from dgfast.options import Command, Group, Option, sections_of_help
 from tests.support.paths import ROOT
 
-_MODULES = ["sample", "convert", "evaluate", "train", "export.to_onnx", "export.to_trt"]
+_MODULES = ["sample", "convert", "evaluate", "report", "train", "export.to_onnx", "export.to_trt"]
 
 
 def _help(*arguments: str) -> str:
@@ -85,7 +85,7 @@ def test_the_symbols_of_a_guidances_weights_are_those_of_its_formula(guidance: t
     assert symbols and all(re.search(rf"\b{symbol}\b", guidance.formula) for symbol in symbols)
 
 
-@pytest.mark.parametrize("module", ["sample", "convert", "evaluate", "train"])
+@pytest.mark.parametrize("module", ["sample", "convert", "evaluate", "report", "train"])
 def test_help_does_not_import_torch(module: str) -> None:
     code = (
         f"import sys, runpy; sys.argv[1:] = ['--help']\n"
