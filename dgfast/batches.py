@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dgfast.chunks import Chunk
 from dgfast.errors import UserError, one_line
 from dgfast.one_step import OneStep
-from dgfast.outputs import Chunk, Drawn, Fetcher
+from dgfast.outputs import Drawn, Fetcher
 from dgfast.sampler import OnStep, Sampler
 
 

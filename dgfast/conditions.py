@@ -45,7 +45,7 @@ def given(shapes: Shapes, values: Mapping[str, Tensor] | None, count: int, devic
         values: by name, one row a sample, [count, *shape]; or the same for all, [*shape] or [1, *shape].
 
     Raises:
-        UserError: one that is missing, superfluous, misshapen or no real numbers.
+        UserError: one that is missing, superfluous, misshapen, no real numbers or NaN.
     """
     values = {} if values is None else values
     if not isinstance(values, Mapping):
@@ -61,6 +61,8 @@ def given(shapes: Shapes, values: Mapping[str, Tensor] | None, count: int, devic
             raise UserError(
                 f"condition {name} has the shape {[*value.shape]}; give {[count, *shape]}, or {[*shape]} for all images"
             )
+        if bool(value.isnan().any()):
+            raise UserError(f"condition {name} has NaN in it: look at where it comes from")
         rows.append(value.to(device, torch.float32).expand(count, *shape))
     return tuple(rows)
 

@@ -16,13 +16,14 @@ import click
 
 from dgfast.checkpoints import DENOISERS, ENCODERS, one_line
 from dgfast.errors import UserError
-from dgfast.options import NUMBER, Command, Group, option
+from dgfast.option_types import NUMBER, PATH
+from dgfast.options import Command, Group, option
 
 _PYTHON = {"True": True, "False": False, "None": None}  # as guided-diffusion's command lines have them
 
 
 @click.command(cls=Command, help=__doc__)
-@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=PATH)
 @option("--role", group=Group.INPUT, type=click.Choice(DENOISERS + ENCODERS), help="Default for a snapshot: score.")
 @option("--key", group=Group.INPUT, help="Part of FILE to take: ema, state_dict.net, ...; default: ema, if it has one.")
 @option(
@@ -62,13 +63,7 @@ _PYTHON = {"True": True, "False": False, "None": None}  # as guided-diffusion's 
     metavar="KIMG",
     help="Thousands of images after which to make it; default: of the latest snapshot.",
 )
-@option(
-    "--out",
-    group=Group.OUTPUT,
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder of the bundle, new or not.",
-)
+@option("--out", group=Group.OUTPUT, required=True, type=PATH, help="Folder of the bundle, new or not.")
 @option("--name", group=Group.OUTPUT, help="Name of a new bundle; default: that of FILE.")
 @option("--license", "license_", group=Group.OUTPUT, help="License of the weights.")
 @option("--provenance", group=Group.OUTPUT, help="Where they come from; default: the name of FILE.")

@@ -82,6 +82,20 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def own_device(name: str | None, local_rank: int) -> torch.device:
+    """The device of this process, one of several on a machine: of its GPUs the next one, of the CPU the memory kept.
+
+    Raises:
+        UserError: see `pick_device`.
+    """
+    device = pick_device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
 def describe(device: torch.device) -> str:
     """The device with the name of its GPU, if it is one."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

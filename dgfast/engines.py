@@ -16,7 +16,7 @@ from dgfast.graph import Function
 from dgfast.guidance import OUTSIDE_WINDOW, DiscriminatorGuidance, Guidance
 from dgfast.guidance.declaration import all_options, guiding, off_values
 from dgfast.guidance.weights import images, weights
-from dgfast.job import PureFunction
+from dgfast.pure_function import PureFunction
 from dgfast.runtimes import Runtime
 from dgfast.solvers import SOLVERS
 

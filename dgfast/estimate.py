@@ -54,7 +54,7 @@ def _most_bytes(drawing: Drawing, sampler: Sampler | OneStep, missing: int) -> i
     files = folder.files_of_a_chunk * len(folder.missing) + len(folder.copies) + 1
     return (
         missing * sum(sizes[name] for name in folder.copies)
-        + folder.shown * sizes.get("images", 0)
+        + folder.products.shown * sizes.get("images", 0)
         + files * _HEADERS
         + len(folder.chunks) * _LINE
         + _MANIFEST

@@ -5,23 +5,22 @@ was killed at any moment goes on with what is missing, and files that were damag
 """
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from dgfast import manifest as manifests
-from dgfast.config import GRID_IMAGES
+from dgfast.chunks import Chunks
 from dgfast.errors import StorageError, UserError
-from dgfast.files import replacing, sha256
+from dgfast.files import replacing
 from dgfast.image_folder import read_files
 from dgfast.manifest import Manifest
-from dgfast.outputs import FORMATS, PICTURE_CHANNELS, Chunk, Drawn, Format, grid_png, write_adm
+from dgfast.outputs import FORMATS, Drawn, Format
+from dgfast.products import Products
 from dgfast.ranges import Ranges
 
 _LOCK = ".lock"
@@ -30,45 +29,13 @@ _BEFORE_THE_MANIFEST = (_LOCK, f"{manifests.NAME}.partial")
 _IMAGES = ("images-*.npz", "latents-*.npz", "samples_*.npz", "[0-9]*/[0-9]*.png", "grid.png")
 
 
-class Chunks(Sequence[Chunk]):
-    """The images of a job in chunks of one size, the last one smaller.
-
-    Args:
-        labels: class indices, repeated over the seeds; None leaves them to the seeds.
-    """
-
-    def __init__(self, seeds: Ranges, labels: Ranges | None, size: int) -> None:
-        self.seeds, self.labels, self.size = seeds, labels, size
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.seeds) / self.size)
-
-    @overload
-    def __getitem__(self, index: int) -> Chunk: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Chunk]: ...
-    def __getitem__(self, index: int | slice) -> Chunk | list[Chunk]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        start = index * self.size
-        seeds = self.seeds[start : start + self.size]
-        if self.labels is None:
-            return Chunk(index, seeds)
-        return Chunk(index, seeds, [self.labels[k % len(self.labels)] for k in range(start, start + len(seeds))])
-
-    def images(self, indices: Ranges) -> int:
-        """How many images these chunks have."""
-        short = len(self) * self.size - len(self.seeds)
-        return len(indices) * self.size - (short if indices.largest == len(self) - 1 else 0)
-
-
 class JobFolder:
     """One job in one folder.
 
     Attributes:
         path: the folder. chunks: all of the job. missing: the indices of those that are to be drawn.
-        damaged: how many of these were there, and are not what they were. manifest: see `Manifest`.
+        damaged: how many of these were there, and are not what they were.
+        manifest: see `Manifest`. products: what is made of the images in the end, see `Products`.
     """
 
     def __init__(
@@ -79,20 +46,21 @@ class JobFolder:
         formats: Sequence[str],
         rank: int = 0,
         processes: int = 1,
+        typed: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
             formats: names of `config.KEPT` and `config.PRODUCTS`.
             rank: of this process; the one of rank 0 opens the folder, others only add to it. processes: all of them.
+            typed: see `Manifest`.
         """
         self.path, self.chunks, self._rank, self._processes = path, chunks, rank, processes
-        self.manifest = Manifest(path, {**job, "formats": sorted(formats)}, len(chunks.seeds))
+        self.manifest = Manifest(path, {**job, "formats": sorted(formats)}, len(chunks.seeds), typed)
         kept = [FORMATS[name] for name in formats if name in FORMATS]
         self._passing = not kept  # products alone are made of shards, which go once they are there
         self._kept: list[Format] = kept or [FORMATS["npz"]]
-        self._products = {name: self._adm if name == "adm" else self._grid for name in formats if name not in FORMATS}
+        self.products = Products(path, [name for name in formats if name not in FORMATS], chunks, self._images)
         self.missing, self.damaged = Ranges(), 0
-        self._beside = ""  # how the grid shows images that are no pictures
 
     @property
     def arrays(self) -> set[str]:
@@ -105,14 +73,9 @@ class JobFolder:
         return len(self._files(0))
 
     @property
-    def shown(self) -> int:
-        """How many images its grid shows."""
-        return min(GRID_IMAGES, len(self.chunks.seeds)) if "grid" in self._products else 0
-
-    @property
     def copies(self) -> list[str]:
         """The array of each of the job's copies of its images; "adm" of the one in three channels."""
-        return [form.array for form in self._kept] + [name for name in self._products if name == "adm"]
+        return [form.array for form in self._kept] + [name for name in self.products.names if name == "adm"]
 
     # By the process of rank 0 -------------------------------------------------------------------------------------
     @contextmanager
@@ -195,13 +158,13 @@ class JobFolder:
     def _read(self) -> None:
         self.manifest.read()
         noted = self.manifest.chunks
-        if self._passing and self._done():
+        if self._passing and self.products.are(self.manifest.products):
             return
         whole = sorted(index for index, digest in noted.items() if self._digest(index) == digest)
         self.damaged = len(noted) - len(whole)
         self.missing = Ranges(_gaps(whole, len(self.chunks)))
         self.manifest.chunks = {index: noted[index] for index in whole}
-        if self.missing or not self._done():
+        if self.missing or not self.products.are(self.manifest.products):
             self.manifest.products = None
 
     def _digest(self, index: int) -> str | None:
@@ -249,12 +212,8 @@ class JobFolder:
 
     def contents(self) -> list[str]:
         """What the finished folder holds, for the user."""
-        made = {
-            "adm": "samples_*.npz: all images as arr_0, three channels each",
-            "grid": f"grid.png: the first {self.shown}{self._beside}",
-        }
         kept = [] if self._passing else [form.keeps for form in self._kept]
-        return [*kept, *(made[name] for name in self._products)]
+        return [*kept, *self.products.contents()]
 
     def finish(self) -> None:
         """Make the products of the whole job, where they are not there.
@@ -265,9 +224,7 @@ class JobFolder:
         with storage(self.path):
             self.manifest.take_up()
             if self.manifest.products is None:
-                self.manifest.products = {
-                    path.name: sha256(path) for path in (make() for make in self._products.values())
-                }
+                self.manifest.products = self.products.made()
             if self._passing:
                 self.manifest.chunks = {}
             self.manifest.save()
@@ -276,34 +233,10 @@ class JobFolder:
                 for path in self.path.glob("images-*.npz"):
                     path.unlink()
 
-    def _done(self) -> bool:
-        """Whether the job was finished before, and what was made then is what it was."""
-        products = self.manifest.products
-        return products is not None and all(
-            (self.path / name).is_file() and sha256(self.path / name) == digest for name, digest in products.items()
-        )
-
     def _images(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         form = next(form for form in self._kept if form.array == "images")
         for index in range(len(self.chunks)):
             yield read_files(self.path, form.paths(self.chunks[index]))
-
-    def _grid(self) -> Path:
-        shown = list(islice(self._images(), math.ceil(GRID_IMAGES / self.chunks.size)))
-        path = self.path / "grid.png"
-        with replacing(path) as file:
-            file.write(grid_png(np.concatenate([images for images, _ in shown])[:GRID_IMAGES]))
-        channels = shown[0][0].shape[-1]
-        self._beside = "" if channels in PICTURE_CHANNELS else f", their {channels} channels side by side"
-        return path
-
-    def _adm(self) -> Path:
-        count = len(self.chunks.seeds)
-        _, height, width, _ = next(self._images())[0].shape
-        path = self.path / f"samples_{count}x{height}x{width}x3.npz"
-        with replacing(path) as file:
-            write_adm(file, self._images(), count)
-        return path
 
     def _remove_all(self) -> None:
         """The files of an earlier job, the manifest last."""

@@ -36,12 +36,15 @@ class Manifest:
         products: name of each file that was made in the end -> its SHA-256; None until then.
     """
 
-    def __init__(self, folder: Path, job: Mapping[str, Any], images: int) -> None:
+    def __init__(
+        self, folder: Path, job: Mapping[str, Any], images: int, typed: Mapping[str, str] | None = None
+    ) -> None:
         """
         Args:
             job: everything that decides on the images and their files, as plain data.
+            typed: what of it has another name where a user gives it, see `options.names_as_typed`.
         """
-        self.path, self.images = folder / NAME, images
+        self.path, self.images, self._typed = folder / NAME, images, typed or {}
         self.job: dict[str, Any] = json.loads(json.dumps(strict(job)))
         self.chunks: dict[int, str] = {}
         self.products: dict[str, str] | None = None
@@ -63,7 +66,7 @@ class Manifest:
             raise UserError(
                 f"--out {self.path.parent}: its {NAME} is damaged, or that of another dgfast version; {remedy}"
             )
-        if differences := _differences(content["job"], self.job):
+        if differences := _differences(content["job"], self.job, self._typed):
             raise UserError(f"--out {self.path.parent} holds another job: {differences}; {remedy}")
         self.chunks = {int(index): digest for index, digest in content["chunks"].items()}
         self.products, self.runs = content.get("products"), content["runs"]
@@ -177,11 +180,12 @@ def _is_proper(content: dict[str, Any]) -> bool:
     )
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any], most: int = 4) -> str:
-    """Which options two jobs differ in: "num_steps 18 there, 12 here"."""
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], typed: Mapping[str, str], most: int = 4) -> str:
+    """Which options two jobs differ in: "--steps 18 there, 12 here"."""
     flat_there, flat_here = dict(_flat(there)), dict(_flat(here))
     names = [n for n in {**flat_there, **flat_here} if flat_there.get(n, _NONE) != flat_here.get(n, _NONE)]
-    texts = [f"{n} {_short(flat_there.get(n, _NONE))} there, {_short(flat_here.get(n, _NONE))} here" for n in names]
+    pairs = [(typed.get(n, n), *(_short(flat.get(n, _NONE)) for flat in (flat_there, flat_here))) for n in names]
+    texts = [f"{name} {old} there, {new} here" for name, old, new in pairs]
     return "; ".join(texts[:most]) + (f"; and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class ScoreNet(Protocol):
 def image_shape(net: ScoreNet) -> tuple[int, int, int]:
     """Channels, height and width of the images that it denoises."""
     side = net.img_resolution
-    return (net.img_channels, side, side) if isinstance(side, int) else (net.img_channels, *side)
+    return (net.img_channels, *side) if isinstance(side, tuple | list) else (net.img_channels, side, side)
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,6 +78,13 @@ class Networks:
     reference: Denoiser | None = None
     time: Callable[[Tensor], Tensor] = vp_time
 
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UserError: what is given for the denoiser is none, see `ScoreNet`.
+        """
+        _require_denoiser(self.denoiser)
+
     def __repr__(self) -> str:
         """Two lines: the denoiser, and the networks beside it."""
         net = self.denoiser
@@ -86,6 +93,29 @@ class Networks:
         beside = {name: getattr(self, name) for name in ("discriminator", "classifier", "reference")}
         others = [f"{name} {described(net)}" for name, net in beside.items() if net is not None]
         return f"Networks: {described(net)}, images {shape}, {classes}\n  beside it: {', '.join(others) or 'none'}"
+
+
+def _require_denoiser(net: ScoreNet) -> None:
+    if not callable(net):
+        raise UserError(f"the denoiser {net!r:.40} is no network: give a function (x, sigma, class_labels) -> images")
+    kind, needed = f"denoiser {type(net).__name__}", ("img_channels", "img_resolution", "label_dim", "sigma_min")
+    if missing := [name for name in (*needed, "sigma_max", "round_sigma") if not hasattr(net, name)]:
+        raise UserError(f"{kind} has no {', '.join(missing)}: give it what `dgfast.networks.ScoreNet` says")
+    shape, side, classes = image_shape(net), net.img_resolution, net.label_dim
+    if len(shape) != 3 or not all(isinstance(size, SupportsIndex) and int(size) > 0 for size in shape):
+        raise UserError(
+            f"{kind}: img_channels {net.img_channels!r:.40} and img_resolution {side!r:.40} are no shape of an image, "
+            "such as 3 and 64, or 3 and (48, 64)"
+        )
+    if not isinstance(classes, SupportsIndex) or int(classes) < 0:
+        raise UserError(f"{kind}: label_dim {classes!r:.40} is no number of classes; without any it is 0")
+    try:
+        known = 0 <= float(net.sigma_min) < float(net.sigma_max)
+    except (TypeError, ValueError):
+        known = False
+    if not known:
+        levels = f"sigma_min {net.sigma_min!r:.40} must be at least 0, and below sigma_max {net.sigma_max!r:.40}"
+        raise UserError(f"{kind}: {levels}")
 
 
 def described(net: object) -> str:

@@ -11,9 +11,9 @@ from dgfast.devices import device_of, seconds_of
 from dgfast.errors import UserError
 from dgfast.graph import Function
 from dgfast.guidance import OUTSIDE_WINDOW
-from dgfast.job import GeneratorNet, generator
 from dgfast.networks import described, one_hot
 from dgfast.plan import Step
+from dgfast.pure_function import GeneratorNet, generator
 from dgfast.randomness import MakeStreams, source
 from dgfast.runtimes import Kept, RuntimeLike, chosen
 from dgfast.sampler import OnStep

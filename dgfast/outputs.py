@@ -6,8 +6,8 @@ Where the files lie, what is there already and who writes is the business of `jo
 import io
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -16,6 +16,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from dgfast.chunks import Chunk
 from dgfast.errors import UserError
 from dgfast.files import replacing
 from dgfast.ranges import Ranges
@@ -76,22 +77,6 @@ class Fetcher:
 
 
 # Formats --------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Chunk:
-    """Images that are drawn in one batch and written at once.
-
-    Attributes:
-        index: its place in the job. seeds: one an image.
-        labels: one class index a seed; None takes those that the seeds give.
-        conditions: of a denoiser that declares some, one row a seed each; see `conditions.given`.
-    """
-
-    index: int
-    seeds: Ranges
-    labels: Sequence[int] | None = None
-    conditions: Mapping[str, Tensor] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Drawn:
     """A chunk with what was drawn for it.

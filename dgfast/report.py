@@ -14,7 +14,9 @@ import click
 
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
-from dgfast.options import Group, GuidedCommand, IntegerRanges, command_line, option
+from dgfast.job_options import GuidedCommand
+from dgfast.option_types import IntegerRanges
+from dgfast.options import Group, command_line, option
 
 if TYPE_CHECKING:  # torch takes longer to import than --help may take
     from dgfast.reporting.trajectory import Trajectory

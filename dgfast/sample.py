@@ -8,214 +8,90 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import click
 
 from dgfast import __version__
-from dgfast.config import (
-    DISCRETIZATIONS,
-    GRID_IMAGES,
-    KEPT,
-    NOISES,
-    PRODUCTS,
-    SCALINGS,
-    SCHEDULES,
-    STATE_DTYPES,
-    VARIANCES,
-    GuidanceConfig,
-    SamplingConfig,
-)
+from dgfast.config import GRID_IMAGES, KEPT, NOISES, PRODUCTS
 from dgfast.errors import UserError
+from dgfast.execution import PROVIDERS, Execution
 from dgfast.files import sha256
+from dgfast.job_options import GuidedCommand
 from dgfast.manifest import recorded
-from dgfast.options import NUMBER, Duration, Group, GuidedCommand, IntegerRanges, option
+from dgfast.option_types import PATH, Duration, IntegerRanges
+from dgfast.options import BUNDLE, Group, names_as_typed, option
 from dgfast.ranges import Ranges
 from dgfast.runtimes import PRECISIONS, RUNTIMES, Runtime
+from dgfast.settings import Settings, settings_of
 from dgfast.stopping import interruptible
 
-PROVIDERS = ("cpu", "cuda", "tensorrt")
-_SAMPLING = (
-    "num_steps", "solver", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho", "alpha",
-    "S_churn", "S_min", "S_max", "S_noise", "respacing", "clip_denoised", "eta", "fixed_variance",
-    "state_dtype",
-    "diffusion", "diffusion_norm", "last_step", "last_size",
-)  # fmt: skip
 
-
-@click.command(cls=GuidedCommand, help=__doc__)
+@click.command(cls=GuidedCommand, sampling=True, help=__doc__)
+@BUNDLE
 @option(
-    "--bundle",
-    group=Group.INPUT,
-    default="mnist32",
-    show_default=True,
-    help="Folder, or name of a bundle that comes along.",
-)
-@option(
-    "--seeds",
-    group=Group.INPUT,
+    "--seeds", group=Group.INPUT, default="0-63", help="One image a seed; or @FILE of them.",
     type=IntegerRanges(2**32, "seeds go up to 4294967295; EDM's generator would take it for another one"),
-    default="0-63",
-    show_default=True,
-    help="One image a seed; or @FILE of them.",
-)
+)  # fmt: skip
 @option(
-    "--labels",
-    group=Group.INPUT,
-    type=IntegerRanges(),
+    "--labels", group=Group.INPUT, type=IntegerRanges(),
     help="Classes, repeated over the seeds, or @FILE of them; default: drawn from the seeds.",
-)
+)  # fmt: skip
 @option(
-    "--noise",
-    group=Group.INPUT,
-    type=click.Choice(NOISES),
-    default="cpu",
-    show_default=True,
+    "--noise", group=Group.INPUT, type=click.Choice(NOISES), default="cpu",
     help="Whose numbers a seed stands for: torch's on the CPU, or on CUDA, as in NVIDIA's published images; anywhere.",
-)
+)  # fmt: skip
+@option("--batch", group=Group.RUNTIME, type=click.IntRange(min=1), default=64, help="Images at a time.")
 @option(
-    "--batch", group=Group.RUNTIME, type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time."
-)
-@option(
-    "--preset",
-    group=Group.INPUT,
-    metavar="NAME",
+    "--preset", group=Group.INPUT, metavar="NAME",
     help="EDM2's sampling and guidance by its own names, such as edm2-img512-s-autog-fid; other options go over it.",
-)
+)  # fmt: skip
 @option(
-    "--one-step",
-    group=Group.INPUT,
-    is_flag=True,
+    "--one-step", group=Group.INPUT, is_flag=True,
     help="One forward of the bundle's generator, without solver and guidance.",
-)
-@option("--steps", "num_steps", group=Group.SOLVER, type=int, metavar="N", help="Steps: noise levels above 0.")
-@option(
-    "--grid",
-    "discretization",
-    group=Group.SOLVER,
-    type=click.Choice(DISCRETIZATIONS),
-    help="How noise levels are spaced.",
-)
-@option("--schedule", group=Group.SOLVER, type=click.Choice(SCHEDULES), help="sigma(t), the solver's time.")
-@option("--scaling", group=Group.SOLVER, type=click.Choice(SCALINGS), help="s(t), the solver's signal scale.")
-@option(
-    "--sigma-min",
-    group=Group.SOLVER,
-    type=NUMBER,
-    metavar="sigma",
-    help="Smallest noise level above 0; default: the grid's own.",
-)
-@option(
-    "--sigma-max",
-    group=Group.SOLVER,
-    type=NUMBER,
-    metavar="sigma",
-    help="Largest noise level; default: the grid's own.",
-)
-@option("--rho", group=Group.SOLVER, type=NUMBER, metavar="rho", help="Exponent of the edm grid.")
-@option(
-    "--alpha", group=Group.SOLVER, type=NUMBER, metavar="alpha", help="Heun's second point, as a share of the step."
-)
-@option(
-    "--s-churn", "S_churn", group=Group.SOLVER, type=NUMBER, metavar="S_churn", help="Noise added anew over the run."
-)
-@option("--s-min", "S_min", group=Group.SOLVER, type=NUMBER, metavar="S_min", help="Churn above this noise level only.")
-@option("--s-max", "S_max", group=Group.SOLVER, type=float, metavar="S_max", help="Churn below this noise level only.")
-@option(
-    "--s-noise",
-    "S_noise",
-    group=Group.SOLVER,
-    type=NUMBER,
-    metavar="S_noise",
-    help="Standard deviation of the added noise.",
-)
-@option("--respacing", group=Group.SOLVER, help="Timesteps of a discrete-time network to keep: 250, ddim25, 10,10,5.")
-@option(
-    "--fixed-variance", group=Group.SOLVER, type=click.Choice(VARIANCES), help="Of ddpm, where the network learns none."
-)
-@option("--last-size", group=Group.SOLVER, type=NUMBER, metavar="t", help="Size of --last-step in the path's time.")
-@option(
-    "--dtype",
-    group=Group.RUNTIME,
-    type=click.Choice(PRECISIONS),
-    default="float32",
-    show_default=True,
-    help="Of the networks.",
-)
-@option(
-    "--state-dtype",
-    group=Group.SOLVER,
-    type=click.Choice(STATE_DTYPES),
-    help="Of the solver's state, its noise levels and its noise.",
-)
+)  # fmt: skip
+@option("--dtype", group=Group.RUNTIME, type=click.Choice(PRECISIONS), default="float32", help="Of the networks.")
 @option("--device", group=Group.RUNTIME, help="cpu, cuda, cuda:1, ...; default: what is there.")
 @option(
-    "--compile",
-    "compiled",
-    group=Group.RUNTIME,
-    type=click.Choice(["always", "try"]),
-    is_flag=False,
+    "--compile", "compiled", group=Group.RUNTIME, type=click.Choice(["always", "try"]), is_flag=False,
     flag_value="always",
     help="Compile the guided denoiser before sampling; --compile=try samples without where that can't be done.",
-)
+)  # fmt: skip
 @option(
-    "--vae",
-    group=Group.INPUT,
+    "--vae", group=Group.INPUT,
     help="What decodes latents: folder or hub name; none if they are pixels; default: the bundle's own.",
-)
+)  # fmt: skip
 @option(
-    "--runtime",
-    group=Group.RUNTIME,
-    type=click.Choice(list(RUNTIMES)),
+    "--runtime", group=Group.RUNTIME, type=click.Choice(list(RUNTIMES)),
     help="What executes the guided denoiser; --compile is short for --runtime compiled.  [default: eager]",
-)
+)  # fmt: skip
 @option(
-    "--engine",
-    group=Group.INPUT,
-    type=click.Path(path_type=Path),
+    "--engine", group=Group.INPUT, type=PATH,
     help="What `python -m dgfast.export.to_onnx` or to_trt wrote; default: export to ONNX.",
-)
+)  # fmt: skip
 @option("--provider", group=Group.RUNTIME, type=click.Choice(PROVIDERS), help="ONNX Runtime's; default: the device's.")
 @option(
-    "--kernels",
-    group=Group.RUNTIME,
-    type=click.Choice(["auto", "reference", "triton"]),
-    default="auto",
-    show_default=True,
+    "--kernels", group=Group.RUNTIME, type=click.Choice(["auto", "reference", "triton"]), default="auto",
     help="Of group normalisation: plain PyTorch's, or Triton's; auto takes Triton's on CUDA, where it can run.",
+)  # fmt: skip
+@option(
+    "--out", group=Group.OUTPUT, type=PATH, default="out", help="A new folder, or that of the same job, which goes on."
 )
 @option(
-    "--out",
-    group=Group.OUTPUT,
-    type=click.Path(path_type=Path),
-    default="out",
-    show_default=True,
-    help="A new folder, or that of the same job, which goes on.",
-)
-@option(
-    "--format",
-    "formats",
-    group=Group.OUTPUT,
-    multiple=True,
-    type=click.Choice([*KEPT, *PRODUCTS]),
+    "--format", "formats", group=Group.OUTPUT, multiple=True, type=click.Choice([*KEPT, *PRODUCTS]),
     default=("npz", "grid"),
-    show_default=True,
     help="npz: shards of a batch, uint8, with seeds and labels. png: one file an image, 000000/000123.png by seed. "
     "adm: one arr_0 npz for the ADM suite. latents: shards of what the network drew, undecoded. grid: beside another, "
     f"one PNG of the first {GRID_IMAGES}. To be given several times.",
-)
+)  # fmt: skip
 @option(
     "--overwrite", group=Group.OUTPUT, is_flag=True, help="Remove the job that --out holds, whichever it is, first."
 )
 @option(
-    "--time-limit",
-    group=Group.OUTPUT,
-    type=Duration(),
+    "--time-limit", group=Group.OUTPUT, type=Duration(),
     help="Stop when a batch more would take longer than this: 90s, 30m, 2.5h. The same command goes on.",
-)
+)  # fmt: skip
 @option("--dry-run", group=Group.OUTPUT, is_flag=True, help="Say what is to draw, its time and its disk, and end.")
 def main(**options: Any) -> None:
     with interruptible():
@@ -228,6 +104,7 @@ def main(**options: Any) -> None:
 
 def _main(options: dict[str, Any], began: float) -> None:
     from dgfast import bundle as bundles
+    from dgfast.devices import DTYPES, own_device
     from dgfast.drawing import Drawing, run
     from dgfast.estimate import estimate
     from dgfast.job_folder import JobFolder
@@ -235,31 +112,30 @@ def _main(options: dict[str, Any], began: float) -> None:
     from dgfast.team import Team
 
     bundle = bundles.read(options["bundle"])
-    set_options = {name: value for name, value in options.items() if value is not None}
     formats = _formats(options["formats"], options["seeds"])
     team = Team.join()
-    device, dtype = _device_and_dtype(options["device"], options["dtype"], team.local_rank)
-    settings = _settings(bundle, set_options)
+    device = own_device(options["device"], team.local_rank)
+    settings = settings_of(bundle, {name: value for name, value in options.items() if value is not None})
     require_kernels(options["kernels"], device.type)
-    networks = _networks(bundle, settings, device, dtype)
+    networks = _networks(bundle, settings, device, DTYPES[options["dtype"]])
     fetcher = _fetcher(bundle, networks, device, options["vae"], formats)
-    runtime, engine = _runtime(options), None
-    if options["engine"]:
-        engine = _engine(runtime, options["engine"], device, options["provider"])
-        _require_fit(engine, bundle, settings)
-        options["dtype"] = _dtype_of(engine, options["dtype"])
+    execution = Execution.asked(options, device)
+    if execution.engine is not None:
+        execution.require_fit(bundle, settings)
+        options["dtype"] = execution.dtype(options["dtype"])
 
     def make(runtime: str) -> Any:
-        return _sampler(networks, settings, device, _executing(runtime, engine, options["provider"]), options["noise"])
+        return _sampler(networks, settings, device, execution.runtime(runtime), options["noise"])
 
     _check_labels(make("eager"), options["labels"])
-    chunks = _chunks(options, engine)
     drawing = Drawing(
         folder=JobFolder(
-            options["out"], _job(bundle, settings, options, runtime), chunks, formats, team.rank, team.size
+            options["out"], _job(bundle, settings, options, execution.name), _chunks(options, execution.engine),
+            formats, team.rank, team.size, names_as_typed(),
         ),
-        team=team, make=make, runtime=runtime, fetcher=fetcher, kernels=options["kernels"], facts=_facts(device, team),
-        may_fall_back=options["compiled"] == "try", time_limit=options["time_limit"], began=began,
+        team=team, make=make, runtime=execution.name, fetcher=fetcher, kernels=options["kernels"],
+        facts=_facts(device, team), may_fall_back=options["compiled"] == "try", time_limit=options["time_limit"],
+        began=began,
     )  # fmt: skip
     if options["dry_run"]:
         drawing.folder.look(options["overwrite"])
@@ -282,141 +158,14 @@ def _formats(names: tuple[str, ...], seeds: Ranges) -> list[str]:
     return formats
 
 
-def _settings(bundle: Any, given: dict[str, Any]) -> tuple[SamplingConfig, GuidanceConfig] | None:
-    """Sampling and guidance: the preset's or the bundle's, under what the command line gives; None for a generator.
-
-    Raises:
-        UserError: options that nothing takes, or that contradict one another.
-    """
-    if given["one_step"]:
-        idle = {*_SAMPLING, *asdict(GuidanceConfig())} & {*given}
-        context = click.get_current_context()
-        idle |= {"preset"} & {*given}
-        names = [option.opts[0] for option in context.command.get_params(context) if option.name in idle]
-        if names:
-            raise UserError(f"--one-step has no solver and no guidance: leave out {', '.join(names)}, or --one-step")
-        return None
-    sampling, guidance = _preset(bundle, given["preset"]) if "preset" in given else (bundle.sampling, bundle.guidance)
-    guidance = replace(guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
-    return _sampling(sampling, given), guidance
-
-
-def _preset(bundle: Any, name: str) -> tuple[SamplingConfig, GuidanceConfig]:
-    """Sampling and guidance of a preset.
-
-    Raises:
-        UserError: no such preset, or one of other networks than the bundle's.
-    """
-    from dgfast import presets
-
-    chosen = presets.preset(name)
-    presets.require_fit(name, {role: (net.kind, net.keywords) for role, net in bundle.nets.items()}, str(bundle.folder))
-    for note in presets.other_files(name, bundle.provenance):
-        click.echo(note, err=True)
-    return SamplingConfig(**presets.SAMPLING), GuidanceConfig(autoguidance=chosen.weight)
-
-
-def _sampling(bundled: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:
-    """The bundle's sampling with what the command line gives, which names one grid alone."""
-    changes = {name: given[name] for name in _SAMPLING if name in given}
-    grid = [name for name in ("discretization", "sigma_min", "sigma_max", "rho") if name in given]
-    if "respacing" in given and (grid or "num_steps" in given):
-        raise UserError("--respacing is the whole grid: leave out --steps, --grid, --sigma-min, --sigma-max and --rho")
-    if bundled.respacing is not None and "respacing" not in given:
-        if grid:
-            changes["respacing"] = None
-        elif "num_steps" in given:
-            changes["respacing"] = str(given["num_steps"])
-    return replace(bundled, **changes)
-
-
-def _runtime(options: dict[str, Any]) -> str:
-    """The runtime that the options ask for.
-
-    Raises:
-        UserError: options that contradict one another.
-    """
-    short = "compiled" if options["compiled"] else None
-    runtime = options["runtime"] or short or "eager"
-    if short not in (None, runtime):
-        raise UserError(f"--compile and --runtime {runtime} contradict each other; give one of them")
-    for name, runtimes in (("engine", [r.name for r in RUNTIMES.values() if r.open]), ("provider", ["onnx"])):
-        if options[name] and runtime not in runtimes:
-            raise UserError(f"--{name} goes with --runtime {' or '.join(runtimes)}, not with {runtime}")
-    if runtime == "tensorrt" and not options["engine"]:
-        raise UserError("--runtime tensorrt needs --engine FILE: build one with python -m dgfast.export.to_trt")
-    return runtime
-
-
-def _executing(name: str, engine: Any, provider: str | None) -> Runtime:
-    """The runtime of that name; with an engine file, what executes that file."""
-    if engine is not None and name != "eager":
-        from dgfast.engines import runtime_of
-
-        return runtime_of(engine)
-    if provider is None:
-        return RUNTIMES[name]
-    from dgfast.runtimes.onnx.build import build
-
-    return replace(RUNTIMES[name], build=partial(build, provider=provider))
-
-
-def _engine(runtime: str, path: Path, device: Any, provider: str | None) -> Any:
-    """The file, opened and tested."""
-    opened = RUNTIMES[runtime].open
-    assert opened is not None, "the options were checked"
-    engine = opened(path, device, provider) if provider else opened(path, device)
-    engine.self_test()
-    return engine
-
-
-def _require_fit(engine: Any, bundle: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None) -> None:
-    """Raises UserError if the file does not fit the job; without settings, that is a one-step generator's."""
-    from dgfast.engines import require_fit, require_generator
-
-    if settings is None:
-        require_generator(engine, bundle)
-    else:
-        require_fit(engine, bundle, *settings)
-
-
-def _dtype_of(engine: Any, asked: str) -> str:
-    """The type that the file computes in, which decides on the images whatever --dtype is by default.
-
-    Raises:
-        UserError: another was asked for.
-    """
-    said = str(engine.metadata.get("dtype", asked))
-    source = click.get_current_context().get_parameter_source("dtype")
-    if said != asked and source is not click.core.ParameterSource.DEFAULT:
-        raise UserError(f"--dtype {asked}: {engine.path} computes in {said}; leave --dtype out, or export another file")
-    return said
-
-
-def _device_and_dtype(name: str | None, dtype: str, local_rank: int) -> tuple[Any, Any]:
-    """The device of this process, and the type of the weights."""
-    import torch
-
-    from dgfast.devices import DTYPES, keep_freed_memory, pick_device
-
-    device = pick_device(name)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    if device.type == "cpu":
-        keep_freed_memory()
-    return device, DTYPES[dtype]
-
-
-def _networks(bundle: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, device: Any, dtype: Any) -> Any:
+def _networks(bundle: Any, settings: Settings | None, device: Any, dtype: Any) -> Any:
     """The networks that the job needs; of a one-step job its generator."""
     from dgfast.networks import load
 
     return bundle.load("generator", device, dtype) if settings is None else load(bundle, device, dtype, settings[1])
 
 
-def _sampler(
-    networks: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, device: Any, runtime: Runtime, noise: str
-) -> Any:
+def _sampler(networks: Any, settings: Settings | None, device: Any, runtime: Runtime, noise: str) -> Any:
     from dgfast.one_step import OneStep
     from dgfast.sampler import Sampler
 
@@ -450,16 +199,14 @@ def _check_labels(sampler: Any, labels: Ranges | None) -> None:
 
 
 def _chunks(options: dict[str, Any], engine: Any) -> Any:
-    from dgfast.job_folder import Chunks
+    from dgfast.chunks import Chunks
 
     seeds, batch = options["seeds"], options["batch"]
     fixed = engine is not None and engine.batch is not None
     return Chunks(seeds, options["labels"], batch if fixed else min(batch, len(seeds)))
 
 
-def _job(
-    bundle: Any, settings: tuple[SamplingConfig, GuidanceConfig] | None, options: dict[str, Any], runtime: str
-) -> dict[str, Any]:
+def _job(bundle: Any, settings: Settings | None, options: dict[str, Any], runtime: str) -> dict[str, Any]:
     """Everything that decides on the images, as the manifest has it."""
     from dgfast.devices import arithmetic
     from dgfast.networks import roles

@@ -1,11 +1,9 @@
 """Noise levels + guided denoiser + solver + runtime = a sampler."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +12,14 @@ from dgfast.conditions import given
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.devices import device_of, require_float64, seconds_of
 from dgfast.errors import UserError
-from dgfast.graph import Function
-from dgfast.guidance import CarriedGradient, DiscriminatorGuidance, Guidance
-from dgfast.guidance.memory import Memory
+from dgfast.guidance import CarriedGradient
 from dgfast.job import GuidanceLike, Job
 from dgfast.networks import Networks, one_hot
 from dgfast.plan import Step
 from dgfast.randomness import MakeStreams, source
-from dgfast.runtimes import Kept, RuntimeLike, chosen
-from dgfast.solvers import LAST, Call, churn
+from dgfast.runtimes import RuntimeLike, chosen
+from dgfast.solvers import LAST, churn
+from dgfast.stepping import Stepping, uploaded
 
 OnStep = Callable[[Step, Tensor, Tensor, Tensor], Tensor | None]
 """See `Sampler.integrate`."""
@@ -79,14 +76,11 @@ class Sampler:
         churns = bool(job.sampling.S_churn or self.guidance.boosting)
         self._churning = [churns and (every_step or step.churns) for step in self.steps]
         self._streams = source(noise, math.prod(self.shape))
-        self._runtime = chosen(runtime)
-        self._capture = self._runtime.capture(self.device)
-        self._functions = Kept()
-        calls = [*self._guidances().elements()]
+        self._stepping = Stepping(job, chosen(runtime), self.device, self.state_dtype)
+        calls = [*self._stepping.guidances.elements()]
         self.score_evaluations = sum(1 + sum(guidance.evaluations for guidance in call) for call in calls)
         self.score_backwards = sum(guidance.backwards for call in calls for guidance in call)
         self.guidance_gradients = sum(guidance.gradients for call in calls for guidance in call)
-        self._remembers = any(map(_remember, calls))
 
     def __repr__(self) -> str:
         """Two lines: solver and cost, guidance and device."""
@@ -175,18 +169,18 @@ class Sampler:
         """
         batch = len(latents)
         extra = given(self.job.conditions, conditions, batch, latents.device)
-        times = self._uploaded([(step.t, step.t_next) for step in self.steps], batch).view(-1, 2, batch, 1, 1, 1)
-        log_variances = self._uploaded([step.log_variances for step in self.steps], batch)
+        x = self.first_state(latents)
+        times = uploaded([(step.t, step.t_next) for step in self.steps], x).view(-1, 2, batch, 1, 1, 1)
+        log_variances = uploaded([step.log_variances for step in self.steps], x)
         log_ratio = torch.full((batch,), torch.inf, dtype=self.state_dtype, device=latents.device)
         first_bad = torch.full((), len(self.steps), device=latents.device)  # on the device: looking would wait for it
         last = torch.zeros_like(latents, dtype=self.state_dtype), torch.full_like(times[0, 0], torch.inf)
-        memory = [torch.zeros_like(last[0])] if self._remembers else []
+        memory = [torch.zeros_like(last[0])] if self._stepping.remembers else []
         carried = CarriedGradient(self.guidance.dg_reuse) if self.guidance.dg_every > 1 else None
-        x = self.first_state(latents)
         for step, (t, t_next), bounds in zip(self.steps, times, log_variances, strict=True):
             t_hat, x_hat = self._churn(step, x, t, log_ratio, noise)
             arguments = (x_hat, t_hat, t_next, class_labels, *self._more(last, bounds, noise), *extra, *memory)
-            x, denoised, log_ratio, *memory = self._step_function(step, arguments, carried)(*arguments)
+            x, denoised, log_ratio, *memory = self._stepping(step, arguments, carried)
             last = denoised, t_hat
             changed = None if on_step is None else on_step(step, x, denoised, log_ratio)
             if changed is not None:
@@ -197,12 +191,15 @@ class Sampler:
         if failed < len(self.steps):
             raise UserError(
                 f"the images became NaN or infinite at step {failed} of {len(self.steps)}, "
-                f"sigma {self.steps[failed].sigma:.4g}; {self._remedy()}"
+                f"sigma {self.steps[failed].sigma:.4g}; {self._remedy(extra)}"
             )
         return x
 
-    def _remedy(self) -> str:
+    def _remedy(self, conditions: Sequence[Tensor]) -> str:
         """What a user can do about images that are not finite."""
+        for name, value in zip(self.job.conditions, conditions, strict=True):
+            if not bool(value.isfinite().all()):
+                return f"condition {name} is infinite itself"
         net = self.networks.denoiser
         half = isinstance(net, nn.Module) and any(p.dtype != torch.float32 for p in net.parameters())
         remedies = ["use --dtype float32"] if half else []
@@ -224,46 +221,19 @@ class Sampler:
 
     def prepare(self, batch: int) -> None:
         """Build every function that the plan calls for batches of this size, so that sampling itself compiles none."""
-        functions = [self.job.called(guidances, self.guidance.dg_every > 1) for guidances in self._guidances()]
-        self._runtime.prepare([(one, self._call_example(one.guidances, batch)) for one in functions])
-        for call, _ in self._calls(batch):
-            call()
-        if self._capture is not None:
-            x, _, labels = self._example(batch)
+        self._stepping.prepare(batch)
+        if self._stepping.captures:
+            x, _, labels = self._stepping.example(batch)
             zeros = {name: x.new_zeros(shape) for name, shape in self.job.conditions.items()}
             self.integrate(x.float(), labels, lambda: torch.zeros_like(x), conditions=zeros)
 
     def forget(self) -> None:
         """Give up all functions that were built, and the memory that captured ones hold; the next call builds anew."""
-        self._functions.clear()
+        self._stepping.functions.clear()
 
     def estimate(self, batch: int) -> float:
         """Seconds that the network calls of a batch take: each function of the plan is timed once, warm."""
-        return sum(count * seconds_of(call, self.device) for call, count in self._calls(batch))
-
-    def _calls(self, batch: int) -> Iterator[tuple[Callable[[], object], int]]:
-        """Each function of the plan, called with zeros, and how often the plan calls it."""
-        with torch.no_grad():
-            for guidances, count in self._guidances().items():
-                example = self._call_example(guidances, batch)
-                function = self._function(guidances, example, self.guidance.dg_every > 1)
-                yield partial(function, *example), count
-
-    def _guidances(self) -> Counter[tuple[Guidance, ...]]:
-        """The guidances of the plan's calls, and how many calls have them."""
-        return Counter(g for step in self.steps for g in (step.predictor, step.corrector) if g is not None)
-
-    def _call_example(self, guidances: Sequence[Guidance], batch: int) -> tuple[Tensor | None, ...]:
-        bounds = self._uploaded([self.steps[0].log_variances], batch)[0] if self._solver.function == "posterior" else ()
-        shapes = self.job.conditions.values()
-        x, *others = self._example(batch)
-        conditions = (torch.zeros(batch, *shape, device=self.device) for shape in shapes)
-        return x, *others, *bounds, *conditions, *([x] if _remember(guidances) else [])
-
-    def _example(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        x = torch.zeros((batch, *self.shape), dtype=self.state_dtype, device=self.device)
-        labels = self.class_labels([0] * batch, batch) if self.classes else None
-        return x, torch.ones(batch, dtype=self.state_dtype, device=self.device), labels
+        return sum(count * seconds_of(call, self.device) for call, count in self._stepping.calls(batch))
 
     def _churn(
         self, step: Step, x: Tensor, t: Tensor, log_ratio: Tensor, noise: Callable[[], Tensor] | None
@@ -292,85 +262,3 @@ class Sampler:
             values["noise"] = noise()
         values["log_least"], values["log_most"] = log_variances
         return tuple(values[name] for name in names)
-
-    def _uploaded(self, pairs: Sequence[tuple[float, float]], batch: int) -> Tensor:
-        """The pairs for every sample, [pairs, 2, B] of the state's type: at once, as an upload waits for it."""
-        return torch.tensor(pairs, dtype=self.state_dtype).to(self.device).view(-1, 2, 1).repeat(1, 1, batch)
-
-    def _step_function(
-        self, step: Step, example: tuple[Tensor | None, ...], carried: CarriedGradient | None
-    ) -> Function:
-        """(x_hat, t_hat, t_next, labels, *more, *conditions, *memory) -> (x_next, denoised, log_ratio, *memory)."""
-        inputs = self._solver.inputs
-
-        def advance(
-            x_hat: Tensor, t_hat: Tensor, t_next: Tensor, labels: Tensor | None, *more: Tensor
-        ) -> tuple[Tensor, ...]:
-            memory = Memory(more[-1]) if self._remembers else None
-            extra = more[len(inputs) : len(inputs) + len(self.job.conditions)]
-            predict = self._call(step.predictor, labels, extra, step.carried[0], carried, memory)
-            correct = None
-            if step.corrector is not None:
-                correct = self._call(step.corrector, labels, extra, step.carried[1], carried, memory, second=True)
-            named = dict(zip(inputs, more[: len(inputs)], strict=True))
-            x, denoised, log_ratio = self._solver.step(x_hat, t_hat, t_next, predict, correct, named)
-            return x.to(self.state_dtype), denoised, log_ratio, *([memory.kept] if memory else [])
-
-        if self._capture is None or carried is not None:  # what is carried lives outside of any one step
-            return advance
-        identity = "step", step.predictor, step.corrector
-        return self._functions(identity, example, partial(self._capture, advance, example))
-
-    def _call(
-        self,
-        guidances: tuple[Guidance, ...],
-        class_labels: Tensor | None,
-        extra: Sequence[Tensor] = (),
-        reusing: DiscriminatorGuidance | None = None,
-        carried: CarriedGradient | None = None,
-        memory: Memory | None = None,
-        second: bool = False,
-    ) -> Call:
-        """The solver's function under the given guidances, with the conditions `extra`.
-
-        Args:
-            second: leave the memory as it is.
-        """
-        coords, memory = self.coordinates, memory if _remember(guidances) else None
-
-        def call(x: Tensor, t: Tensor, *bounds: Tensor) -> tuple[Tensor, ...]:
-            sigma = coords.sigma(t).flatten()
-            # A velocity is asked for at the path's own state: at its beginning s is 0.
-            seen = x if self._solver.function == "velocity" else (x / coords.s(t)).to(self.state_dtype)
-            arguments = seen, sigma, class_labels, *bounds, *extra
-            if memory is not None:
-                arguments = *arguments, memory.kept
-            results = self._function(guidances, arguments, carried is not None)(*arguments)
-            if memory is not None:
-                results, kept = results[:-1], results[-1]
-                memory.kept = memory.kept if second else kept
-            if carried is None:
-                return results
-            denoised, log_ratio, *gradient = results
-            if gradient:
-                carried.keep(sigma, gradient[0])
-            if reusing is not None:
-                denoised = denoised + carried.correction(sigma, reusing.weight_at(sigma)).to(denoised.dtype)
-            return denoised, log_ratio
-
-        return call
-
-    def _function(
-        self, guidances: tuple[Guidance, ...], example: tuple[Tensor | None, ...], keep: bool = False
-    ) -> Function:
-        """The job's function of these guidances in this sampler's runtime, built once for each form of its arguments.
-
-        Args:
-            keep: return the discriminator's gradient too, where there is one.
-        """
-        function = self.job.called(guidances, keep)
-        return self._functions(function.identity, example, partial(self._runtime.build, function, example))
-
-
-def _remember(guidances: Sequence[Guidance]) -> bool:
-    return any(guidance.remembers for guidance in guidances)

@@ -6,56 +6,40 @@ where it was; its state lies in BUNDLE/training/ROLE, which the finished bundle 
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dgfast.option_types import PATH
 from dgfast.options import CommandGroup, Group, option
 
 Callback = Callable[..., None]
+_training = partial(option, group=Group.TRAINING)
 
 
 def _shared(images: int, batch: int, lr: float, weight_decay: float, ema: float) -> Callable[[Callback], Callback]:
     """The options that every command takes, with this network's defaults."""
     options = [
-        option(
-            "--bundle",
-            "folder",
-            group=Group.OUTPUT,
-            required=True,
-            type=click.Path(path_type=Path),
-            help="Folder to add to.",
+        option("--bundle", "folder", group=Group.OUTPUT, required=True, type=PATH, help="Folder to add to."),
+        option("--data", group=Group.INPUT, default="mnist", help="`mnist`, or an npz with images and labels."),
+        option("--holdout", group=Group.INPUT, default=1000, help="Images kept for the metrics."),
+        _training("--images", default=images, help="Training images to draw in all."),
+        _training("--batch", default=batch, help="Images a step."),
+        _training("--lr", default=lr, help="Largest learning rate."),
+        _training("--weight-decay", default=weight_decay),
+        _training("--ema", default=ema, help="Decay of the averaged weights."),
+        _training(
+            "--ema-rel", type=float, help="Average by EDM2's power function of this relative width, say 0.1, instead."
         ),
-        option(
-            "--data",
-            group=Group.INPUT,
-            default="mnist",
-            show_default=True,
-            help="`mnist`, or an npz with images and labels.",
+        _training("--seed", default=0),
+        _training(
+            "--start", type=PATH, help="Bundle whose network of this role is trained on; default: random weights."
         ),
-        option("--holdout", group=Group.INPUT, default=1000, show_default=True, help="Images kept for the metrics."),
-        option(
-            "--images", group=Group.TRAINING, default=images, show_default=True, help="Training images to draw in all."
-        ),
-        option("--batch", group=Group.TRAINING, default=batch, show_default=True, help="Images a step."),
-        option("--lr", group=Group.TRAINING, default=lr, show_default=True, help="Largest learning rate."),
-        option("--weight-decay", group=Group.TRAINING, default=weight_decay, show_default=True),
-        option("--ema", group=Group.TRAINING, default=ema, show_default=True, help="Decay of the averaged weights."),
-        option(
-            "--ema-rel", group=Group.TRAINING, type=float, default=None,
-            help="Average by EDM2's power function of this relative width, say 0.1, instead.",
-        ),
-        option("--seed", group=Group.TRAINING, default=0, show_default=True),
-        option(
-            "--start", group=Group.TRAINING, type=click.Path(path_type=Path), default=None,
-            help="Bundle whose network of this role is trained on; default: random weights.",
-        ),
-        option(
-            "--net", "net_json", group=Group.TRAINING, default="{}", help="Constructor keywords to change, as JSON."
-        ),
-        option("--device", group=Group.RUNTIME, default=None, help="cpu or cuda; default: what is there."),
-    ]  # fmt: skip
+        _training("--net", "net_json", default="{}", help="Constructor keywords to change, as JSON."),
+        option("--device", group=Group.RUNTIME, help="cpu or cuda; default: what is there."),
+    ]
 
     def decorate(command: Callback) -> Callback:
         for shared in reversed(options):
@@ -72,10 +56,10 @@ def main() -> None:
 
 @main.command()
 @_shared(images=320_000, batch=128, lr=2e-3, weight_decay=0.0, ema=0.999)
-@option("--p-mean", group=Group.TRAINING, default=-1.2, show_default=True, help="Mean of ln sigma.")
-@option("--p-std", group=Group.TRAINING, default=1.2, show_default=True, help="Standard deviation of ln sigma.")
-@option("--role", group=Group.OUTPUT, type=click.Choice(["score", "reference"]), default="score", show_default=True)
-@option("--name", group=Group.OUTPUT, default=None, help="Name of a new bundle; default: its folder's.")
+@_training("--p-mean", default=-1.2, help="Mean of ln sigma.")
+@_training("--p-std", default=1.2, help="Standard deviation of ln sigma.")
+@option("--role", group=Group.OUTPUT, type=click.Choice(["score", "reference"]), default="score")
+@option("--name", group=Group.OUTPUT, help="Name of a new bundle; default: its folder's.")
 @option("--license", "license_text", group=Group.OUTPUT, default="", help="Licence of the weights.")
 @option("--provenance", group=Group.OUTPUT, default="", help="Where the data came from.")
 def score(
@@ -143,41 +127,27 @@ def features(**options: Any) -> None:
     "--generated",
     group=Group.INPUT,
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Unguided images of the same score net: a folder of `dgfast sample`; of latents, with `--format latents`.",
 )
-@option(
+@_training(
     "--trunk",
-    group=Group.TRAINING,
     type=click.Choice(["classifier", "own"]),
     default="classifier",
-    show_default=True,
     help="What reads the images: the bundle's frozen classifier, under a head, or the network itself.",
 )
-@option(
+@_training(
     "--objective",
-    group=Group.TRAINING,
     type=click.Choice(["cross-entropy", "kl"]),
     default="cross-entropy",
-    show_default=True,
     help="Tell real from generated, or correct the denoiser on real images.",
 )
-@option("--sigma-min", group=Group.TRAINING, default=0.001, show_default=True, help="Lowest noise level.")
-@option("--sigma-max", group=Group.TRAINING, default=152.17, show_default=True, help="Largest noise level.")
-@option(
-    "--patience",
-    group=Group.TRAINING,
-    default=6,
-    show_default=True,
-    help="Checks, of 25 in the run, without a better held-out loss after which it ends.",
+@_training("--sigma-min", default=0.001, help="Lowest noise level.")
+@_training("--sigma-max", default=152.17, help="Largest noise level.")
+@_training(
+    "--patience", default=6, help="Checks, of 25 in the run, without a better held-out loss after which it ends."
 )
-@option(
-    "--dg-weight",
-    group=Group.OUTPUT,
-    default=1.0,
-    show_default=True,
-    help="Default guidance weight of the finished bundle.",
-)
+@option("--dg-weight", group=Group.OUTPUT, default=1.0, help="Default guidance weight of the finished bundle.")
 def discriminator(
     generated: Path, trunk: str, objective: str, sigma_min: float, sigma_max: float, patience: int, dg_weight: float,
     **options: Any,
@@ -200,10 +170,8 @@ def discriminator(
 
 @main.command()
 @_shared(images=224_000, batch=32, lr=1e-3, weight_decay=0.0, ema=0.999)
-@option(
-    "--score-net", "score_json", group=Group.TRAINING, default="{}", help="The same as --net, for the score network."
-)
-@option("--r1", group=Group.TRAINING, default=0.1, show_default=True, help="Weight gamma of the gradient penalty.")
+@_training("--score-net", "score_json", default="{}", help="The same as --net, for the score network.")
+@_training("--r1", default=0.1, help="Weight gamma of the gradient penalty.")
 def generator(score_json: str, r1: float, **options: Any) -> None:
     """A one-step generator by Score Mismatching (arXiv 2309.11043), class-conditional.
 

@@ -20,7 +20,7 @@ from dgfast.export.parity import Case, Report, Row, Runs, Tensors
 from dgfast.export.proof import tolerance
 from dgfast.export.subject import Forms
 from dgfast.extras import require
-from dgfast.functions.compiled import in_double, named, untraceable
+from dgfast.functions.compiled import further, in_double, untraceable
 from dgfast.functions.flat import Example, Flat, flat
 from dgfast.functions.trials import resized, trials
 from dgfast.graph.agreement import LEAST
@@ -167,7 +167,7 @@ def _subject(
         if name not in of_tensors.inputs or not of_tensors.example[name].dim():
             known = ", ".join(n for n, x in of_tensors.example.items() if x.dim())
             raise UserError(f"dynamic={name}: there is no such argument with a first size; there are {known}")
-    subject = FunctionSubject(of_tensors, dynamic, tuple(named(of_tensors, other) for other in others))
+    subject = FunctionSubject(of_tensors, dynamic, tuple(further(of_tensors, others)))
     if dynamic:
         _require_open(subject)
     return subject

@@ -6,10 +6,11 @@ every weight. Lowering its gradient to inference operations is `dgfast.graph` an
 
 import torch
 
-from dgfast import job
+from dgfast import pure_function
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.denoiser import EDMPrecond, Preconditioner
 from dgfast.export.subject import GeneratorSubject, Joint
+from dgfast.job import Job
 from dgfast.networks import Networks
 
 
@@ -19,7 +20,7 @@ def joint(networks: Networks, sampling: SamplingConfig, guidance: GuidanceConfig
     Raises:
         UserError: a missing network, or a plan whose steps are not all alike.
     """
-    made = job.Job(networks, sampling, guidance)
+    made = Job(networks, sampling, guidance)
     function, net, path = made.exported(what), networks.denoiser, made.path
     return Joint(
         function.name, function, function.inputs, function.outputs, dict(function.weights),
@@ -29,9 +30,9 @@ def joint(networks: Networks, sampling: SamplingConfig, guidance: GuidanceConfig
     )  # fmt: skip
 
 
-def generator(net: job.GeneratorNet) -> GeneratorSubject:
+def generator(net: pure_function.GeneratorNet) -> GeneratorSubject:
     """The one-step generator, (latents, class_labels) -> images."""
-    function = job.generator(net)
+    function = pure_function.generator(net)
     function = function if net.label_dim else function.without_labels()
     latents, labels = torch.zeros(1, net.latent_dim), torch.zeros(1, net.label_dim)
     image = function(*(latents, labels)[: len(function.inputs)])[0].shape[1:]

@@ -14,7 +14,8 @@ import click
 if __name__ == "__main__" and not __package__:  # run by its path: no file here stands in for a package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dgfast.options import EXPORTED_BUNDLE, EXPORTED_OUT, WHAT, Group, GuidedCommand, option
+from dgfast.job_options import GuidedCommand
+from dgfast.options import BUNDLE, EXPORTED_OUT, WHAT, Group, option
 from dgfast.stopping import interruptible
 
 
@@ -32,20 +33,13 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]  # generic only in c
 
 
 @click.command(cls=GuidedCommand, exported=True, help=__doc__)
-@EXPORTED_BUNDLE
-@option(
-    "--batch",
-    group=Group.OUTPUT,
-    type=BatchSize(),
-    default="dynamic",
-    show_default=True,
-    help="Images a call, or dynamic.",
-)
-@option("--dtype", group=Group.OUTPUT, type=click.Choice(["float32", "fp16"]), default="float32", show_default=True)
-@option("--opset", group=Group.OUTPUT, type=int, default=18, show_default=True)
+@BUNDLE
+@option("--batch", group=Group.OUTPUT, type=BatchSize(), default="dynamic", help="Images a call, or dynamic.")
+@option("--dtype", group=Group.OUTPUT, type=click.Choice(["float32", "fp16"]), default="float32")
+@option("--opset", group=Group.OUTPUT, type=int, default=18)
 @option(
     "--for", "target", group=Group.OUTPUT, type=click.Choice(["onnxruntime", "onnxruntime-cuda", "tensorrt"]),
-    default="onnxruntime", show_default=True,
+    default="onnxruntime",
     help="How normalisations are written: in ONNX's operators, in those of ONNX Runtime's CUDA provider, or so that "
     "TensorRT builds.",
 )  # fmt: skip

@@ -16,12 +16,13 @@ import click
 if __name__ == "__main__" and not __package__:  # run by its path: no file here stands in for a package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dgfast.options import EXPORTED_BUNDLE, EXPORTED_OUT, WHAT, Group, GuidedCommand, option
+from dgfast.job_options import GuidedCommand
+from dgfast.options import BUNDLE, EXPORTED_OUT, WHAT, Group, option
 from dgfast.stopping import interruptible
 
 
 @click.command(cls=GuidedCommand, exported=True, help=__doc__)
-@EXPORTED_BUNDLE
+@BUNDLE
 @WHAT
 @option("--device", group=Group.RUNTIME, metavar="NAME", help="What to compile for.  [default: a GPU if there is one]")
 @option(
@@ -29,10 +30,9 @@ from dgfast.stopping import interruptible
     group=Group.RUNTIME,
     type=click.Choice(["float32", "bf16"]),
     default="float32",
-    show_default=True,
     help="Of the networks' weights.",
 )
-@option("--batch", group=Group.OUTPUT, type=click.IntRange(min=1), default=64, show_default=True, help="Images a call.")
+@option("--batch", group=Group.OUTPUT, type=click.IntRange(min=1), default=64, help="Images a call.")
 @EXPORTED_OUT
 def main(bundle: str, device: str | None, dtype: str, batch: int, out: Path, **options: Any) -> None:
     with interruptible("stopped before a file was written"):

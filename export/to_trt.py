@@ -26,7 +26,9 @@ from dgfast.export.proof import TOLERANCES
 from dgfast.export.request import Request
 from dgfast.export.subject import Subject
 from dgfast.extras import require
-from dgfast.options import WHAT, Group, GuidedCommand, option
+from dgfast.job_options import GuidedCommand
+from dgfast.option_types import PATH
+from dgfast.options import WHAT, Group, option
 from dgfast.runtimes.onnx.file import files_of
 from dgfast.runtimes.tensorrt.builder import HARDWARE, Built, Options, build, parse
 from dgfast.runtimes.tensorrt.file import EXECUTED, EngineFile
@@ -54,22 +56,10 @@ class BatchRange(click.ParamType):  # type: ignore[type-arg]  # generic only in 
 
 @click.command(cls=GuidedCommand, exported=True, help=__doc__)
 @option("--bundle", group=Group.INPUT, help="Folder, or name of a bundle that comes along.")
-@option(
-    "--onnx",
-    group=Group.INPUT,
-    type=click.Path(path_type=Path),
-    help="A float32 file of `python -m dgfast.export.to_onnx` instead.",
-)
+@option("--onnx", group=Group.INPUT, type=PATH, help="A float32 file of `python -m dgfast.export.to_onnx` instead.")
 @WHAT
-@option(
-    "--batch",
-    group=Group.OUTPUT,
-    type=BatchRange(),
-    default="1,16,64",
-    show_default=True,
-    help="Least, best and most images.",
-)
-@option("--dtype", group=Group.OUTPUT, type=click.Choice(list(TOLERANCES)), default="float32", show_default=True)
+@option("--batch", group=Group.OUTPUT, type=BatchRange(), default="1,16,64", help="Least, best and most images.")
+@option("--dtype", group=Group.OUTPUT, type=click.Choice(list(TOLERANCES)), default="float32")
 @option(
     "--keep-float32",
     group=Group.OUTPUT,
@@ -85,9 +75,7 @@ class BatchRange(click.ParamType):  # type: ignore[type-arg]  # generic only in 
 )
 @option("--refit", group=Group.OUTPUT, is_flag=True, help="Keep the weights exchangeable.")
 @option("--version-compatible", group=Group.OUTPUT, is_flag=True, help="Let later versions of TensorRT load it.")
-@option(
-    "--hardware-compatible", group=Group.OUTPUT, type=click.Choice(list(HARDWARE)), default="none", show_default=True
-)
+@option("--hardware-compatible", group=Group.OUTPUT, type=click.Choice(list(HARDWARE)), default="none")
 @option(
     "--capability", group=Group.OUTPUT, multiple=True, help="Compute capability such as 8.9 to build for; repeatable."
 )

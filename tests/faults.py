@@ -32,6 +32,7 @@ from dgfast.config import SamplingConfig
 from dgfast.errors import INTERRUPTED, UserError
 from dgfast.sample import main as sample
 from dgfast.sampler import Sampler
+from dgfast.stepping import Stepping
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 IMAGES = 60
@@ -287,14 +288,14 @@ def nan(job: Job) -> Row:
     row = Row("NaN from the network")
 
     def change() -> None:
-        call, calls = Sampler._function, []
+        call, calls = Stepping.function, []
 
-        def broken(self: Sampler, *arguments: Any) -> Any:
+        def broken(self: Stepping, *arguments: Any) -> Any:
             calls.append(1)
             function = call(self, *arguments)
             return (lambda *x: tuple(y * torch.nan for y in function(*x))) if len(calls) > 15 else function
 
-        Sampler._function = broken  # type: ignore[method-assign, assignment]
+        Stepping.function = broken  # type: ignore[method-assign, assignment]
 
     _judge(row, job, job.scratch / "nan", job.run(job.scratch / "nan", processes=1, change=change))
     return row

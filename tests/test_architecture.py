@@ -25,9 +25,11 @@ ROOMS = {
     "files": (set(), set()),
     "manifest": ({"config", "errors", "files", "guidance"}, set()),
     "job_folder": (
-        {"config", "errors", "files", "image_folder", "manifest", "outputs", "ranges"},
+        {"chunks", "errors", "files", "image_folder", "manifest", "outputs", "products", "ranges"},
         {"numpy", "filelock"},
     ),
+    "chunks": ({"ranges"}, {"torch"}),
+    "products": ({"chunks", "config", "files", "outputs"}, {"numpy"}),
     "team": ({"errors", "ranges"}, {"torch"}),
     "config": ({"errors", "guidance", "solvers"}, set()),
     "conditions": ({"errors", "guidance"}, {"torch"}),
@@ -46,66 +48,37 @@ ROOMS = {
     "functions": ({"errors", "graph", "runtimes"}, {"torch"}),
     "graph": ({"IMPORTED_AT", "errors", "ops"}, {"torch"}),
     "runtimes": ({"bounds", "devices", "errors", "extras", "graph", "ops"}, {"torch", "numpy", "onnx", "onnxruntime"}),
+    "pure_function": ({"graph", "guidance"}, {"torch"}),
     "job": (
-        {
-            "conditions",
-            "config",
-            "denoiser",
-            "devices",
-            "errors",
-            "flow",
-            "graph",
-            "guidance",
-            "networks",
-            "noise_levels",
-        }
-        | {"plan", "solvers"},
+        {"conditions", "config", "denoiser", "devices", "errors", "flow", "graph", "guidance", "networks"}
+        | {"noise_levels", "plan", "pure_function", "solvers"},
         {"torch"},
     ),
     "sampler": (
-        {
-            "conditions",
-            "config",
-            "devices",
-            "errors",
-            "graph",
-            "guidance",
-            "job",
-            "networks",
-            "plan",
-            "randomness",
-            "runtimes",
-        }
-        | {"solvers"},
+        {"conditions", "config", "devices", "errors", "guidance", "job", "networks", "plan", "randomness"}
+        | {"runtimes", "solvers", "stepping"},
         {"torch"},
     ),
-    "engines": ({"bundle", "config", "errors", "graph", "guidance", "job", "runtimes", "solvers"}, {"torch"}),
-    "outputs": ({"errors", "files", "ranges"}, {"torch", "numpy", "PIL"}),
+    "stepping": ({"graph", "guidance", "job", "networks", "plan", "runtimes", "solvers"}, {"torch"}),
+    "engines": ({"bundle", "config", "errors", "graph", "guidance", "pure_function", "runtimes", "solvers"}, {"torch"}),
+    "outputs": ({"chunks", "errors", "files", "ranges"}, {"torch", "numpy", "PIL"}),
     "plan": ({"config", "denoiser", "errors", "guidance", "networks", "noise_levels", "solvers"}, {"torch"}),
-    "options": ({"__version__", "bounds", "config", "guidance", "ranges", "solvers"}, {"click"}),
+    "option_types": ({"ranges"}, {"click"}),
+    "options": ({"__version__", "bounds", "config", "guidance", "option_types"}, {"click"}),
+    "job_options": ({"config", "guidance", "option_types", "options", "solvers"}, {"click"}),
+    "settings": ({"bundle", "config", "errors", "options", "presets"}, {"click"}),
+    "execution": ({"bundle", "engines", "errors", "runtimes", "settings"}, {"click"}),
     "one_step": (
-        {"bundle", "devices", "errors", "graph", "guidance", "job", "networks", "plan", "randomness", "runtimes"}
-        | {"sampler"},
+        {"bundle", "devices", "errors", "graph", "guidance", "networks", "plan", "pure_function", "randomness"}
+        | {"runtimes", "sampler"},
         {"torch"},
     ),
     "reporting": (
-        {
-            "__version__",
-            "bounds",
-            "bundle",
-            "config",
-            "devices",
-            "errors",
-            "files",
-            "graph",
-            "guidance",
-            "image_folder",
-            "job",
-        }
-        | {"manifest", "networks", "outputs", "plan", "ranges", "runtimes", "sampler"},
+        {"__version__", "bounds", "bundle", "chunks", "config", "devices", "errors", "files", "graph", "guidance"}
+        | {"image_folder", "manifest", "networks", "outputs", "plan", "pure_function", "ranges", "runtimes", "sampler"},
         {"torch", "numpy", "matplotlib"},
     ),
-    "batches": ({"errors", "one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
+    "batches": ({"chunks", "errors", "one_step", "outputs", "plan", "sampler"}, {"torch", "numpy"}),
 }
 # Folder of a runtime -> the folders of others from which it takes something.
 RUNTIMES = {"cpu": set(), "cuda": {"cpu", "package"}, "onnx": set(), "package": {"cpu"}, "tensorrt": {"onnx"}}

@@ -52,7 +52,7 @@ def compile(
         with torch.autocast(device.type, enabled=False):  # the trace has what was cast already
             return whole(*tensors)
 
-    for trial in trials(of_tensors, [named(of_tensors, other) for other in others], {}):
+    for trial in trials(of_tensors, further(of_tensors, others), {}):
         _require_agreement(of_tensors, built, trial, DOUBLE if in_double(of_tensors) else way.tolerance)
 
     def compiled(*arguments: Any, **keywords: Any) -> Any:
@@ -78,11 +78,22 @@ def untraceable(error: UntraceableError) -> str:
     )
 
 
-def named(function: Flat, example: Example) -> dict[str, Tensor]:
-    """A further example by the names of the function's inputs."""
-    arguments, keywords = call_of(example)
-    tensors = function.tensors(*arguments, **keywords)
-    return dict(zip(function.inputs, tensors, strict=True))
+def further(function: Flat, others: Sequence[Example]) -> list[dict[str, Tensor]]:
+    """Further examples, each by the names of the function's inputs.
+
+    Raises:
+        UserError: they are no list, or one of them does not fit the function as the example does.
+    """
+    if not isinstance(others, list | tuple):
+        raise UserError(f"others is a {type(others).__name__}: give a list of further examples, others=[...]")
+    made = []
+    for k, example in enumerate(others):
+        try:
+            arguments, keywords = call_of(example)
+            made.append(dict(zip(function.inputs, function.tensors(*arguments, **keywords), strict=True)))
+        except UserError as error:
+            raise UserError(f"others[{k}]: {error.message}") from error
+    return made
 
 
 def _require_agreement(function: Flat, built: Callable[..., Any], trial: Trial, tolerance: float) -> None:

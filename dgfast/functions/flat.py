@@ -11,6 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, 
 
 from dgfast.errors import UserError
 from dgfast.functions.purity import watched
+from dgfast.graph.uncompiled import uncompiled
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 """Arguments of a function: one tensor, a tuple of arguments, or a dict of keyword arguments."""
@@ -42,7 +43,7 @@ class Flat:
             x.detach().requires_grad_(e.requires_grad) for x, e in zip(tensors, self.example.values(), strict=True)
         ]
         call = inspect.BoundArguments(_signature(self.function), tree_unflatten(leaves, self._arguments))
-        with torch.enable_grad():
+        with torch.enable_grad(), uncompiled():
             results, _ = tree_flatten(self.function(*call.args, **call.kwargs))
         return tuple(x.detach() for x in results)
 
@@ -83,7 +84,8 @@ def flat(function: Callable[..., Any], example: Example) -> Flat:
         )
     example_of = {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in named.items()}
     call = inspect.BoundArguments(_signature(function), tree_unflatten(list(example_of.values()), spec))
-    results = watched(lambda: function(*call.args, **call.kwargs), example_of)
+    with uncompiled():
+        results = watched(lambda: function(*call.args, **call.kwargs), example_of)
     leaves, result_spec = tree_flatten_with_path(results)
     outputs = [_name(path, "output") for path, _ in leaves]
     outputs = [f"{name}_out" if name in named else name for name in outputs]

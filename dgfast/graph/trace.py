@@ -24,6 +24,7 @@ from dgfast.errors import UserError, one_line
 from dgfast.graph import Function
 from dgfast.graph.calls import CALLED, source_line
 from dgfast.graph.nodes import drop_identities
+from dgfast.graph.uncompiled import uncompiled
 
 aten = torch.ops.aten
 _CALLER = "dgfast.functions.flat"  # whose errors are those of the function that it calls
@@ -53,7 +54,7 @@ def trace(function: Function, example: Sequence[Tensor | None]) -> GraphModule:
             names where. Errors of dgfast itself, which are no matter of tracing, come as they are.
     """
     try:
-        with torch.no_grad(), without_collecting():
+        with torch.no_grad(), without_collecting(), uncompiled():
             graph = make_fx(partial(_without_reading, function), tracing_mode="fake", _allow_non_fake_inputs=True)(
                 *example
             )

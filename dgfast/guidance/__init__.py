@@ -15,7 +15,7 @@ from dgfast.guidance.autoguidance import Autoguidance
 from dgfast.guidance.cfg_plus_plus import CFGPlusPlus
 from dgfast.guidance.classifier import ClassifierGuidance
 from dgfast.guidance.classifier_free import ClassifierFreeGuidance
-from dgfast.guidance.declaration import GUIDANCES, Guidance, Repair, option
+from dgfast.guidance.declaration import GUIDANCES, Guidance, Repair
 from dgfast.guidance.discriminator import DiscriminatorGuidance
 from dgfast.guidance.frequency_decoupled import FrequencyDecoupledGuidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW
@@ -24,6 +24,7 @@ from dgfast.guidance.low_density import LowDensityGuidance
 from dgfast.guidance.magnitude_aware import MagnitudeAwareGuidance
 from dgfast.guidance.observation import ObservationGuidance
 from dgfast.guidance.operators import Mask
+from dgfast.guidance.options import option
 from dgfast.guidance.perturbed_attention import PerturbedAttentionGuidance
 from dgfast.guidance.pixel_norm import PixelNorm
 from dgfast.guidance.predicted_clean import PredictedCleanGuidance

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dgfast.errors import UserError
-from dgfast.guidance.declaration import option
+from dgfast.guidance.options import option
 from dgfast.guidance.spaces import IMAGE, frame, inner, space_option
 from dgfast.guidance.unconditional import UnconditionalGuidance, interval_option
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from dgfast.errors import UserError
-from dgfast.guidance.declaration import option
+from dgfast.guidance.options import option
 from dgfast.guidance.steps import of_step
 from dgfast.guidance.unconditional import UnconditionalGuidance, interval_option
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dgfast.errors import UserError
-from dgfast.guidance.declaration import Guidance, option
+from dgfast.guidance.declaration import Guidance
 from dgfast.guidance.gradient import OUTSIDE_WINDOW, log_density_gradient
+from dgfast.guidance.options import option
 from dgfast.guidance.schedule import CONSTANT, WeightSchedule
 from dgfast.vp import vp_sigma, vp_time
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dgfast.errors import UserError
 from dgfast.guidance.adaptive_projected import projected
-from dgfast.guidance.declaration import option
+from dgfast.guidance.options import option
 from dgfast.guidance.unconditional import UnconditionalGuidance, interval_option
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dgfast.guidance.declaration import option
+from dgfast.guidance.options import option
 from dgfast.vp import vp_alpha
 
 if TYPE_CHECKING:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from dgfast.errors import UserError
-from dgfast.guidance.declaration import Guidance, option
+from dgfast.guidance.declaration import Guidance
 from dgfast.guidance.finite import require_finite
 from dgfast.guidance.likelihood import per_sample, solved, squared_norm, unit
 from dgfast.guidance.operators import Mask, tried
+from dgfast.guidance.options import option
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,9 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from dgfast.errors import UserError
-from dgfast.guidance.declaration import Guidance, option
-from dgfast.guidance.schedule import lower_bound
+from dgfast.guidance.declaration import Guidance
+from dgfast.guidance.options import option
+from dgfast.guidance.schedule import inside, reaches
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,13 +42,13 @@ class Perturbed(Guidance):
     evaluations, mixes_velocities = 1, True
 
     def active(self, sigma_low: float, sigma_high: float) -> bool:
-        return bool(self.weight != 0) and sigma_high > lower_bound(self.interval) and sigma_low <= self.interval[1]
+        return bool(self.weight != 0) and reaches(self.interval, sigma_low, sigma_high)
 
     def correct(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
     ) -> tuple[Tensor, Tensor, None]:
-        inside = ((lower_bound(self.interval) < sigma) & (sigma <= self.interval[1])).to(sigma.dtype)
-        return denoised - self.reference(x, sigma, class_labels).to(denoised.dtype), self.weight * inside, None
+        worse = self.reference(x, sigma, class_labels).to(denoised.dtype)
+        return denoised - worse, self.weight * inside(self.interval, sigma), None
 
 
 def layers_option(of: str, default: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dgfast.guidance.declaration import option
+from dgfast.guidance.options import option
 from dgfast.guidance.perturbed import Perturbed, interval_option, layers_option, perturbed_copy
 
 if TYPE_CHECKING:

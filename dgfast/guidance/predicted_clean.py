@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from dgfast.errors import UserError
 from dgfast.guidance.classifier import class_log_probability, classes_of, noise_aware_classifier
-from dgfast.guidance.declaration import Guidance, option
+from dgfast.guidance.declaration import Guidance
 from dgfast.guidance.gradient import denoiser_gate, input_gradient, normalize_option, normalized
+from dgfast.guidance.options import option
 from dgfast.vp import vp_time
 
 if TYPE_CHECKING:

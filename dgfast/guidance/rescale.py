@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dgfast.errors import UserError
-from dgfast.guidance.declaration import Repair, option
+from dgfast.guidance.declaration import Repair
+from dgfast.guidance.options import option
 from dgfast.guidance.spaces import IMAGE, frame, inner, space_option
 
 if TYPE_CHECKING:

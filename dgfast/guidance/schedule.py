@@ -6,16 +6,21 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dgfast.guidance.declaration import POINTS
+from dgfast.guidance.options import POINTS
 from dgfast.vp import vp_time
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def lower_bound(interval: tuple[float, float]) -> float:
-    """The noise level above which a guidance of this interval acts; 0 is no bound: it acts where no noise is left."""
-    return interval[0] or -math.inf
+def reaches(interval: tuple[float, float], sigma_low: float, sigma_high: float) -> bool:
+    """Whether any of these noise levels is inside of the interval, (low, high]; a low of 0 is no bound."""
+    return sigma_high > (interval[0] or -math.inf) and sigma_low <= interval[1]
+
+
+def inside(interval: tuple[float, float], sigma: Tensor) -> Tensor:
+    """1 for the noise levels that are inside, 0 for the others, of sigma's shape and type."""
+    return (((interval[0] or -math.inf) < sigma) & (sigma <= interval[1])).to(sigma.dtype)
 
 
 @dataclass(frozen=True)

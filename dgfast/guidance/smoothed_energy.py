@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dgfast.errors import UserError
-from dgfast.guidance.declaration import option
+from dgfast.guidance.options import option
 from dgfast.guidance.perturbed import Perturbed, interval_option, layers_option, perturbed_copy
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dgfast.guidance.declaration import option
+from dgfast.guidance.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dgfast.guidance.declaration import option
+from dgfast.guidance.options import option
 from dgfast.guidance.spaces import frame, inner, space_option
 from dgfast.guidance.unconditional import UnconditionalGuidance, interval_option
 

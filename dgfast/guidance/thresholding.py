@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dgfast.errors import UserError
-from dgfast.guidance.declaration import Repair, option
+from dgfast.guidance.declaration import Repair
+from dgfast.guidance.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor

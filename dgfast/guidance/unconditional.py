@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dgfast.errors import UserError
-from dgfast.guidance.declaration import GUIDANCES, Guidance, option
-from dgfast.guidance.schedule import lower_bound
+from dgfast.guidance.declaration import GUIDANCES, Guidance
+from dgfast.guidance.options import option
+from dgfast.guidance.schedule import inside, reaches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,12 +81,11 @@ class UnconditionalGuidance(Guidance):
 
     def reaches(self, sigma_low: float, sigma_high: float) -> bool:
         """Whether any of these noise levels is inside of the interval."""
-        return sigma_high > lower_bound(self.interval) and sigma_low <= self.interval[1]
+        return reaches(self.interval, sigma_low, sigma_high)
 
     def correct(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, denoised: Tensor
     ) -> tuple[Tensor, Tensor, None]:
         unconditional = self.denoiser(x, sigma, None).to(denoised.dtype)
         direction, gate = self.mixed(x, sigma, denoised, unconditional)
-        inside = ((lower_bound(self.interval) < sigma) & (sigma <= self.interval[1])).to(sigma.dtype)
-        return direction, gate * inside, None
+        return direction, gate * inside(self.interval, sigma), None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dgfast.errors import UserError
-from dgfast.guidance.declaration import option
+from dgfast.guidance.options import option
 from dgfast.guidance.spaces import frame, inner, prediction, space_option
 from dgfast.guidance.steps import of_step
 from dgfast.guidance.unconditional import UnconditionalGuidance, interval_option

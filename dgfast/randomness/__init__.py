@@ -23,10 +23,10 @@ def source(noise: str | MakeStreams, numbers: int) -> MakeStreams:
     Raises:
         UserError: there is none of that name, or it cannot draw so many.
     """
-    if not isinstance(noise, str):
+    if callable(noise):
         return noise
     if noise not in _SOURCES:
-        raise UserError(f"noise {noise!r:.40} is not one of {', '.join(_SOURCES)}")
+        raise UserError(f"noise {noise!r:.40} is not one of {', '.join(_SOURCES)}, and makes no streams of seeds")
     if noise == "cuda":
         require_one_wave(numbers)
     return _SOURCES[noise]

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from dgfast.bounds import read_json
+from dgfast.chunks import Chunk
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError, one_line
-from dgfast.guidance.declaration import GUIDANCES, Option
+from dgfast.guidance.declaration import GUIDANCES
+from dgfast.guidance.options import Option
 from dgfast.image_folder import read_files
 from dgfast.manifest import NAME, strict
-from dgfast.outputs import FORMATS, Chunk
+from dgfast.outputs import FORMATS
 from dgfast.ranges import Ranges
 
 SHOWN = 36

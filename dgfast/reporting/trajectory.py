@@ -20,11 +20,11 @@ from dgfast.errors import UserError, one_line
 from dgfast.files import replacing
 from dgfast.graph import Function
 from dgfast.guidance import OUTSIDE_WINDOW
-from dgfast.job import PureFunction
 from dgfast.manifest import recorded, strict
 from dgfast.networks import Networks, load
 from dgfast.outputs import to_uint8
 from dgfast.plan import Step
+from dgfast.pure_function import PureFunction
 from dgfast.ranges import Ranges
 from dgfast.runtimes import Example
 from dgfast.sampler import Sampler

@@ -77,7 +77,7 @@ def chosen(runtime: RuntimeLike) -> Runtime:
     """
     if isinstance(runtime, Runtime):
         return runtime
-    if not isinstance(runtime, str):
+    if callable(runtime):
         return Runtime("custom", runtime)
     if runtime not in RUNTIMES:
         raise UserError(f"no runtime {runtime}: there are {', '.join(RUNTIMES)}")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -83,7 +84,13 @@ def test_repr_of_networks_and_samplers_is_two_lines() -> None:
 
 def test_repr_takes_a_denoiser_that_is_no_module() -> None:
     class Denoiser:
-        img_channels, img_resolution, label_dim = 3, 8, 0
+        img_channels, img_resolution, label_dim, sigma_min, sigma_max = 3, 8, 0, 0.0, 80.0
 
-    lines = repr(dgfast.Networks(Denoiser())).splitlines()  # type: ignore[arg-type]
+        def __call__(self, x: Any, sigma: Any, class_labels: Any) -> Any:
+            return x
+
+        def round_sigma(self, sigma: Any) -> Any:
+            return sigma
+
+    lines = repr(dgfast.Networks(Denoiser())).splitlines()
     assert lines == ["Networks: Denoiser, images 3 x 8 x 8, unconditional", "  beside it: none"]

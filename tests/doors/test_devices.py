@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import dgfast
-from dgfast import sample
-from dgfast.devices import describe, pick_device, seconds_of
+from dgfast.devices import describe, own_device, pick_device, seconds_of
 from dgfast.errors import UserError
 from tests.support.pretended_cuda import CUDA, NAME, pretended_cuda
 
@@ -54,6 +53,6 @@ def test_seconds_on_a_gpu_are_those_until_it_is_done(monkeypatch: pytest.MonkeyP
 def test_processes_on_one_machine_share_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     with pretended_cuda():
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-        assert [sample._device_and_dtype(None, "float32", rank)[0].index for rank in range(4)] == [0, 1, 0, 1]
-        assert sample._device_and_dtype("cuda:1", "bf16", 0) == (torch.device("cuda", 1), torch.bfloat16)
+        assert [own_device(None, rank).index for rank in range(4)] == [0, 1, 0, 1]
+        assert own_device("cuda:1", 0) == torch.device("cuda", 1)
         monkeypatch.undo()

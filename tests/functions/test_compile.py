@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -195,6 +196,40 @@ def test_compile_refuses_arguments_that_are_no_tensors() -> None:
         dgfast.compile(torch.nonzero, torch.ones(1))
     with pytest.raises(UserError, match=r"runtime 'onnx': a function is compiled by compiled or package"):
         dgfast.compile(lambda x: x, torch.ones(1), runtime="onnx")
+
+
+@pytest.mark.parametrize("way", ["function", "module", "in place", "inside"])
+def test_compile_takes_what_torch_has_compiled_as_what_it_was_made_of(way: str) -> None:
+    """`torch.compile` computes at the first call; a backend that is never asked says that there was none."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise AssertionError("it was compiled")
+
+    net, made = Net(), Net()
+    made.load_state_dict(net.state_dict())
+    if way == "in place":
+        made.compile(backend=backend)
+    compiled: Any = torch.compile(forces(made) if way == "function" else made, backend=backend)
+    function: Any = {"in place": made, "inside": forces(compiled)}.get(way, compiled)
+    wanted = net(points(1)) if way in ("module", "in place") else forces(net)(points(1))
+    torch.testing.assert_close(dgfast.compile(function, points(0))(points(1)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("others", "complaint"),
+    [
+        (points(1), r"others is a Tensor: give a list of further examples, others=\[\.\.\.\]"),
+        ({"x": points(1)}, "others is a dict: give a list"), (None, "others is a NoneType: give a list"),
+        ([points(1), torch.ones(2)], r"others\[1\]: x is float32 \[2\], not float32 \[5, 3\]"),
+    ],
+)  # fmt: skip
+def test_compile_and_exports_refuse_others_that_are_no_list_of_examples(
+    others: Any, complaint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        dgfast.compile(Net(), points(0), others=others)
+    with pytest.raises(UserError, match=complaint):
+        dgfast.export_onnx(Net(), points(0), tmp_path / "net.onnx", others=others)
 
 
 def test_compile_refuses_what_came_out_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

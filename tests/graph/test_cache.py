@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dgfast import job, ops
+from dgfast import ops, pure_function
 from dgfast.graph import Function
 from dgfast.graph import cache as graph_cache
 from dgfast.graph import key as graph_key
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("folder")
 def small() -> Function:
     """A function that is traced in no time."""
     generator = Generator(8, 1, latent_dim=4, style_dim=8, channels=(8, 8)).eval().requires_grad_(False)
-    return job.generator(generator)
+    return pure_function.generator(generator)
 
 
 # Hits -----------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dgfast import Networks, job, nets
+from dgfast import Networks, nets, pure_function
 from dgfast.config import SamplingConfig
 from dgfast.denoiser import VEPrecond
 from dgfast.guidance import (
@@ -28,6 +28,7 @@ from dgfast.guidance import (
     PredictedCleanGuidance,
     WeightSchedule,
 )
+from dgfast.job import Job
 from dgfast.nets.discriminator import NoisyClassifier
 from dgfast.nets.generator import Generator
 from dgfast.vp import TIME_SCHEDULES, vp_time
@@ -64,7 +65,7 @@ def test_graph_cache_knows_every_network_and_guidance_by_name(masters: Nets, nam
         ClassifierGuidance(classifier, 2.0, **time), LowDensityGuidance(classifier, 0.1, **time),
         PredictedCleanGuidance(classifier, 0.1, **time), DiscriminatorGuidance(masters["discriminator"], **time),
     ]  # fmt: skip
-    jobs = [job.Job(Networks(net), SamplingConfig(num_steps=4, clip_denoised=clip)) for clip in (False, True)]
+    jobs = [Job(Networks(net), SamplingConfig(num_steps=4, clip_denoised=clip)) for clip in (False, True)]
     functions = [
         made.called(some, keep) for made in jobs for keep in (False, True) for some in (guidances, guidances[1:])
     ]
@@ -75,7 +76,7 @@ def test_graph_cache_knows_every_network_and_guidance_by_name(masters: Nets, nam
 
 def test_graph_cache_knows_the_generator_by_name() -> None:
     generators = [Generator(8, 1, latent_dim=4, style_dim=8, channels=(8, 8)).eval() for _ in range(2)]
-    keys = {key(job.generator(generator), (torch.zeros(2, 4), None)) for generator in generators}
+    keys = {key(pure_function.generator(generator), (torch.zeros(2, 4), None)) for generator in generators}
     assert len(keys) == 2 and None not in keys
 
 
@@ -84,7 +85,8 @@ import torch
 from dgfast import Networks, nets
 from dgfast.graph import cache
 from dgfast.guidance import ClassifierFreeGuidance
-from dgfast.job import Job, generator
+from dgfast.job import Job
+from dgfast.pure_function import generator
 calls, trace = [], cache.trace
 cache.trace = lambda *arguments: calls.append(1) or trace(*arguments)
 torch.manual_seed(0)

@@ -17,8 +17,9 @@ from dgfast.engines import guided_by, require_fit
 from dgfast.export.joint_graph import joint
 from dgfast.graph.agreement import relative_error
 from dgfast.guidance.declaration import guiding
-from dgfast.job import Job, PureFunction
+from dgfast.job import Job
 from dgfast.networks import Networks
+from dgfast.pure_function import PureFunction
 from dgfast.runtimes import RUNTIMES
 from dgfast.sampler import Sampler
 

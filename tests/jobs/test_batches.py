@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dgfast.batches import draw
+from dgfast.chunks import Chunks
 from dgfast.config import SamplingConfig
 from dgfast.errors import StorageError, UserError
-from dgfast.job_folder import Chunks
 from dgfast.networks import Networks
 from dgfast.outputs import Drawn, Fetcher
 from dgfast.ranges import Ranges

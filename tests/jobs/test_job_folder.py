@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dgfast.chunks import Chunks
 from dgfast.config import GRID_IMAGES, KEPT, PRODUCTS
 from dgfast.errors import StorageError, UserError
 from dgfast.files import replacing
 from dgfast.image_folder import read_images
-from dgfast.job_folder import Chunks, JobFolder
+from dgfast.job_folder import JobFolder
 from dgfast.outputs import FORMATS, Drawn
 from dgfast.ranges import Ranges
 

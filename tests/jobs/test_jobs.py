@@ -21,6 +21,7 @@ from dgfast.one_step import OneStep
 from dgfast.outputs import to_uint8
 from dgfast.sample import main
 from dgfast.sampler import Sampler
+from dgfast.stepping import Stepping
 from dgfast.stopping import Terminated
 from tests.faults import contents
 
@@ -94,14 +95,14 @@ def test_ctrl_c_before_anything_is_one_line(
 def test_an_error_half_way_says_what_is_safe(
     small_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    function, calls = Sampler._function, []
+    function, calls = Stepping.function, []
 
-    def broken(self: Sampler, *arguments: Any) -> Any:
+    def broken(self: Stepping, *arguments: Any) -> Any:
         calls.append(1)
         made = function(self, *arguments)
         return (lambda *x: tuple(y * torch.nan for y in made(*x))) if len(calls) > 7 else made
 
-    monkeypatch.setattr(Sampler, "_function", broken)
+    monkeypatch.setattr(Stepping, "function", broken)
     result = _run(small_bundle, tmp_path / "out")
     (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
     assert result.exit_code == 2 and "became NaN or infinite at step 0" in line
@@ -120,10 +121,10 @@ def test_a_bug_half_way_says_what_is_safe(
 def test_another_job_in_the_folder_is_refused(small_bundle: Bundle, undisturbed: Path) -> None:
     before = contents(undisturbed)
     for options, differing in (
-        (["--steps", "5"], "num_steps 4 there, 5 here"), (["--seeds", "0-10"], "seeds 0-9 there, 0-10 here"),
-        (["--labels", "1"], "labels none there, 1 here"), (["--dtype", "bf16"], "dtype float32 there, bf16 here"),
-        (["--noise", "cuda"], "noise none there, cuda here"),
-        (["--batch", "5"], "batch 4 there, 5 here"), (["--format", "npz"], "formats grid,npz there, npz here"),
+        (["--steps", "5"], "--steps 4 there, 5 here"), (["--seeds", "0-10"], "--seeds 0-9 there, 0-10 here"),
+        (["--labels", "1"], "--labels none there, 1 here"), (["--dtype", "bf16"], "--dtype float32 there, bf16 here"),
+        (["--noise", "cuda"], "--noise none there, cuda here"),
+        (["--batch", "5"], "--batch 4 there, 5 here"), (["--format", "npz"], "--format grid,npz there, npz here"),
     ):  # fmt: skip
         result = _run(small_bundle, undisturbed, *options)
         assert result.exit_code == 2 and f"holds another job: {differing}" in result.output

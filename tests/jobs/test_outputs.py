@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from dgfast.chunks import Chunk
 from dgfast.errors import UserError
 from dgfast.image_folder import read_images
 from dgfast.outputs import (
     FORMATS,
-    Chunk,
     Drawn,
     Fetcher,
     as_pixels,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dgfast.batches import draw
+from dgfast.chunks import Chunk
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.engines import runtime_of
 from dgfast.errors import UserError
@@ -17,7 +18,7 @@ from dgfast.export.joint_graph import joint
 from dgfast.export.onnx_file import export
 from dgfast.job import Job
 from dgfast.networks import Networks
-from dgfast.outputs import Chunk, Drawn, Fetcher
+from dgfast.outputs import Drawn, Fetcher
 from dgfast.ranges import Ranges
 from dgfast.runtimes.onnx.session import OnnxEngine
 from dgfast.sampler import Sampler
@@ -153,6 +154,7 @@ def test_conditions_go_with_their_seeds_through_batches(static: bool) -> None:
         ({"text": torch.ones(2, 5, 3)}, r"condition text has the shape \[2, 5, 3\]; give \[3, 5, 3\]"),
         ({"text": "a cat"}, "condition text is a str, not a tensor of numbers"),
         ({"text": torch.ones(5, 3) * 1j}, "condition text has complex numbers"),
+        ({"strength": torch.tensor(torch.nan)}, "condition strength has NaN in it"),
         ({"mask": torch.ones(3)}, r"the network has no condition 'mask'; it has text, strength"),
     ],
 )
@@ -173,6 +175,12 @@ def test_conditions_that_are_none_or_no_mapping_are_refused() -> None:
         sampler(SEEDS, LABELS, conditions=values() | {"text": None})
     with pytest.raises(UserError, match="tensors by name, not a list"):
         sampler(SEEDS, LABELS, conditions=[torch.ones(5, 3)])
+
+
+def test_an_infinite_condition_is_named_where_the_images_are_not_finite() -> None:
+    sampler = Sampler(networks(), CONFIG)
+    with pytest.raises(UserError, match=r"NaN or infinite at step 0 of 3, sigma 80; condition strength is infinite"):
+        sampler(SEEDS, LABELS, conditions=values() | {"strength": torch.tensor(torch.inf)})
 
 
 @pytest.mark.parametrize(

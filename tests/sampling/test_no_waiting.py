@@ -46,7 +46,6 @@ class ArrivedError(Exception):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_steps_wait_for_no_device(name: str) -> None:
     sampler = Sampler(Networks(DATA), CONFIGS[name])
-    sampler.device = torch.device("meta")
     watch, seen = Waiting(), []
 
     def on_step(step: Any, x: Tensor, *_: Tensor) -> None:

@@ -320,3 +320,39 @@ def test_sampler_guidance_config_names_the_setting_it_refuses(wrong: dict[str, A
     (name,) = wrong
     with pytest.raises(UserError, match=name):
         GuidanceConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"img_channels": 0}, "img_channels 0 and img_resolution 8 are no shape of an image"),
+        ({"img_resolution": (8,)}, r"img_channels 1 and img_resolution \(8,\) are no shape of an image"),
+        ({"img_resolution": "8"}, "img_resolution '8' are no shape of an image"),
+        ({"label_dim": -1}, "label_dim -1 is no number of classes; without any it is 0"),
+        ({"label_dim": None}, "label_dim None is no number of classes"),
+        ({"sigma_min": math.nan}, "sigma_min nan must be at least 0, and below sigma_max"),
+        ({"sigma_max": None}, "below sigma_max None"),
+        ({"sigma_min": 80.0, "sigma_max": 0.002}, "sigma_min 80.0 must be at least 0, and below sigma_max 0.002"),
+    ],
+)
+def test_networks_refuse_a_denoiser_that_says_nonsense(
+    tiny_net: NetFactory, changes: dict[str, Any], complaint: str
+) -> None:
+    net = copy.deepcopy(tiny_net())
+    vars(net).update(changes)
+    with pytest.raises(UserError, match=f"denoiser EDMPrecond: .*{complaint}"):
+        Networks(net)
+
+
+def test_networks_refuse_what_is_no_denoiser() -> None:
+    with pytest.raises(UserError, match=r"the denoiser None is no network: give a function \(x, sigma, class_labels\)"):
+        Networks(None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="denoiser Identity has no img_channels, img_resolution, label_dim, sigma_min"):
+        Networks(torch.nn.Identity())  # type: ignore[arg-type]
+
+
+def test_sampler_refuses_what_is_no_source_of_noise_and_no_runtime(tiny_net: NetFactory) -> None:
+    with pytest.raises(UserError, match="noise 3 is not one of cpu, cuda"):
+        Sampler(Networks(tiny_net()), noise=3)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no runtime 3: there are eager"):
+        Sampler(Networks(tiny_net()), runtime=3)  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dgfast.runtimes.onnx.graph import OnnxGraph, Value, elements
+from dgfast.runtimes.onnx.graph import OnnxGraph
+from dgfast.runtimes.onnx.values import Value, elements
 
 OPERATORS = {"GroupNorm": "com.microsoft", "SkipGroupNorm": "com.microsoft"}
 """Their domain by name."""

@@ -12,7 +12,8 @@ cannot build images that are reshaped to rows and back: there every sum is first
 
 import numpy as np
 
-from dgfast.runtimes.onnx.graph import OnnxGraph, Shape, Value, elements
+from dgfast.runtimes.onnx.graph import OnnxGraph
+from dgfast.runtimes.onnx.values import Shape, Value, elements
 
 _LEAST_OF_A_MATRIX_PRODUCT = 1024  # numbers of a row from which on a product of row and column beats a sum
 

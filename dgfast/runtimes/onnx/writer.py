@@ -23,9 +23,10 @@ from dgfast.graph.nodes import constant
 from dgfast.graph.trace import trace
 from dgfast.ops import kernels
 from dgfast.runtimes.onnx.fused import OPERATORS
-from dgfast.runtimes.onnx.graph import NUMPY, Batch, Dim, OnnxGraph, Value
+from dgfast.runtimes.onnx.graph import OnnxGraph
 from dgfast.runtimes.onnx.operations import TABLE, NoFormError, Out
 from dgfast.runtimes.onnx.simpler import decompositions
+from dgfast.runtimes.onnx.values import NUMPY, Batch, Dim, Value
 
 OLDEST_OPSET = 18  # the first in which sums take their axes as an input
 _ONE_SIZE = "export it for one batch size"

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from dgfast.config import GuidanceConfig, SamplingConfig
+from dgfast.job import Job
 from dgfast.networks import Networks
 from dgfast.runtimes import RUNTIMES, Runtime
 from dgfast.runtimes.cuda.capture import capture
 from dgfast.sampler import Sampler
+from dgfast.stepping import Stepping
 from tests.runtimes.cuda.test_streams import Recorder
 from tests.support.pretended_cuda import STREAMS, Graph
 from tests.support.runtimes import NetFactory, one_hot
@@ -91,8 +93,9 @@ def test_capture_serves_a_sampler_with_labels_and_without(tiny_net: NetFactory) 
 def test_capture_keeps_the_gradient_apart(tiny_net: NetFactory, small_discriminator: Callable[[int], Any]) -> None:
     """A function that returns the discriminator's gradient too is another one."""
     networks, guidance = Networks(tiny_net(), small_discriminator(0)), GuidanceConfig(dg_weight=1.0)
-    sampler = Sampler(networks, SamplingConfig(num_steps=3), guidance)
+    job = Job(networks, SamplingConfig(num_steps=3), guidance)
+    stepping = Stepping(job, RUNTIMES["eager"], torch.device("cpu"), torch.float64)
     example = torch.ones(2, 1, 8, 8, dtype=torch.float64), torch.ones(2, dtype=torch.float64), None
-    guidances = sampler.steps[0].predictor
-    lengths = [len(sampler._function(guidances, example, keep)(*example)) for keep in (False, True, False)]
+    guidances = job.steps[0].predictor
+    lengths = [len(stepping.function(guidances, example, keep)(*example)) for keep in (False, True, False)]
     assert lengths == [2, 3, 2]

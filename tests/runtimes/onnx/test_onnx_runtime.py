@@ -18,8 +18,9 @@ from dgfast.networks import Networks
 from dgfast.runtimes.onnx import build as runtime
 from dgfast.runtimes.onnx import session
 from dgfast.runtimes.onnx.file import save
-from dgfast.runtimes.onnx.graph import Batch, OnnxGraph
+from dgfast.runtimes.onnx.graph import OnnxGraph
 from dgfast.runtimes.onnx.session import OnnxEngine
+from dgfast.runtimes.onnx.values import Batch
 from dgfast.runtimes.onnx.writer import convert, operations
 from dgfast.sampler import Sampler
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from dgfast import job
+from dgfast import pure_function
 from dgfast.errors import UserError
 from dgfast.graph import cache
 from dgfast.graph.cache_folder import cache_folder
@@ -47,8 +47,8 @@ def _net(seed: int = 0) -> Generator:
 
 def test_package_runtime_keeps_code_and_finds_it_again(written: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     runtime, net = RUNTIMES["package"], _net()
-    function = job.generator(net)
-    first, second = (runtime.whole(job.generator(copy.deepcopy(net)), LATENTS) for _ in range(2))
+    function = pure_function.generator(net)
+    first, second = (runtime.whole(pure_function.generator(copy.deepcopy(net)), LATENTS) for _ in range(2))
     assert len(written) == 1
     (stored,) = cache_folder("packages").iterdir()
     for run in (first, second):
@@ -64,7 +64,7 @@ def test_package_runtime_keeps_code_and_finds_it_again(written: list[str], monke
         path.write_bytes(content)  # what it would compile once more
 
     monkeypatch.setattr(build, "write", write)
-    third = runtime.whole(job.generator(net), LATENTS)
+    third = runtime.whole(pure_function.generator(net), LATENTS)
     assert len(written) == 2, "damaged code was taken"
     torch.testing.assert_close(third(*LATENTS), function(*LATENTS), rtol=2e-5, atol=2e-5)
 
@@ -74,9 +74,9 @@ def test_package_runtime_compiles_anew_what_differs(written: list[str], monkeypa
     monkeypatch.setattr(build, "write", lambda graph, example, path: written.append(path.name))
     monkeypatch.setattr(build, "Package", _Opened)
     for net in (_net(), _net(seed=1)):
-        RUNTIMES["package"].build(job.generator(net), LATENTS)
+        RUNTIMES["package"].build(pure_function.generator(net), LATENTS)
     monkeypatch.setattr(torch, "__version__", "9.9.9")
-    RUNTIMES["package"].build(job.generator(_net()), LATENTS)
+    RUNTIMES["package"].build(pure_function.generator(_net()), LATENTS)
     assert len({*written}) == 3
 
 
@@ -101,7 +101,7 @@ def test_package_runtime_names_a_folder_that_cannot_be_written_to(written: list[
     cache_folder("packages").parent.mkdir()
     cache_folder("packages").write_text("a file")
     with pytest.raises(UserError, match="set DGFAST_CACHE_DIR"):
-        RUNTIMES["package"].build(job.generator(_net()), LATENTS)
+        RUNTIMES["package"].build(pure_function.generator(_net()), LATENTS)
 
 
 def test_package_runtime_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_package_runtime_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_graphs_carry_their_names(written: list[str]) -> None:
-    named = cache.lowered(job.generator(_net()), LATENTS)
+    named = cache.lowered(pure_function.generator(_net()), LATENTS)
     nameless = cache.lowered(lambda x: (x + 1,), (torch.zeros(2),))
     assert isinstance(named.meta[cache.NAME], str) and nameless.meta[cache.NAME] is None
 
@@ -121,7 +121,7 @@ def test_package_runtime_compiles_several_functions_side_by_side(
     written: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each in a process of its own, so that none is compiled when it is built."""
-    functions = [(job.generator(_net(seed)), LATENTS) for seed in (0, 1)]
+    functions = [(pure_function.generator(_net(seed)), LATENTS) for seed in (0, 1)]
     RUNTIMES["package"].prepare(functions)  # on two cores or fewer they are left to those who build them
     assert not cache_folder("packages").exists() or (os.cpu_count() or 1) > 3
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
@@ -150,5 +150,5 @@ def test_package_runtime_ends_its_processes_when_it_is_stopped(
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     with pytest.raises(KeyboardInterrupt):
-        RUNTIMES["package"].prepare([(job.generator(_net(seed)), LATENTS) for seed in (0, 1)])
+        RUNTIMES["package"].prepare([(pure_function.generator(_net(seed)), LATENTS) for seed in (0, 1)])
     assert started[0].returncode == -signal.SIGKILL and not [*cache_folder("packages").iterdir()]

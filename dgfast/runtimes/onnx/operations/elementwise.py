@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from dgfast.runtimes.onnx import fused
-from dgfast.runtimes.onnx.graph import OnnxGraph, Value, broadcast
+from dgfast.runtimes.onnx.graph import OnnxGraph
 from dgfast.runtimes.onnx.operations.table import TABLE, Entry, Out, entry, number
+from dgfast.runtimes.onnx.values import Value, broadcast
 
 aten = torch.ops.aten
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dgfast.runtimes.onnx.graph import OnnxGraph, Shape, Value, broadcast, elements
+from dgfast.runtimes.onnx.graph import OnnxGraph
 from dgfast.runtimes.onnx.operations.sums import index_of
 from dgfast.runtimes.onnx.operations.table import TABLE, Entry, NoFormError, Out, entry
+from dgfast.runtimes.onnx.values import Shape, Value, broadcast, elements
 
 aten = torch.ops.aten
 

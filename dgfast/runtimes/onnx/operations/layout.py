@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dgfast.runtimes.onnx.graph import Batch, OnnxGraph, Value, elements
+from dgfast.runtimes.onnx.graph import OnnxGraph
 from dgfast.runtimes.onnx.operations.table import NoFormError, Out, entry
+from dgfast.runtimes.onnx.values import Batch, Value, elements
 
 aten = torch.ops.aten
 

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dgfast.runtimes.onnx.graph import OnnxGraph, Value, broadcast
+from dgfast.runtimes.onnx.graph import OnnxGraph
 from dgfast.runtimes.onnx.operations.elementwise import where
 from dgfast.runtimes.onnx.operations.table import TABLE, Entry, NoFormError, Out, entry, number
+from dgfast.runtimes.onnx.values import Value, broadcast
 
 aten = torch.ops.aten
 

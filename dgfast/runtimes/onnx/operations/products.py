@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from dgfast.runtimes.onnx import fused, normalisation
-from dgfast.runtimes.onnx.graph import OnnxGraph, Value
+from dgfast.runtimes.onnx.graph import OnnxGraph
 from dgfast.runtimes.onnx.operations.table import NoFormError, Out, entry
+from dgfast.runtimes.onnx.values import Value
 
 aten = torch.ops.aten
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dgfast.runtimes.onnx.graph import Batch, Dim, OnnxGraph, Value, elements
+from dgfast.runtimes.onnx.graph import OnnxGraph
 from dgfast.runtimes.onnx.operations.table import NoFormError, Out, entry
+from dgfast.runtimes.onnx.values import Batch, Dim, Value, elements
 
 aten = torch.ops.aten
 

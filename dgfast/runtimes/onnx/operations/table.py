@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from dgfast.runtimes.onnx.graph import Batch, OnnxGraph, Value
+from dgfast.runtimes.onnx.graph import OnnxGraph
+from dgfast.runtimes.onnx.values import Batch, Value
 
 Entry = Callable[..., Any]
 """(graph, out, *arguments, **keywords) -> Value or tuple; `out` is the shape and numpy type that torch says."""
