@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dgfast.errors import UserError
+from dgfast.errors import UserError, one_line
 from dgfast.guidance.declaration import Guidance
 from dgfast.guidance.finite import require_finite
 from dgfast.guidance.gradient import normalized
@@ -86,7 +86,16 @@ class LossGuidance(Guidance):
         """Minus the gradient of the loss with respect to `source`, or the term of the score that the loss returned."""
         import torch
 
-        value = self.loss(x, sigma.clone(), clean.clone())  # it may change them in place, and nobody else's with that
+        try:
+            # It may change its arguments in place, and nobody else's with that.
+            value = self.loss(x, sigma.clone(), clean.clone())
+        except RuntimeError as error:
+            if self.through_network or "grad" not in str(error):
+                raise
+            raise UserError(
+                "the loss takes a gradient of its own, by something that has none: with through_network=False x_0 "
+                f"alone has one ({one_line(error)})"
+            ) from error
         if isinstance(value, torch.Tensor) and value.shape == x.shape:
             return value.detach()
         if not isinstance(value, torch.Tensor) or value.shape != sigma.shape or value.is_complex():
@@ -97,5 +106,7 @@ class LossGuidance(Guidance):
             )
         if not value.requires_grad:
             raise UserError("the loss does not depend on x_0: there is nothing to guide by")
-        (gradient,) = torch.autograd.grad(value.sum(), source, retain_graph=True)
+        (gradient,) = torch.autograd.grad(value.sum(), source, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            raise UserError("the loss depends on something else that has a gradient, and not on x_0: guide by x_0")
         return -gradient

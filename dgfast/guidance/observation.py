@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 METHODS = ("sda", "dps", "mmps", "pigdm", "tmpd")
 _NEED_THE_NETWORK, _HAVE_GAMMA, _SOLVE = ("mmps", "tmpd"), ("sda", "tmpd"), ("mmps", "pigdm")
+MOST_ITERATIONS = 50
+"""Of GMRES: a step costs mmps what a call of the denoiser does, so with these a job takes as long as some fifty do."""
 _SAFE = 1 - 1e-3  # of |A|^2: it is known to a few digits
 
 
@@ -88,8 +90,8 @@ class ObservationGuidance(Guidance):
             raise UserError(f"method {self.method!r} is not one of {', '.join(METHODS)}")
         if not self.through_network and self.method in _NEED_THE_NETWORK:
             raise UserError(f"{self.method} is made of the network's Jacobian: leave through_network on, or use sda")
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise UserError(f"iterations {self.iterations} must be a whole number, at least 1")
+        if not isinstance(self.iterations, int) or not 1 <= self.iterations <= MOST_ITERATIONS:
+            raise UserError(f"iterations {self.iterations} must be a whole number, 1 to {MOST_ITERATIONS}")
         if self.iterations > 1 and self.method not in _SOLVE:
             raise UserError(f"iterations are of {' and '.join(_SOLVE)}; {self.method} solves nothing")
         if self.gamma is not None:
@@ -114,8 +116,17 @@ class ObservationGuidance(Guidance):
             raise UserError("observe_std and observe_weight are at least 0")
         if config.observe_gamma is not None and config.observe_method not in _HAVE_GAMMA:
             raise UserError(f"observe_gamma is of sda and tmpd; observe_method {config.observe_method} has none")
+        if config.observe_iterations > MOST_ITERATIONS:
+            raise UserError(
+                f"observe_iterations {config.observe_iterations}: at most {MOST_ITERATIONS}, for mmps has a backward "
+                "pass of the score net in each, at every call, and GMRES keeps an image of each"
+            )
         if config.observe_iterations > 1 and config.observe_method not in _SOLVE:
             raise UserError(f"observe_iterations is of mmps and pigdm; {config.observe_method} solves nothing")
+
+    @classmethod
+    def switch(cls) -> str:
+        return "observe"
 
     @classmethod
     def on(cls, config: GuidanceConfig, second: bool = False) -> bool:

@@ -20,7 +20,7 @@ from dgfast.config import GuidanceConfig
 from dgfast.errors import UserError
 from dgfast.export import to_onnx
 from dgfast.guidance import GUIDANCES, Guidance, option
-from dgfast.guidance.declaration import all_options
+from dgfast.guidance.declaration import all_options, overridden
 from dgfast.image_folder import read_images
 from dgfast.networks import Networks
 from dgfast.runtimes.onnx.session import OnnxEngine
@@ -185,3 +185,21 @@ def test_options_of_the_commands_are_those_declared() -> None:
         names = [parameter.name for parameter in command.get_params(click.Context(command))]
         assert {one.name for one in all_options() if one.exported or not exported} <= set(names)
         assert len(names) == len(set(names)) and ("dg_every" in names) is not exported
+
+
+def test_what_a_bundle_has_for_a_guidance_goes_with_it_when_it_is_turned_off() -> None:
+    bundled = GuidanceConfig(apg_scale=3.0, apg_eta=0.5, guidance_interval=(0.1, 5.0), cfg_rescale=0.7)
+    assert overridden(bundled, {"apg_eta": 0.2}) == replace(bundled, apg_eta=0.2)
+    assert overridden(bundled, {"apg_scale": 1.0}) == GuidanceConfig(cfg_rescale=0.7)
+    both = {"apg_scale": 1.0, "cfg_scale": 2.0}  # the interval is of both
+    assert overridden(bundled, both) == GuidanceConfig(cfg_scale=2.0, guidance_interval=(0.1, 5.0), cfg_rescale=0.7)
+    idle = GuidanceConfig(pag_layers="a")  # a bundle may say how, and leave it to the user whether
+    assert overridden(idle, {"pag_scale": 2.0}) == GuidanceConfig(pag_layers="a", pag_scale=2.0)
+
+
+def test_option_of_a_guidance_that_is_off_is_refused_unless_its_weight_says_so() -> None:
+    for given in ({"pag_layers": "a"}, {"pag_interval": (0.0, 1.0)}, {"guidance_interval": (0.0, 1.0)}):
+        with pytest.raises(UserError, match=r"does nothing without .*_scale"):
+            overridden(GuidanceConfig(), given)
+    off = {"pag_scale": 0.0, "pag_layers": "a"}  # of a comparison, whose other command has a scale
+    assert overridden(GuidanceConfig(), off) == GuidanceConfig(pag_layers="a")

@@ -121,6 +121,22 @@ def test_loss_of_no_function_or_no_weight_is_refused(loss: Any, weight: Any, lin
         LossGuidance(loss, weight)
 
 
+def by_x(x: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
+    """A term of the score that the loss differentiates itself, by the noisy images."""
+    return torch.autograd.grad(toward(x, t, x_0).sum(), x)[0]
+
+
+def test_loss_that_looks_at_x_without_the_network_is_told_to_look_at_x_0() -> None:
+    x, sigma = batch(1)
+    x.requires_grad_()
+    with pytest.raises(UserError, match="on something else that has a gradient, and not on x_0"):
+        guided(LossGuidance(lambda x, t, x_0: toward(x, t, x), 1.0, through_network=False), x, sigma)
+    with pytest.raises(UserError, match=r"takes a gradient of its own.*x_0 alone has one") as refused:
+        guided(LossGuidance(by_x, 1.0, through_network=False), x.detach(), sigma)
+    assert "\n" not in refused.value.message
+    torch.testing.assert_close(guided(LossGuidance(by_x, 0.0), x, sigma), NET(x, sigma, None))
+
+
 def test_loss_normalisation_of_no_name_is_refused() -> None:
     with pytest.raises(UserError, match="normalize 'l2' is not one of none, rms"):
         LossGuidance(toward, 1.0, normalize="l2")

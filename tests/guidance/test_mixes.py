@@ -316,6 +316,13 @@ def test_mix_without_meaning_is_refused(options: dict[str, Any], line: str) -> N
         GuidanceConfig(**options)
 
 
+def test_zero_init_leaves_a_step_that_predicts() -> None:
+    guidance = CFGZeroStar(NETWORKS.denoiser, 2.0, zero_steps=len(LEVELS) - 2)
+    assert guidance.along(LEVELS).zero_steps == len(LEVELS) - 2
+    with pytest.raises(UserError, match=f"zero_init_steps {len(LEVELS) - 1} of {len(LEVELS) - 1} steps leaves none"):
+        replace(guidance, zero_steps=len(LEVELS) - 1).along(LEVELS)
+
+
 @pytest.mark.parametrize("solver", ["ddpm", "dpmpp-2m"])
 @pytest.mark.parametrize(
     ("options", "named"),

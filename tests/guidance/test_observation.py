@@ -184,7 +184,8 @@ def test_observation_that_does_not_fit_is_refused_in_one_line(operator: Any, y: 
     ("how", "line"),
     [
         ({"method": "ddrm"}, "is not one of sda"), ({"method": "tmpd", "through_network": False}, "Jacobian"),
-        ({"iterations": 0}, "at least 1"), ({"iterations": 2}, "iterations are of mmps and pigdm; sda solves nothing"),
+        ({"iterations": 0}, "1 to 50"), ({"iterations": 51, "method": "mmps"}, "1 to 50"),
+        ({"iterations": 2}, "iterations are of mmps and pigdm; sda solves nothing"),
         ({"method": "dps", "gamma": 1.0}, "gamma is of sda and tmpd; dps has none"), ({"gamma": math.nan}, "gamma nan"),
         ({"std": -0.1}, "std -0.1 must be a finite number, at least 0"), ({"weight": math.inf}, "weight inf must be"),
         ({"std": "0.1"}, "std '0.1' must be"), ({"data_std": 0.0}, "data_std 0.0 must be"),
