@@ -78,7 +78,8 @@ class CFGZeroStar(UnconditionalGuidance):
         steps = len(levels) - 1
         if self.zero_steps >= steps > 0:
             raise UserError(
-                f"zero_init_steps {self.zero_steps} of {steps} steps leaves none that predicts: take fewer, or more --steps"
+                f"zero_init_steps {self.zero_steps} of {steps} steps leaves none that predicts: take fewer of them, or "
+                "more --steps"
             )
         return replace(self, levels=tuple(levels), second=second) if self.zero_steps else self
 
