@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dgfast import guidance
 from dgfast.errors import UserError
+from dgfast.guidance.finite import require_finite
 from dgfast.vp import vp_time
 
 try:
@@ -40,7 +41,16 @@ class _Around(BaseGuidance, ABC):  # type: ignore[misc]  # diffusers ships no ty
 
     _input_predictions: Sequence[str] = ("pred_cond", "pred_uncond")
 
-    def __init__(self, guider: BaseGuidance | None, **arguments: Any) -> None:
+    def __init__(self, guider: BaseGuidance | None, weight: float, **arguments: Any) -> None:
+        """
+        Raises:
+            UserError: a guider that is none, or a weight that is no finite number.
+        """
+        if not isinstance(guider, BaseGuidance | None):
+            made = f"the class {guider.__name__}" if isinstance(guider, type) else f"a {type(guider).__name__}"
+            raise UserError(f"guider is {made}; give a guider that was made, such as ClassifierFreeGuidance()")
+        require_finite("weight", weight)
+        arguments["weight"] = weight
         self._arguments = {"guider": guider, **arguments}  # no file could hold them all: `new` makes others of them
         self._guider = ClassifierFreeGuidance(guidance_scale=1.0) if guider is None else guider
         self._hook: Any = None
@@ -117,8 +127,11 @@ class Autoguidance(_Around):
             reference: called as the pipeline calls its denoiser, with the same condition; frozen.
             weight: 1 guides nothing; EDM2's presets use 1.7 to 2.9.
             guider: the one inside; None: the conditional prediction alone.
+
+        Raises:
+            UserError: a guider that is none, or a weight that is no finite number.
         """
-        super().__init__(guider, reference=reference, weight=weight)
+        super().__init__(guider, weight, reference=reference)
         self.register_to_config(weight=weight)
         self._reference, self.weight = reference, weight
 
@@ -164,12 +177,18 @@ class DiscriminatorGuidance(_Around):
             guider: the one inside; None: the conditional prediction alone.
 
         Raises:
-            UserError: a scheduler whose images or predictions have a scale that is not known here.
+            UserError: a scheduler whose images or predictions have a scale that is not known here; a guider, weight,
+                window or labels that are none.
         """
         super().__init__(
-            guider, discriminator=discriminator, scheduler=scheduler, weight=weight, window=window,
+            guider, weight, discriminator=discriminator, scheduler=scheduler, window=window,
             class_labels=class_labels, time=time,
         )  # fmt: skip
+        if len(window) != 2 or not window[0] < window[1]:
+            raise UserError(f"window {window}: give two times, the first below the second")
+        if not isinstance(class_labels, Tensor | None) or (class_labels is not None and class_labels.ndim != 2):
+            shape = [*class_labels.shape] if isinstance(class_labels, Tensor) else type(class_labels).__name__
+            raise UserError(f"class_labels are {shape}; give a tensor [B, label_dim] or [1, label_dim]")
         self.register_to_config(weight=weight, window=[*window])
         low, high = window
         self._guidance = guidance.DiscriminatorGuidance(discriminator, weight, (low, high), time)
@@ -192,7 +211,10 @@ class DiscriminatorGuidance(_Around):
         sigma = torch.full((len(read),), level, dtype=torch.float64, device=read.device)
         # A denoiser for inpainting reads the mask in further channels.
         x = read[:, : prediction.shape[1]].double() * (1 + level if self._space == "flow" else (1 + level**2) ** 0.5)
-        labels = None if self._class_labels is None else self._class_labels.expand(len(read), -1)
+        labels = self._class_labels
+        if labels is not None and len(labels) not in (1, len(read)):
+            raise UserError(f"class_labels are {[*labels.shape]}, of another number than the {len(read)} images")
+        labels = None if labels is None else labels.expand(len(read), -1)
         direction, gate, _ = self._guidance.correct(x, sigma, labels, x)
         shift = _SLOPES[self._space](level) * gate.view(-1, 1, 1, 1) * direction
         return prediction + shift.to(prediction.dtype)
@@ -209,6 +231,8 @@ _SLOPES: dict[str, Callable[[float], float]] = {
 
 def _space(scheduler: SchedulerMixin) -> str:
     """What the denoiser of that scheduler predicts, one of `_SLOPES`."""
+    if not isinstance(scheduler, SchedulerMixin):
+        raise UserError(f"scheduler is a {type(scheduler).__name__}; give the pipeline's own, pipeline.scheduler")
     config, name = scheduler.config, type(scheduler).__name__
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or config.get("use_flow_sigmas"):
         return "flow"

@@ -69,7 +69,11 @@ class GuidedCommand(Command):
             add(self)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*super().get_params(ctx), *_guidance_options(self._exported)]
+        own, guiding = super().get_params(ctx), [*_guidance_options(self._exported)]
+        twice = {one.name for one in own} & {one.name for one in guiding}
+        if twice:
+            raise click.UsageError(f"a guidance has the option {min(map(str, twice))}, which this command has itself")
+        return [*own, *guiding]
 
 
 def _guidance_options(exported: bool) -> Iterator[Option]:

@@ -16,6 +16,7 @@ from dgfast.denoiser import FlowPrecond
 from dgfast.errors import UserError
 from dgfast.guidance import DiscriminatorGuidance, Guidance, of_velocities
 from dgfast.guidance.declaration import guiding
+from dgfast.guidance.weights import images, weights
 from dgfast.networks import Networks, image_shape
 from dgfast.noise_levels import Coordinates, posterior_log_variances, respaced_levels, sigma_grid
 from dgfast.solvers import SOLVERS, FlowSolver, Solver
@@ -214,6 +215,10 @@ def require_exportable(guidances: Sequence[Guidance], what: str, points: int) ->
     Raises:
         UserError: no file can hold the function `what`, of a solver of so many points, under these guidances.
     """
+    inputs = [name for guidance in guidances for name in (*weights([guidance]), *images([guidance]))]
+    twice = next((name for name in inputs if inputs.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"two guidances have the input {twice}: an exported file has it once, leave one of them out")
     for guidance in guidances:
         if guidance.remembers:
             raise UserError(f"{guidance.needs_plain_steps} goes from call to call: no exported file remembers it")

@@ -14,6 +14,7 @@ import click
 
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
+from dgfast.guidance.declaration import overridden
 from dgfast.job_options import GuidedCommand
 from dgfast.option_types import IntegerRanges
 from dgfast.options import Group, command_line, option
@@ -86,7 +87,7 @@ def _drawn(bundle: str, given: dict[str, Any]) -> "Trajectory":
     sampling = replace(read.sampling, **{name: given[name] for name in asdict(SamplingConfig()) if name in given})
     if sampling.respacing is not None and "num_steps" in given:
         sampling = replace(sampling, respacing=str(given["num_steps"]))
-    guidance = replace(read.guidance, **{name: given[name] for name in asdict(GuidanceConfig()) if name in given})
+    guidance = overridden(read.guidance, {name: given[name] for name in asdict(GuidanceConfig()) if name in given})
     return record(read, sampling, guidance, given.get("seeds", Ranges([(0, 3)])), given.get("labels"))
 
 

@@ -8,6 +8,7 @@ import click
 
 from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
+from dgfast.guidance.declaration import overridden
 from dgfast.options import names_as_typed
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def settings_of(bundle: "Bundle", given: Mapping[str, Any]) -> Settings | None:
         _require_none({*of_sampling, *of_guidance, "preset"} & {*given})
         return None
     sampling, guidance = _preset(bundle, given["preset"]) if "preset" in given else (bundle.sampling, bundle.guidance)
-    return _sampling(sampling, of_sampling), replace(guidance, **of_guidance)
+    return _sampling(sampling, of_sampling), overridden(guidance, of_guidance)
 
 
 def _chosen(given: Mapping[str, Any], record: type[SamplingConfig] | type[GuidanceConfig]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""python examples/observe.py inpainting|super-resolution|blur PICTURE: digits that agree with what is known of them.
+"""python examples/observe.py inpainting|super-resolution|blur PICTURE [METHOD [WEIGHT]]: digits that agree with y.
 
 Each row is a digit, what is known of it, and four digits that a sampler draws from that. The operators are plain
 functions: anything linear that keeps the samples of a batch apart will do. SDA costs the least and serves a mask;
@@ -45,16 +45,17 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def main(problem: str, picture: Path) -> None:
+def main(problem: str, picture: Path, method: str = "", weight: str = "1") -> None:
     networks, operator = dgfast.load("mnist32"), OPERATORS[problem]
     labels = torch.tensor([2, 3, 5, 8])
     digits = dgfast.Sampler(networks, guidance=dgfast.GuidanceConfig(autoguidance=1.5))(range(ROWS), labels)
     y = operator(digits)
     y = y + STD * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
 
-    method, iterations = ("sda", 1) if problem == "inpainting" else ("mmps", 2)
+    method = method or ("sda" if problem == "inpainting" else "mmps")
+    iterations = 2 if method == "mmps" else 1
     guidance = ObservationGuidance(  # of one observation a sample
-        operator, y.repeat_interleave(DRAWS, 0), STD, method=method, iterations=iterations
+        operator, y.repeat_interleave(DRAWS, 0), STD, float(weight), method=method, iterations=iterations
     )
     sampler = dgfast.Sampler(networks, guidance=[guidance])
     drawn = sampler(range(100, 100 + ROWS * DRAWS), labels.repeat_interleave(DRAWS))
@@ -68,6 +69,6 @@ def main(problem: str, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in OPERATORS:
-        sys.exit(f"usage: python examples/observe.py {'|'.join(OPERATORS)} PICTURE.png")
-    main(sys.argv[1], Path(sys.argv[2]))
+    if len(sys.argv) not in (3, 4, 5) or sys.argv[1] not in OPERATORS:
+        sys.exit(f"usage: python examples/observe.py {'|'.join(OPERATORS)} PICTURE.png [METHOD [WEIGHT]]")
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

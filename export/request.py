@@ -20,6 +20,7 @@ from dgfast.export.joint_graph import generator, joint
 from dgfast.export.onnx_file import OPSET, export
 from dgfast.export.subject import Joint, Subject
 from dgfast.graph.agreement import PREDICTS_NOISE
+from dgfast.guidance.declaration import overridden
 from dgfast.manifest import recorded
 from dgfast.networks import load
 from dgfast.runtimes.onnx.cuda import FUSED
@@ -126,7 +127,7 @@ def read(bundle: str, options: Mapping[str, Any]) -> Request:
             f"a generator has no solver and no guidance: leave out {spelled(set_options)}, or --what generator"
         )
     sampling = replace(opened.sampling, **{name: set_options.pop(name) for name in _SAMPLING if name in set_options})
-    return Request(opened, what, sampling, _possible(opened, replace(opened.guidance, **set_options)))
+    return Request(opened, what, sampling, _possible(opened, overridden(opened.guidance, set_options)))
 
 
 def named(options: Mapping[str, Any]) -> dict[str, Any]:

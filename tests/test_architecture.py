@@ -66,7 +66,7 @@ ROOMS = {
     "option_types": ({"ranges"}, {"click"}),
     "options": ({"__version__", "bounds", "config", "guidance", "option_types"}, {"click"}),
     "job_options": ({"config", "guidance", "option_types", "options", "solvers"}, {"click"}),
-    "settings": ({"bundle", "config", "errors", "options", "presets"}, {"click"}),
+    "settings": ({"bundle", "config", "errors", "guidance", "options", "presets"}, {"click"}),
     "execution": ({"bundle", "engines", "errors", "runtimes", "settings"}, {"click"}),
     "one_step": (
         {"bundle", "devices", "errors", "graph", "guidance", "networks", "plan", "pure_function", "randomness"}

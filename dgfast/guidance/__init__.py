@@ -22,7 +22,8 @@ from dgfast.guidance.gradient import OUTSIDE_WINDOW
 from dgfast.guidance.loss import LossGuidance
 from dgfast.guidance.low_density import LowDensityGuidance
 from dgfast.guidance.magnitude_aware import MagnitudeAwareGuidance
-from dgfast.guidance.observation import Mask, ObservationGuidance
+from dgfast.guidance.observation import ObservationGuidance
+from dgfast.guidance.operators import Mask
 from dgfast.guidance.options import option
 from dgfast.guidance.perturbed_attention import PerturbedAttentionGuidance
 from dgfast.guidance.pixel_norm import PixelNorm

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, make_dataclass, replace
 from functools import cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from dgfast.errors import UserError
@@ -72,7 +73,7 @@ class Guidance(ABC):
 
     def __init_subclass__(cls) -> None:
         if "Options" in vars(cls):
-            GUIDANCES.append(cls)
+            _declare(cls)
             if Guidance.config is not None:
                 _grow(Guidance.config, cls.Options)
 
@@ -99,7 +100,7 @@ class Guidance(ABC):
         """Raises UserError for one of these options that is set while the guidance itself is off."""
         idle = [one.name for one in cls.options() if one.name in names and getattr(config, one.name) != one.default]
         if idle and not cls.on(config):
-            raise UserError(f"{idle[0]} needs {next(iter(cls.weights().values())).name}, which turns {cls.name} on")
+            raise UserError(f"{idle[0]} needs {cls.switch()}, which turns {cls.name} on")
 
     @classmethod
     def make(cls, networks: Networks, config: GuidanceConfig) -> Self:
@@ -128,6 +129,11 @@ class Guidance(ABC):
         """The options that are its weights at the solver's first or second point, by its attributes."""
         of_point = sorted(cls.options(), key=lambda one: one.second)  # what holds at the second point comes last
         return {one.attribute: one for one in of_point if one.attribute and (second or not one.second)}
+
+    @classmethod
+    def switch(cls) -> str:
+        """The option that turns it on."""
+        return next(iter(cls.weights().values())).name
 
     @classmethod
     def on(cls, config: GuidanceConfig, second: bool = False) -> bool:
@@ -203,6 +209,25 @@ class Repair(Guidance):
         raise TypeError(f"{type(self).__name__} is a repair: it corrects nothing by itself")
 
 
+def _declare(guidance: type[Guidance]) -> None:
+    """Enter a guidance into the list; one that is declared again, as when a notebook's cell is run anew, once.
+
+    Raises:
+        UserError: an option that another guidance has, and is not the same; or a field that is no option.
+    """
+    own = {f.name: (f.default, dict(f.metadata)) for f in fields(guidance.Options)}  # type: ignore[arg-type]
+    plain = next((name for name, (_, metadata) in own.items() if "attribute" not in metadata), None)
+    if plain is not None:
+        raise UserError(f"{guidance.__name__}.Options: {plain} is made by no `option`")
+    names = [(one.__module__, one.__qualname__) for one in GUIDANCES]
+    at = names.index(name) if (name := (guidance.__module__, guidance.__qualname__)) in names else None
+    for other in (one for i, one in enumerate(GUIDANCES) if i != at):
+        for f in fields(other.Options):  # type: ignore[arg-type]
+            if f.name in own and own[f.name] != (f.default, dict(f.metadata)):
+                raise UserError(f"{guidance.__name__}.Options: {other.__name__} has an option {f.name} of its own")
+    GUIDANCES[slice(len(GUIDANCES), None) if at is None else slice(at, at + 1)] = [guidance]
+
+
 def configure(record: type) -> None:
     """Let `record` have the options of all guidances, of those declared before it and of those to come."""
     Guidance.config = record
@@ -214,6 +239,33 @@ def configure(record: type) -> None:
 def guiding(config: GuidanceConfig) -> Iterator[type[Guidance]]:
     """The guidances that act at one of the solver's points."""
     return (guidance for guidance in GUIDANCES if guidance.on(config) or guidance.on(config, second=True))
+
+
+def overridden(config: GuidanceConfig, given: Mapping[str, Any]) -> GuidanceConfig:
+    """The guidance of a bundle with the options that a command line gives, by name.
+
+    What the bundle has for a guidance that the command line turns off goes with it.
+
+    Raises:
+        UserError: options that contradict one another, or one of a guidance that is off, unless its weight was given
+            too: whoever says 0 knows that the rest does nothing.
+    """
+    merged: Any = SimpleNamespace(**{one.name: given.get(one.name, getattr(config, one.name)) for one in all_options()})
+    acting, acted = {*guiding(merged)}, {*guiding(config)}
+    taken = {one.name for guidance in acting for one in guidance.options()}
+    gone = {one.name: one.default for guidance in acted - acting for one in guidance.options()}
+    changed = replace(config, **{name: value for name, value in gone.items() if name not in taken} | dict(given))
+    for one in all_options():
+        owners = [guidance for guidance in GUIDANCES if one in guidance.options()]
+        if one.name in given and one.name not in taken and not any(_said_off(owner, given) for owner in owners):
+            switches, names = " or ".join(owner.switch() for owner in owners), " or ".join(one.name for one in owners)
+            raise UserError(f"{one.name} does nothing without {switches}, which turns {names} on")
+    return changed
+
+
+def _said_off(guidance: type[Guidance], given: Mapping[str, Any]) -> bool:
+    weights = guidance.weights(second=True).values()
+    return not weights or any(given.get(one.name) == one.off for one in (*weights, *guidance.weights().values()))
 
 
 def all_options() -> Iterator[Option]:

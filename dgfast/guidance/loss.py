@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dgfast.errors import UserError
+from dgfast.errors import UserError, one_line
 from dgfast.guidance.declaration import Guidance
+from dgfast.guidance.finite import require_finite
 from dgfast.guidance.gradient import normalized
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class LossGuidance(Guidance):
     def __post_init__(self) -> None:
         if self.normalize not in LOSS_NORMALIZATIONS:
             raise UserError(f"normalize {self.normalize!r} is not one of {', '.join(LOSS_NORMALIZATIONS)}")
+        if not callable(self.loss):
+            raise UserError(f"the loss is a {type(self.loss).__name__}; give a function (x, t, x_0)")
+        require_finite("weight", self.weight)
 
     @property
     def gradients(self) -> int:
@@ -82,16 +86,27 @@ class LossGuidance(Guidance):
         """Minus the gradient of the loss with respect to `source`, or the term of the score that the loss returned."""
         import torch
 
-        value = self.loss(x, sigma, clean)
+        try:
+            # It may change its arguments in place, and nobody else's with that.
+            value = self.loss(x, sigma.clone(), clean.clone())
+        except RuntimeError as error:
+            if self.through_network or "grad" not in str(error):
+                raise
+            raise UserError(
+                "the loss takes a gradient of its own, by something that has none: with through_network=False x_0 "
+                f"alone has one ({one_line(error)})"
+            ) from error
         if isinstance(value, torch.Tensor) and value.shape == x.shape:
             return value.detach()
-        if not isinstance(value, torch.Tensor) or value.shape != sigma.shape:
-            shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        if not isinstance(value, torch.Tensor) or value.shape != sigma.shape or value.is_complex():
+            of = f"{list(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise UserError(
                 f"the loss must be one number a sample, {list(sigma.shape)}, or a term of the score, {list(x.shape)}; "
-                f"it is {shape}"
+                f"it is {of}"
             )
         if not value.requires_grad:
             raise UserError("the loss does not depend on x_0: there is nothing to guide by")
-        (gradient,) = torch.autograd.grad(value.sum(), source, retain_graph=True)
+        (gradient,) = torch.autograd.grad(value.sum(), source, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            raise UserError("the loss depends on something else that has a gradient, and not on x_0: guide by x_0")
         return -gradient

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from dgfast.config import GuidanceConfig
     from dgfast.networks import Networks
 
+_TINY = 1e-30
+
 
 def magnitude_damping(
     denoised: Tensor, reference: Tensor, x: Tensor, sigma: Tensor, alpha: float, space: str = "flow"
 ) -> Tensor:
     """The factor [B] on scale - 1: exp(-alpha |p - q| / |q|), p and q being the predictions of both."""
     p, q = (prediction(space, images, x, sigma) for images in (denoised, reference))
-    ratio = (inner(p - q, p - q) / inner(q, q)).sqrt()
+    ratio = (inner(p - q, p - q) / inner(q, q).clamp(min=_TINY)).sqrt()
     return (-alpha * ratio).exp().flatten().to(sigma.dtype)
 
 

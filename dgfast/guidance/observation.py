@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
-from dgfast.errors import UserError, one_line
+from dgfast.errors import UserError
 from dgfast.guidance.declaration import Guidance
+from dgfast.guidance.finite import require_finite
 from dgfast.guidance.likelihood import per_sample, solved, squared_norm, unit
+from dgfast.guidance.operators import Mask, tried
 from dgfast.guidance.options import option
 
 if TYPE_CHECKING:
@@ -24,22 +26,10 @@ if TYPE_CHECKING:
     from dgfast.networks import Networks
 
 METHODS = ("sda", "dps", "mmps", "pigdm", "tmpd")
-_NEED_THE_NETWORK = ("mmps", "tmpd")
+_NEED_THE_NETWORK, _HAVE_GAMMA, _SOLVE = ("mmps", "tmpd"), ("sda", "tmpd"), ("mmps", "pigdm")
+MOST_ITERATIONS = 50
+"""Of GMRES: a step costs mmps what a call of the denoiser does, so with these a job takes as long as some fifty do."""
 _SAFE = 1 - 1e-3  # of |A|^2: it is known to a few digits
-
-
-@dataclass(frozen=True, eq=False)
-class Mask:
-    """The operator that leaves some pixels and makes the others 0.
-
-    Attributes:
-        where: 1 for what is observed, else 0: [H, W], [C, H, W], or [B, C, H, W] for one a sample.
-    """
-
-    where: Tensor
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return images * self.where.to(images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +44,12 @@ class ObservationGuidance(Guidance):
         std: standard deviation of e: a number, or one an entry of y.
         weight: on the correction; 1 is what the theory says, 0 guides nothing. It is zeta of "dps".
         gamma: of "sda". None: |A|^2, from which on dD'/dx lies between 0 and J for Gaussian data, so that no step of
-            any size can blow up; `fitted` finds it.
+            any size can blow up; `fitted` finds it. Of "tmpd" too, see there.
         method: V. "sda": R + gamma sigma^2. "mmps": the exact one, by so many steps of GMRES. "pigdm": R + rho^2 A A^T
             with rho^2 = sigma^2 s^2 / (sigma^2 + s^2), by steps of GMRES too (one is exact for a mask with one `std`).
-            "tmpd": R + diag(sigma^2 A J A^T 1). "dps": its published step as a score, V = |y - A D|.
+            "tmpd": R + diag(sigma^2 A J A^T 1), which is no variance where such a row sum is negative, as among pixels
+            that exclude one another: gamma sigma^2 stands there, once gamma is known. "dps": its published step as a
+            score, V = |y - A D|.
         iterations: steps of GMRES.
         data_std: s of "pigdm".
         through_network: with J. Without, there is no backward pass, and it over-counts at high noise levels.
@@ -74,7 +66,7 @@ class ObservationGuidance(Guidance):
         )
         observe_method: str = option("sda", "What stands for the likelihood's variance V.", choices=METHODS)
         observe_gamma: float | None = option(
-            None, "Of sda's V = std^2 + gamma sigma^2; default: the least that is safe, 1.", "gamma"
+            None, "Of sda's and tmpd's V = std^2 + gamma sigma^2; default: the least that is safe, 1.", "gamma"
         )
         observe_iterations: int = option(1, "Steps of GMRES of mmps and pigdm.", "N", least=1)
 
@@ -98,8 +90,17 @@ class ObservationGuidance(Guidance):
             raise UserError(f"method {self.method!r} is not one of {', '.join(METHODS)}")
         if not self.through_network and self.method in _NEED_THE_NETWORK:
             raise UserError(f"{self.method} is made of the network's Jacobian: leave through_network on, or use sda")
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise UserError(f"iterations {self.iterations} must be a whole number, at least 1")
+        if not isinstance(self.iterations, int) or not 1 <= self.iterations <= MOST_ITERATIONS:
+            raise UserError(f"iterations {self.iterations} must be a whole number, 1 to {MOST_ITERATIONS}")
+        if self.iterations > 1 and self.method not in _SOLVE:
+            raise UserError(f"iterations are of {' and '.join(_SOLVE)}; {self.method} solves nothing")
+        if self.gamma is not None:
+            require_finite("gamma", self.gamma, 0.0)
+            if self.method not in _HAVE_GAMMA:
+                raise UserError(f"gamma is of {' and '.join(_HAVE_GAMMA)}; {self.method} has none")
+        require_finite("weight", self.weight)
+        require_finite("std", self.std, 0.0)
+        require_finite("data_std", self.data_std, 1e-6)
 
     @property
     def gradients(self) -> int:
@@ -113,10 +114,19 @@ class ObservationGuidance(Guidance):
     def check(cls, config: GuidanceConfig) -> None:
         if config.observe_std < 0 or config.observe_weight < 0:
             raise UserError("observe_std and observe_weight are at least 0")
-        if config.observe_gamma is not None and config.observe_method != "sda":
-            raise UserError(f"observe_gamma is sda's; observe_method {config.observe_method} has none")
-        if config.observe_iterations > 1 and config.observe_method not in ("mmps", "pigdm"):
+        if config.observe_gamma is not None and config.observe_method not in _HAVE_GAMMA:
+            raise UserError(f"observe_gamma is of sda and tmpd; observe_method {config.observe_method} has none")
+        if config.observe_iterations > MOST_ITERATIONS:
+            raise UserError(
+                f"observe_iterations {config.observe_iterations}: at most {MOST_ITERATIONS}, for mmps has a backward "
+                "pass of the score net in each, at every call, and GMRES keeps an image of each"
+            )
+        if config.observe_iterations > 1 and config.observe_method not in _SOLVE:
             raise UserError(f"observe_iterations is of mmps and pigdm; {config.observe_method} solves nothing")
+
+    @classmethod
+    def switch(cls) -> str:
+        return "observe"
 
     @classmethod
     def on(cls, config: GuidanceConfig, second: bool = False) -> bool:
@@ -141,31 +151,39 @@ class ObservationGuidance(Guidance):
     def fitted(self, shape: Sequence[int], device: torch.device) -> Self:
         import torch
 
-        operator = self.operator
+        operator, y, std = self.operator, self.observation, self.std
         if isinstance(operator, Mask):
-            operator = Mask(operator.where.to(device))
-        made = tuple(_made(operator, shape, device).shape[1:])
-        y = self.observation.detach().to(device)
-        if made not in (tuple(y.shape), tuple(y.shape[1:])):
-            raise UserError(f"the observation has the shape {list(y.shape)}; of one image {list(made)} can be observed")
-        y = y if y.dim() > len(made) else y[None]
+            operator = mask = operator.fitted(shape, device)
+            one = tuple(shape)
+        else:
+            one = tuple(tried(operator, shape, device).shape[1:])
+        if not isinstance(y, torch.Tensor) or not y.is_floating_point():
+            kind = y.dtype if isinstance(y, torch.Tensor) else type(y).__name__
+            raise UserError(f"the observation is of {kind}; give a tensor of floating numbers, in the network's units")
+        if one not in (tuple(y.shape), tuple(y.shape[1:])):
+            raise UserError(f"the observation has the shape {list(y.shape)}; of one image {list(one)} can be observed")
+        y = y.detach().to(device).reshape(-1, *one)
         if isinstance(operator, Mask):
-            y = torch.where(operator.where.to(y) > 0, y, 0)  # what is not observed may be anything
+            y = torch.where(mask.where > 0, y, 0)  # what is not observed may be anything
         if not bool(y.isfinite().all()):
             raise UserError("the observation has values that are no finite numbers")
-        return replace(self, operator=operator, observation=y, gamma=self._safe(operator, shape, device))
+        if isinstance(std, torch.Tensor):
+            std = std.detach().to(device)
+            if std.dim() > len(one) or any(a not in (1, b) for a, b in zip(std.shape[::-1], one[::-1], strict=False)):
+                raise UserError(f"std has the shape {list(std.shape)}; give a number, or one an entry of {list(one)}")
+            if not bool((std.isfinite() & (std >= 0)).all()):
+                raise UserError("std must be finite and at least 0")
+        return replace(self, operator=operator, observation=y, std=std, gamma=self._safe(operator, shape, device))
 
     def _safe(self, operator: Operator, shape: Sequence[int], device: torch.device) -> float | None:
-        """The gamma of "sda": the one that was given, or the least that is safe.
+        """The gamma of "sda" and "tmpd": the one that was given, or the least that is safe.
 
         Raises:
             UserError: the one that was given lies below that.
         """
-        if self.method != "sda":
-            return self.gamma
+        if self.method not in _HAVE_GAMMA:
+            return None
         least = 1.0 if isinstance(operator, Mask) else squared_norm(operator, shape, device)
-        if not least:
-            raise UserError("the operator makes 0 of every image: it observes nothing")
         if self.gamma is not None and self.gamma < least * _SAFE:
             raise UserError(
                 f"gamma {self.gamma:g} lets the correction overshoot, and a solver's steps diverge; the least that is "
@@ -221,7 +239,10 @@ class ObservationGuidance(Guidance):
             share = level * self.data_std**2 / (level + self.data_std**2)
             return pull(solved(self._covariance(denoised, noise, share), residual, self.iterations))
         if self.method == "tmpd":
-            return pull(residual / (noise + level * self.operator(pull(torch.ones_like(predicted)))))
+            spread = self.operator(pull(torch.ones_like(predicted)))
+            if self.gamma is not None:
+                spread = torch.where(spread > 0, spread, self.gamma)
+            return pull(residual / (noise + level * spread))
         if self.gamma is None:
             raise ValueError("gamma is open: `fitted` finds it for the images' shape, as a sampler does")
         return pull(residual / (noise + self.gamma * level))
@@ -254,24 +275,3 @@ class ObservationGuidance(Guidance):
         import torch
 
         return torch.as_tensor(self.std).to(predicted).square().expand(predicted.shape[1:])[None]
-
-
-def _made(operator: Operator, shape: Sequence[int], device: torch.device) -> Tensor:
-    """What the operator makes of two images of that shape.
-
-    Raises:
-        UserError: it does not take them, does not make one observation of each, or is not linear.
-    """
-    import torch
-
-    images = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
-    try:
-        made, mixed = operator(images), operator(images[:1] + 2 * images[1:])
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"the operator takes no images of shape {list(shape)}: {one_line(error)}") from error
-    if not isinstance(made, torch.Tensor) or made.dim() < 2 or len(made) != 2:
-        found = list(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
-        raise UserError(f"the operator must make one observation an image, [2, ...] of two images; it made {found}")
-    if float((made[:1] + 2 * made[1:] - mixed).abs().max()) > 1e-4 * float(made.abs().max()):
-        raise UserError("the operator is not linear: a loss can be anything, use LossGuidance")
-    return made

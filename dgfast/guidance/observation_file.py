@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _KINDS = {"image": "uint8, float16, float32, float64", "mask": "bool, uint8, int64, float16, float32, float64"}
+_LARGEST = 100.0  # several times what latents reach
 
 
 def read(path: str | Path, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -47,6 +48,12 @@ def read(path: str | Path, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]
     pixels = np.broadcast_to(pixels / 127.5 - 1 if image.dtype == np.uint8 else pixels, (h, w, c))
     if not np.isfinite(pixels[known > 0]).all():
         raise UserError(f"{path}: the image has values that are no finite numbers where the mask says that it is known")
+    largest = float(np.abs(pixels[known > 0]).max())
+    if largest > _LARGEST:
+        raise UserError(
+            f"{path}: the image reaches {largest:g}; floating numbers are in the network's units, about [-1, 1]: "
+            "give pixels from 0 to 255 as uint8"
+        )
     return _planes(np.where(known > 0, pixels, 0)), _planes(known)
 
 

@@ -75,6 +75,12 @@ class CFGZeroStar(UnconditionalGuidance):
         return "zero_init_steps" if self.zero_steps else ""
 
     def along(self, levels: Sequence[float], second: bool = False) -> CFGZeroStar:
+        steps = len(levels) - 1
+        if self.zero_steps >= steps > 0:
+            raise UserError(
+                f"zero_init_steps {self.zero_steps} of {steps} steps leaves none that predicts: take fewer of them, or "
+                "more --steps"
+            )
         return replace(self, levels=tuple(levels), second=second) if self.zero_steps else self
 
     def mixed(self, x: Tensor, sigma: Tensor, denoised: Tensor, unconditional: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from dgfast.config import GuidanceConfig
 from dgfast.errors import UserError
 from dgfast.export import to_onnx
 from dgfast.guidance import GUIDANCES, Guidance, option
-from dgfast.guidance.declaration import all_options
+from dgfast.guidance.declaration import all_options, overridden
 from dgfast.image_folder import read_images
 from dgfast.networks import Networks
 from dgfast.runtimes.onnx.session import OnnxEngine
@@ -118,6 +118,59 @@ print(GuidanceConfig(early=0.5).early, GuidanceConfig().dg_weight)
     assert done.stdout == "0.5 0.0\n", done.stderr
 
 
+def test_declared_again_it_stands_in_the_place_of_the_first() -> None:
+    """As when a cell of a notebook is run anew, or a dataclass with slots made of a class: it would guide twice."""
+
+    def declare(default: float) -> None:
+        class Again(Guidance):
+            @dataclass(frozen=True)
+            class Options:
+                again: float = option(default, "How often.", "w", attribute="weight")
+
+    declare(0.0)
+    first, count = GUIDANCES[-1], len(GUIDANCES)
+    declare(0.5)
+    try:
+        assert GUIDANCES[-1].__qualname__ == first.__qualname__ and first not in GUIDANCES and len(GUIDANCES) == count
+        assert asdict(GuidanceConfig())["again"] == 0.5
+    finally:
+        GUIDANCES.pop()
+
+
+def test_option_that_another_guidance_has_or_that_is_none_is_refused() -> None:
+    before = [*GUIDANCES]
+    with pytest.raises(UserError, match=r"Another\.Options: ClassifierFreeGuidance has an option cfg_scale of its own"):
+
+        class Another(Guidance):
+            @dataclass(frozen=True)
+            class Options:
+                cfg_scale: float = option(0.0, "Another scale.", "w", attribute="weight")
+
+    with pytest.raises(UserError, match=r"Plain\.Options: number is made by no `option`"):
+
+        class Plain(Guidance):
+            @dataclass(frozen=True)
+            class Options:
+                number: float = 0.0
+
+    assert before == GUIDANCES and GuidanceConfig().cfg_scale == 1.0
+
+
+def test_option_that_the_command_has_itself_is_refused_there() -> None:
+    code = """
+from dataclasses import dataclass
+from dgfast.guidance import Guidance, option
+class Seeding(Guidance):
+    @dataclass(frozen=True)
+    class Options:
+        seeds: float = option(0.0, "How many.", "w", attribute="weight")
+from dgfast import sample
+sample.main(["--dry-run"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Error: a guidance has the option seeds, which this command has" in done.stderr
+
+
 def test_every_option_is_a_field_of_the_configuration_and_turns_its_guidance_on() -> None:
     names = {one.name for one in all_options()}
     assert names <= {one.name for one in fields(GuidanceConfig)} and len(names) == 63
@@ -132,3 +185,21 @@ def test_options_of_the_commands_are_those_declared() -> None:
         names = [parameter.name for parameter in command.get_params(click.Context(command))]
         assert {one.name for one in all_options() if one.exported or not exported} <= set(names)
         assert len(names) == len(set(names)) and ("dg_every" in names) is not exported
+
+
+def test_what_a_bundle_has_for_a_guidance_goes_with_it_when_it_is_turned_off() -> None:
+    bundled = GuidanceConfig(apg_scale=3.0, apg_eta=0.5, guidance_interval=(0.1, 5.0), cfg_rescale=0.7)
+    assert overridden(bundled, {"apg_eta": 0.2}) == replace(bundled, apg_eta=0.2)
+    assert overridden(bundled, {"apg_scale": 1.0}) == GuidanceConfig(cfg_rescale=0.7)
+    both = {"apg_scale": 1.0, "cfg_scale": 2.0}  # the interval is of both
+    assert overridden(bundled, both) == GuidanceConfig(cfg_scale=2.0, guidance_interval=(0.1, 5.0), cfg_rescale=0.7)
+    idle = GuidanceConfig(pag_layers="a")  # a bundle may say how, and leave it to the user whether
+    assert overridden(idle, {"pag_scale": 2.0}) == GuidanceConfig(pag_layers="a", pag_scale=2.0)
+
+
+def test_option_of_a_guidance_that_is_off_is_refused_unless_its_weight_says_so() -> None:
+    for given in ({"pag_layers": "a"}, {"pag_interval": (0.0, 1.0)}, {"guidance_interval": (0.0, 1.0)}):
+        with pytest.raises(UserError, match=r"does nothing without .*_scale"):
+            overridden(GuidanceConfig(), given)
+    off = {"pag_scale": 0.0, "pag_layers": "a"}  # of a comparison, whose other command has a scale
+    assert overridden(GuidanceConfig(), off) == GuidanceConfig(pag_layers="a")

@@ -186,6 +186,25 @@ def test_guider_refuses_schedulers_of_another_scale(scheduler: Any, line: str) -
         DiscriminatorGuidance(bright, scheduler)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"scheduler": None}, "scheduler is a NoneType; give the pipeline's own"),
+        ({"guider": ClassifierFreeGuidance}, "guider is the class ClassifierFreeGuidance; give a guider that was made"),
+        ({"guider": 7.5}, "guider is a float"),
+        ({"weight": float("nan")}, "weight nan must be a finite number"),
+        ({"window": (1.0, 0.01)}, r"window \(1.0, 0.01\): give two times, the first below the second"),
+        ({"window": (1.0,)}, "give two times"),
+        ({"class_labels": torch.ones(3)}, r"class_labels are \[3\]; give a tensor \[B, label_dim\]"),
+        ({"class_labels": 3}, "class_labels are int"),
+    ],
+    ids=str,
+)
+def test_guider_of_arguments_that_mean_nothing_is_refused(arguments: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        DiscriminatorGuidance(bright, **{"scheduler": EulerDiscreteScheduler(), **arguments})
+
+
 def test_guider_says_what_it_cannot_guide(call: dict[str, Any]) -> None:
     scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(5)
@@ -195,6 +214,8 @@ def test_guider_says_what_it_cannot_guide(call: dict[str, Any]) -> None:
         guided(DiscriminatorGuidance(bright, scheduler), lambda u: u, torch.zeros(2, 16, 4), t, 2)
     with pytest.raises(UserError, match="timestep 123 is none of the scheduler's"):
         guided(DiscriminatorGuidance(bright, scheduler), lambda u: u, images, torch.tensor(123.0), 2)
+    with pytest.raises(UserError, match=r"class_labels are \[3, 4\], of another number than the 2 images"):
+        guided(DiscriminatorGuidance(bright, scheduler, class_labels=torch.ones(3, 4)), lambda u: u, images, t, 2)
     with torch.inference_mode(), pytest.raises(UserError, match="not inference_mode"):
         guided(DiscriminatorGuidance(bright, scheduler), lambda u: u, images, t, 2)
     with pytest.raises(UserError, match="saw no call of the denoiser"):

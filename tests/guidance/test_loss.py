@@ -83,6 +83,7 @@ def test_loss_takes_the_published_protocol_as_it_is() -> None:
         ),
         (lambda x, t, x_0: toward(x, t, x_0)[:, None], r"it is \[6, 1\]"),
         (lambda x, t, x_0: 1.0, "it is float"),
+        (lambda x, t, x_0: torch.fft.fft2(x_0).sum((1, 2, 3)), r"it is \[6\] of torch.complex128"),
         (lambda x, t, x_0: toward(x, t, x_0.detach()), "does not depend on x_0"),
     ],
 )
@@ -90,6 +91,50 @@ def test_loss_takes_the_published_protocol_as_it_is() -> None:
 def test_loss_that_is_not_one_number_a_sample_is_refused(loss: Any, line: str, through: bool) -> None:
     with pytest.raises(UserError, match=line):
         guided(LossGuidance(loss, 1.0, through), *batch(1))
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_loss_that_changes_its_arguments_changes_nobody_elses(through: bool) -> None:
+    def careless(x: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
+        t.mul_(3)
+        return toward(x, t, x_0.clamp_(-0.2, 0.2))
+
+    def careful(x: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
+        return toward(x, t, x_0.clamp(-0.2, 0.2))
+
+    (x, sigma), after = batch(3), batch(3)[1]
+    both = [guided(LossGuidance(loss, 0.3, through), x, sigma) for loss in (careless, careful)]
+    assert torch.equal(*both) and torch.equal(sigma, after)
+
+
+@pytest.mark.parametrize(
+    ("loss", "weight", "line"),
+    [
+        (None, 1.0, r"the loss is a NoneType; give a function \(x, t, x_0\)"),
+        (toward, None, "weight None must be a finite number"),
+        (toward, "1", "weight '1' must be"),
+        (toward, float("nan"), "weight nan must be"),
+    ],
+)
+def test_loss_of_no_function_or_no_weight_is_refused(loss: Any, weight: Any, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        LossGuidance(loss, weight)
+
+
+def by_x(x: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
+    """A term of the score that the loss differentiates itself, by the noisy images."""
+    return torch.autograd.grad(toward(x, t, x_0).sum(), x)[0]
+
+
+def test_loss_that_looks_at_x_without_the_network_is_told_to_look_at_x_0() -> None:
+    x, sigma = batch(1)
+    x.requires_grad_()
+    with pytest.raises(UserError, match="on something else that has a gradient, and not on x_0"):
+        guided(LossGuidance(lambda x, t, x_0: toward(x, t, x), 1.0, through_network=False), x, sigma)
+    with pytest.raises(UserError, match=r"takes a gradient of its own.*x_0 alone has one") as refused:
+        guided(LossGuidance(by_x, 1.0, through_network=False), x.detach(), sigma)
+    assert "\n" not in refused.value.message
+    torch.testing.assert_close(guided(LossGuidance(by_x, 0.0), x, sigma), NET(x, sigma, None))
 
 
 def test_loss_normalisation_of_no_name_is_refused() -> None:

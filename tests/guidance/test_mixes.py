@@ -168,6 +168,8 @@ def test_magnitude_aware_scale_shrinks_with_the_correction() -> None:
         corrections.append((guided(guidance, plain, x, sigma) - plain).flatten(1).norm(dim=1) / share)
     assert (corrections[1] < 0.5 * corrections[0]).all()
     plain_guidance = ClassifierFreeGuidance(network(plain, reference), 5.0)
+    still = MagnitudeAwareGuidance(network(0 * plain, 0 * plain), 5.0, space="x0")  # an untrained network's
+    assert torch.equal(guided(still, 0 * plain, x, sigma), 0 * plain)
     undamped = MagnitudeAwareGuidance(network(plain, reference), 5.0, alpha=0.0)
     torch.testing.assert_close(guided(undamped, plain, x, sigma), guided(plain_guidance, plain, x, sigma))
 
@@ -312,6 +314,13 @@ def test_memory_is_an_argument_and_a_result() -> None:
 def test_mix_without_meaning_is_refused(options: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line):
         GuidanceConfig(**options)
+
+
+def test_zero_init_leaves_a_step_that_predicts() -> None:
+    guidance = CFGZeroStar(NETWORKS.denoiser, 2.0, zero_steps=len(LEVELS) - 2)
+    assert guidance.along(LEVELS).zero_steps == len(LEVELS) - 2
+    with pytest.raises(UserError, match=f"zero_init_steps {len(LEVELS) - 1} of {len(LEVELS) - 1} steps leaves none"):
+        replace(guidance, zero_steps=len(LEVELS) - 1).along(LEVELS)
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "dpmpp-2m"])

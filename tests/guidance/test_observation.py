@@ -14,11 +14,13 @@ from torch.nn import functional as F
 from dgfast import Sampler, SamplingConfig, UserError
 from dgfast.guidance import Mask, ObservationGuidance, guided_denoiser
 from dgfast.guidance.likelihood import solved, squared_norm
+from dgfast.guidance.observation import METHODS
 from dgfast.networks import Networks
 from tests.support.golden_posterior import Observed, Prior
 from tests.support.guidance import Exact, Gaussian, batch, column, mixture, rows
 
 CPU = torch.device("cpu")
+NET = Gaussian(0.1, 0.3)
 
 
 def numbers(*values: Any) -> Tensor:
@@ -148,6 +150,7 @@ def test_safe_gamma_keeps_heun_of_few_steps_where_it_belongs_and_the_published_o
 
 
 ONES = torch.ones(1, 4, 4)
+ARRAY: Any = ONES.numpy()
 
 
 @pytest.mark.parametrize(
@@ -155,12 +158,20 @@ ONES = torch.ones(1, 4, 4)
     [
         (Mask(ONES), torch.zeros(3, 3), r"the observation has the shape \[3, 3\]; of one image \[1, 4, 4\] can be"),
         (pooled, torch.zeros(1, 4, 4), r"of one image \[1, 2, 2\] can be observed"),
-        (Mask(torch.ones(3, 5)), torch.zeros(1, 4, 4), r"the operator takes no images of shape \[1, 4, 4\]: The size"),
+        (lambda x: x @ torch.ones(3, 3), torch.zeros(1, 4, 4), r"the operator takes no images of shape \[1, 4, 4\]: "),
         (lambda x: x[0], torch.zeros(4, 4), r"must make one observation an image, \[2, ...\] of two images"),
         (lambda x: x.square(), torch.zeros(1, 4, 4), "is not linear: a loss can be anything, use LossGuidance"),
         (lambda x: x + 1, torch.zeros(1, 4, 4), "is not linear"),
         (lambda x: 0 * x, torch.zeros(1, 4, 4), "makes 0 of every image"),
+        (torch.fft.fft2, torch.zeros(1, 4, 4), "makes complex numbers: return torch.view_as_real of them"),
+        (lambda x: x.detach(), torch.zeros(1, 4, 4), "no gradient goes back through the operator"),
+        (Mask(torch.ones(3, 5)), torch.zeros(1, 4, 4), r"the mask has the shape \[3, 5\]; give \[1, 4, 4\] or"),
+        (Mask(0.5 * ONES), torch.zeros(1, 4, 4), "must have 1 for what is observed and 0 for what is not"),
+        (Mask(0 * ONES), torch.zeros(1, 4, 4), "and observe something"),
+        (Mask(ARRAY), torch.zeros(1, 4, 4), "the mask is a ndarray; give a tensor"),
         (pooled, torch.full((1, 2, 2), torch.nan), "no finite numbers"),
+        (pooled, torch.full((1, 2, 2), 255, dtype=torch.uint8), "of torch.uint8; give a tensor of floating numbers"),
+        (pooled, ARRAY, "of ndarray; give a tensor of floating numbers"),
     ],
 )
 def test_observation_that_does_not_fit_is_refused_in_one_line(operator: Any, y: Tensor, line: str) -> None:
@@ -169,10 +180,69 @@ def test_observation_that_does_not_fit_is_refused_in_one_line(operator: Any, y: 
     assert "\n" not in refused.value.message
 
 
-@pytest.mark.parametrize("how", [{"method": "ddrm"}, {"method": "tmpd", "through_network": False}, {"iterations": 0}])
-def test_observation_options_that_mean_nothing_are_refused(how: dict[str, Any]) -> None:
-    with pytest.raises(UserError):
-        ObservationGuidance(Mask(ONES), ONES, **how)
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ({"method": "ddrm"}, "is not one of sda"), ({"method": "tmpd", "through_network": False}, "Jacobian"),
+        ({"iterations": 0}, "1 to 50"), ({"iterations": 51, "method": "mmps"}, "1 to 50"),
+        ({"iterations": 2}, "iterations are of mmps and pigdm; sda solves nothing"),
+        ({"method": "dps", "gamma": 1.0}, "gamma is of sda and tmpd; dps has none"), ({"gamma": math.nan}, "gamma nan"),
+        ({"std": -0.1}, "std -0.1 must be a finite number, at least 0"), ({"weight": math.inf}, "weight inf must be"),
+        ({"std": "0.1"}, "std '0.1' must be"), ({"data_std": 0.0}, "data_std 0.0 must be"),
+        ({"std": torch.ones(3)}, r"std has the shape \[3\]; give a number, or one an entry of \[1, 4, 4\]"),
+        ({"std": -ONES}, "std must be finite and at least 0"),
+    ],
+)  # fmt: skip
+def test_observation_options_that_mean_nothing_are_refused(how: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        ObservationGuidance(Mask(ONES), ONES, **how).fitted((1, 4, 4), CPU)
+
+
+def test_observation_of_a_mask_a_sample_guides_each_by_its_own() -> None:
+    """Beside one observation for all; the network's images are of two channels, and masks of both or of each."""
+    g = torch.Generator().manual_seed(0)
+    x, sigma = torch.randn(3, 2, 2, 2, dtype=torch.float64, generator=g), numbers(0.3, 1.0, 5.0)
+    y, net = torch.rand(2, 2, 2, dtype=torch.float64, generator=g), Gaussian(0.1, 0.3)
+
+    def denoised(where: Tensor, rows: slice) -> Tensor:
+        fitted = ObservationGuidance(Mask(where), y).fitted((2, 2, 2), CPU)
+        return guided_denoiser(net, [fitted])(x[rows], sigma[rows], None)[0]
+
+    for shape in ((3, 1, 2, 2), (3, 2, 2, 2)):
+        where = (torch.rand(shape, generator=g) > 0.4).double()
+        where[:, :, 0, 0] = 1
+        together = denoised(where, slice(None))
+        for k in range(3):
+            torch.testing.assert_close(denoised(where[k], slice(k, k + 1)), together[k : k + 1])
+    with pytest.raises(UserError, match="the mask is one a sample, of 3 images; of these 2 it is not"):
+        denoised(where, slice(2))
+
+
+def test_tmpd_takes_no_negative_row_sum_for_a_variance() -> None:
+    """Of two pixels, one of which is what the other one is not, sigma^2 J 1 is below 0 at the smaller one."""
+    prior, ones, y = Prior(numbers(0.0, 0.0), numbers([1.0, -0.7], [-0.7, 0.5])), torch.ones(1, 1, 2), numbers(0.3, 0.3)
+    x, sigma = numbers([0.5, -0.2], [4.0, -3.0]).view(2, 1, 1, 2), numbers(0.5, 20.0)
+    guidance = ObservationGuidance(Mask(ones), y.view(1, 1, 2), 0.05, method="tmpd").fitted((1, 1, 2), CPU)
+    moved = (guided_denoiser(prior, [guidance])(x, sigma, None)[0] - prior(x, sigma, None)).view(2, 2)
+    for k, level in enumerate(sigma):
+        jacobian = prior.jacobian(level)
+        spread = jacobian.sum(1)
+        assert spread[0] > 0 > spread[1]
+        innovation = y - prior(x[k : k + 1], level[None], None).view(2)
+        weighted = innovation / (0.0025 + level**2 * torch.where(spread > 0, spread, 1.0))
+        torch.testing.assert_close(moved[k], level**2 * jacobian @ weighted)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_observation_without_noise_of_some_pixels_is_finite(method: str) -> None:
+    x, sigma = batch(7, size=4)
+    where, y = numbers([1.0, 0.0], [0.0, 1.0]), torch.full((1, 2, 2), 0.4, dtype=torch.float64)
+    guidance = ObservationGuidance(Mask(where), y, 0.0, method=method).fitted((1, 2, 2), CPU)
+    denoised, plain = guided_denoiser(NET, [guidance])(x, sigma, None)[0], NET(x, sigma, None)
+    assert denoised.isfinite().all()
+    off = where.expand_as(x) == 0
+    torch.testing.assert_close(denoised[off], plain[off])  # the pixels are independent
+    assert ((denoised - 0.4).abs() < (plain - 0.4).abs() + 1e-12)[~off].all() or method == "dps"
 
 
 def test_observation_of_one_sample_each_guides_each_by_its_own() -> None:

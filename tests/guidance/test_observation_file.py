@@ -85,6 +85,10 @@ def _torn(path: Path) -> None:
         (lambda path: npz(path, image=PIXELS, mask=MASK * 2.0), "the mask must have 1 for what is known"),
         (lambda path: npz(path, image=PIXELS, mask=MASK & False), "and know something"),
         (lambda path: npz(path, image=np.full((8, 8), np.inf), mask=MASK), "no finite numbers where the mask"),
+        (
+            lambda path: npz(path, image=PIXELS.astype(float), mask=MASK),
+            r"the image reaches 2\d\d; floating numbers.* units.*: give pixels from 0 to 255 as uint8",
+        ),
         (_pickled, "image is of object"), (_huge, "image has the shape"), (_nested, "no npz"), (_torn, "no npz"),
     ],
 )  # fmt: skip
@@ -115,7 +119,7 @@ def test_no_bundle_names_a_file(small_bundle: Bundle, tmp_path: Path) -> None:
     ("options", "line"),
     [
         (["--observe-gamma", "0.2"], "the least that is safe for this operator is 1"),
-        (["--observe-method", "dps", "--observe-gamma", "1"], "observe_gamma is sda's"),
+        (["--observe-method", "dps", "--observe-gamma", "1"], "observe_gamma is of sda and tmpd"),
         (["--observe-iterations", "2"], "observe_iterations is of mmps and pigdm"),
         (["--observe-std", "-1"], "at least 0"),
     ],

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dgfast import GuidanceConfig, Sampler, SamplingConfig, UserError
-from dgfast.guidance import Guidance, Repair, guided_denoiser, guided_posterior
+from dgfast.guidance import ClassifierFreeGuidance, Guidance, Repair, guided_denoiser, guided_posterior
+from dgfast.job import Job
 from dgfast.networks import Networks
 from tests.support.guidance import Exact, Gaussian, batch, column, mixture, rows
 
@@ -132,6 +133,15 @@ def test_guidances_through_the_denoiser_share_one_forward() -> None:
     apart = [guided_denoiser(net, [guidance])(x, sigma, None)[0] for guidance in (Pull(0.9, 1.0), Pull(0.1, 0.5))]
     plain = net(x, sigma, None)
     torch.testing.assert_close(one, sum(apart) - plain + 0.5)
+
+
+def test_two_guidances_of_one_declaration_guide_both_and_are_refused_in_a_file() -> None:
+    """Whose input has one name: the weight of the second would be that of the first too."""
+    one = ClassifierFreeGuidance(NETWORKS.denoiser, 2.0)
+    job = Job(NETWORKS, EULER, [GuidanceConfig(cfg_scale=2.0), one])
+    assert [len(step.predictor) for step in job.steps] == [2] * len(job.steps)
+    with pytest.raises(UserError, match="two guidances have the input cfg_scale: an exported file has it once"):
+        job.exported()
 
 
 def test_backward_passes_are_counted() -> None:
