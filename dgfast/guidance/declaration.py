@@ -258,8 +258,8 @@ def overridden(config: GuidanceConfig, given: Mapping[str, Any]) -> GuidanceConf
     for one in all_options():
         owners = [guidance for guidance in GUIDANCES if one in guidance.options()]
         if one.name in given and one.name not in taken and not any(_said_off(owner, given) for owner in owners):
-            switches, names = " or ".join(owner.switch() for owner in owners), " or ".join(one.name for one in owners)
-            raise UserError(f"{one.name} does nothing without {switches}, which turns {names} on")
+            which = f", which turns {owners[0].name} on" if len(owners) == 1 else ""
+            raise UserError(f"{one.name} does nothing without {' or '.join(owner.switch() for owner in owners)}{which}")
     return changed
 
 
