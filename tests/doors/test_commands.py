@@ -14,7 +14,7 @@ import dgfast
 from dgfast.__main__ import main
 from tests.support.paths import ROOT
 
-_COMMANDS = ["sample", "convert", "train", "evaluate"]
+_COMMANDS = ["sample", "convert", "train", "evaluate", "report"]
 
 
 def test_the_console_script_is_the_module() -> None:

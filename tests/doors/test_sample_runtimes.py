@@ -118,8 +118,8 @@ def test_sample_kernels_without_triton_are_one_line(
 
 
 def test_sample_dg_every_saves_gradients_and_changes_little(tiny: Path, tmp_path: Path) -> None:
-    job = ["--steps", "20", "--dg-window", "0,1.5"]
-    guided = [*job, "--dg-weight", "50", "--dg-weight-2nd", "50"]
+    job = ["--steps", "20"]
+    guided = [*job, "--dg-window", "0,1.5", "--dg-weight", "50", "--dg-weight-2nd", "50"]
     runs = {
         "without": job,
         "every": guided,

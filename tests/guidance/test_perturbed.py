@@ -59,7 +59,8 @@ def perturbed_bundle(song: Any, tmp_path_factory: pytest.TempPathFactory) -> Bun
 
 
 def made(kind: str, net: Any, **options: Any) -> Any:
-    return KINDS[kind].make(Networks(denoiser=net), GuidanceConfig(**{f"{kind}_scale": 2.0, **options}))
+    networks: Any = SimpleNamespace(denoiser=net)  # raw networks too, and what is none
+    return KINDS[kind].make(networks, GuidanceConfig(**{f"{kind}_scale": 2.0, **options}))
 
 
 def changed(guidance: Any) -> list[str]:

@@ -187,7 +187,7 @@ def test_trt_builds_the_guided_step_of_mnist32(tmp_path: Path) -> None:
     built = build(TRT, FLAVOR, path, BATCH)
     kinds = [layer.kind for layer in built.layers]
     convolutions = sum(node.op_type in ("Conv", "ConvTranspose") for node in onnx.load(path).graph.node)
-    assert kinds.count("correlation") > 0.9 * convolutions > 80, "of the networks and of their gradient"
+    assert kinds.count("correlation") > 0.9 * convolutions > 70, "of the networks and of their gradient"
     assert {t for layer in built.layers for t in layer.types} <= {"Float", "Int32", "Int64", "Bool"}
     assert built.batch == (2, 2, 2) and len(built.plan) > path.stat().st_size / 2
 
