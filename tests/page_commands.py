@@ -38,6 +38,7 @@ _BORROWED = r"--bundle (?:cifar10|adm-64|dit)\b"
 # What a command becomes in the short form: the first pattern that it holds decides. {} is the command itself; without
 # the discriminator a graph is half as large.
 SHORT = (
+    (r"^(draw=.*?) --compile(.*)$", r"\1\2"),
     (r"^draw=|benchmarks\.report benchmarks", "{}"),
     (r"^pytest benchmarks/", "{} --collect-only --quiet"),
     (r"^pytest (tests/.*)", r"ls \1"),
