@@ -51,6 +51,7 @@ SHORT = (
     (r"package_only|TORCH=", "ls examples/package_only.cpp"),
     (r"examples/observe\.py", "ls examples/observe.py"),
     (r"examples/(?:forces|guided_diffusers)", "ls examples"),  # tests/export/test_functions.py runs them
+    (r"examples/onnx_only\.py (\S+) .*", r"ls examples/onnx_only.py \1"),  # tests/export/test_export.py runs it
     (r"export/to_onnx\.py .*--(?:batch|what step)|--engine", "{} --help"),
     (r"^dgfast report .*(?:\.json|--trajectory)", "{} --help"),
     (r"dgfast[ .]sample .*--one-step", "{} --seeds 0-15"),

@@ -99,16 +99,17 @@ def _pretend_environment(venv: Path) -> None:
     assert (running / "pyvenv.cfg").is_file(), "run this in a virtual environment"
     (venv / "bin").mkdir(parents=True)
     for entry in (running / "bin").iterdir():
-        if entry.name not in ("activate", "dgfast", "python", "python3"):
+        if entry.name not in ("activate", "dgfast", "pytest", "python", "python3"):
             (venv / "bin" / entry.name).symlink_to(entry)
     for name in ("python", "python3"):
         (venv / "bin" / name).symlink_to(warm_python())
     for name in ("lib", "pyvenv.cfg"):
         (venv / name).symlink_to(running / name)
     (venv / "bin" / "activate").write_text(f'PATH="{venv / "bin"}:$PATH"\n')
-    script = venv / "bin" / "dgfast"
-    script.write_text(f"#!{venv / 'bin' / 'python'}\nfrom dgfast.__main__ import main\n\nmain()\n")
-    script.chmod(0o755)
+    for name, module in (("dgfast", "dgfast.__main__"), ("pytest", "pytest")):
+        script = venv / "bin" / name
+        script.write_text(f"#!{venv / 'bin' / 'python'}\nimport sys\n\nfrom {module} import main\n\nsys.exit(main())\n")
+        script.chmod(0o755)
     for name in (".installed", ".installed-test"):
         (venv / name).touch()
 
