@@ -367,3 +367,16 @@ def test_projection_of_pixels_needs_several_channels() -> None:
 def test_frequency_decoupled_guidance_needs_a_size_to_halve() -> None:
     with pytest.raises(UserError, match="these have 1"):
         Sampler(NETWORKS, SAMPLING, GuidanceConfig(fdg_scale_low=2.0))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("apg_eta", 0.5), ("apg_threshold", 1.0), ("apg_momentum", -0.5), ("apg_space", "eps"), ("apg_over", "pixel"),
+        ("fdg_parallel", 0.5), ("mambo_alpha", 2.0), ("mambo_space", "x0"), ("renorm_space", "x0"),
+        ("rescale_space", "x0"), ("tcfg_space", "x0"), ("zero_star_space", "eps"), ("zero_init_steps", 1),
+    ],
+)  # fmt: skip
+def test_options_of_a_mix_or_repair_that_is_off_are_refused(option: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"{option} needs .*, which turns .* on"):
+        GuidanceConfig(**{option: value})
