@@ -143,9 +143,7 @@ def group_norm_silu_reference(
     if channel_bias is not None:
         x = x + channel_bias[:, :, None, None]
     if torch.is_autocast_enabled(x.device.type):
-        x = (
-            x.float()
-        )  # what autocast does by itself on CUDA; on the CPU its bfloat16 gradient takes three times as long
+        x = x.float()  # as autocast does by itself on CUDA; on a CPU a bfloat16 gradient takes three times as long
     z = F.group_norm(x, num_groups, weight, bias, eps)
     if scale is not None:
         z = z * (scale[:, :, None, None] + 1)
