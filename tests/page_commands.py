@@ -134,7 +134,7 @@ def run(page: str, folder: Path, short: bool, most: float | None = None) -> Iter
         borrowed = _stand_ins(text, shell.copy)
         began = time.perf_counter()
         if text.endswith(" --help"):
-            status, printed = _options_exist(text)
+            status, printed = options_exist(text)
         else:
             status, printed = shell.run(text, most)
         seconds = time.perf_counter() - began
@@ -160,7 +160,7 @@ def _as_run(text: str, short: bool) -> str:
     return text
 
 
-def _options_exist(text: str) -> tuple[int | None, str]:
+def options_exist(text: str) -> tuple[int | None, str]:
     """Exit status and output of a command that ends with --help, without the seconds that a process takes to start."""
     program, *words = shlex.split(text)
     if program == "dgfast":

@@ -10,7 +10,7 @@ of the functions that call it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, make_dataclass, replace
 from functools import cache
 from types import SimpleNamespace
@@ -35,8 +35,8 @@ class Guidance(ABC):
     """One correction of the denoised image, and its declaration.
 
     Attributes:
-        Options: a frozen dataclass of `option`s, first the one that turns it on; while it is off, the others are
-            refused, see `require_on`. Without `Options` it is no part of command lines and files.
+        Options: a frozen dataclass of `option`s, first the one that turns it on; while it is off, a command line takes
+            none of the others, see `overridden`. Without `Options` it is no part of command lines and files.
         name: in errors and in docs/guidance.md, beside `cost`, of a call, and `use`. formula: in `--help`.
         roles: the networks that it needs, first the one that it is named after.
         evaluations, gradients, backwards: forwards of a denoiser, forwards with input gradient of another network, and
@@ -125,9 +125,9 @@ class Guidance(ABC):
         return {one.attribute: one for one in of_point if one.attribute and (second or not one.second)}
 
     @classmethod
-    def switches(cls) -> list[str]:
-        """The options that turn it on: the first one, and what else is a weight at the solver's first point."""
-        return [one.name for one in (*cls.options()[:1], *cls.weights().values())]
+    def switch(cls) -> str:
+        """The option that turns it on."""
+        return cls.options()[0].name
 
     @classmethod
     def on(cls, config: GuidanceConfig, second: bool = False) -> bool:
@@ -241,27 +241,21 @@ def overridden(config: GuidanceConfig, given: Mapping[str, Any]) -> GuidanceConf
     What the bundle has for a guidance that the command line turns off goes with it.
 
     Raises:
-        UserError: options that contradict one another, or one of a guidance that is off.
+        UserError: options that contradict one another, or one of a guidance that is off, unless what turns it on was
+            given as off: whoever says weight 0 knows that the rest does nothing.
     """
     merged: Any = SimpleNamespace(**{one.name: given.get(one.name, getattr(config, one.name)) for one in all_options()})
     acting, acted = {*guiding(merged)}, {*guiding(config)}
     taken = {one.name for guidance in acting for one in guidance.options()}
     gone = {one.name: one.default for guidance in acted - acting for one in guidance.options()}
     changed = replace(config, **{name: value for name, value in gone.items() if name not in taken} | dict(given))
-    require_on(changed, given)
-    return changed
-
-
-def require_on(config: GuidanceConfig, names: Collection[str]) -> None:
-    """Raises UserError for one of these options if its guidance is off; a weight may say so itself."""
-    acting = {*guiding(config)}
-    for one in (one for one in all_options() if one.name in names):
-        owners = [kind for kind in GUIDANCES if one in kind.options() and {*kind.switches()} - {one.name}]
-        says_off = one.attribute and getattr(config, one.name) == one.off
-        if owners and not says_off and acting.isdisjoint(owners):
-            switches = [next(name for name in owner.switches() if name != one.name) for owner in owners]
+    for one in (one for one in all_options() if one.name in given and one.name not in taken):
+        owners = [kind for kind in GUIDANCES if one in kind.options()]
+        switches = [owner.switch() for owner in owners]
+        if not ({*switches} & {*given} or (one.attribute and given[one.name] == one.default)):
             which = f", which turns {owners[0].name} on" if len(owners) == 1 else ""
             raise UserError(f"{one.name} does nothing without {' or '.join(switches)}{which}")
+    return changed
 
 
 def all_options() -> Iterator[Option]:

@@ -54,3 +54,12 @@ def test_links_lead_somewhere(page: str) -> None:
         assert target.exists(), file
         titles = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE) if anchor else []
         assert not anchor or anchor in {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_options_that_stand_in_a_row_of_a_table_exist() -> None:
+    """A row's own options come after those of the command above its table, which the page's commands hold."""
+    rows = re.findall(r"^\| `(--[^`]*)` \|", (ROOT / "docs/quality.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) > 10
+    for options in rows:
+        status, printed = page_commands.options_exist(f"dgfast sample {options} --help")
+        assert status == 0, printed

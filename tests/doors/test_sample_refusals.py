@@ -28,7 +28,7 @@ from tests.support.sample import draw
         (["--dg-schedule", "0.5:1,0.1:2"], "by rising tau"),
         (["--dg-window", "1,0.5"], "two numbers, the first below the second"),
         (["--dg-window", "1"], "expected two numbers"),
-        (["--boosting"], "boosting needs dg_weight"),
+        (["--boosting"], "boosting does nothing without dg_weight"),
         (["--dg-every", "0"], "dg_every 0 must be a whole number, at least 1"),
         (["--dg-every", "1.5"], "'1.5' is not a valid integer"),
         (["--dg-reuse", "cubic"], "'cubic' is not one of 'hold', 'linear'"),
