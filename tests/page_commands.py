@@ -60,7 +60,7 @@ SHORT = (
     (r"^\$draw", "{} --seeds 0-15 --steps 2"),
     (r"dgfast[ .]sample .*--out fakes", "{} --seeds 0-15 --steps 2"),
     (r"dgfast[ .]sample", "{} --seeds 0-1 --steps 2"),
-    (r"dgfast[ .]train", "{} --images 32 --batch 8 --holdout 8 --data few.npz"),
+    (r"dgfast[ .]train", "{} --images 8 --batch 8 --holdout 8 --data few.npz"),
     (r"to_onnx.* --what step", "{} --dg-weight 0"),
     (r"kernels\.resources", "python -c 'import dgfast.kernels.resources'"),
 )

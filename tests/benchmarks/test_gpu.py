@@ -339,14 +339,14 @@ def test_gpu_part_ends_when_nobody_is_left_to_give_it_the_turn(tmp_path: Path, m
 
 def test_gpu_dry_run_as_a_user_starts_it(tmp_path: Path) -> None:
     """By its path, from another folder; two parts, each in a process of its own."""
-    parts = ["--part", "environment", "--part", "two streams against one"]
+    parts = ["--part", "environment", "--part", "noise of CUDA"]
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--device", "cpu", "--small", *parts, "--out", "found"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     records = json.loads((tmp_path / "found/results.json").read_text())["parts"]
     assert {record["status"] for record in records.values()} == {"ok"} and list(records) == parts[1::2]
     table = (tmp_path / "found/table.md").read_text()
-    assert "## two streams against one (never ran on a GPU before)" in table and "| torch | " in table
+    assert "## noise of CUDA (never ran on a GPU before)" in table and "| torch | " in table
 
 
 def test_gpu_refuses_a_device_that_is_none_before_anything_starts(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ def draws(networks: dgfast.Networks) -> dict[str, torch.Tensor]:
         "classifier": dgfast.GuidanceConfig(classifier_scale=1.0),
         "classifier-free": dgfast.GuidanceConfig(cfg_scale=2.0),
     }
-    fast = dgfast.SamplingConfig(solver="dpmpp-2m")  # one network call a step; the default solver must do once
-    steps = {"plain": fast, "discriminator": fast, "classifier": fast, "classifier-free": dgfast.SamplingConfig()}
+    fast = dgfast.SamplingConfig(12, "dpmpp-2m")  # a network call a step; the default must do once too
+    steps = dict.fromkeys(configs, fast) | {"plain": dgfast.SamplingConfig()}
     return {name: dgfast.Sampler(networks, steps[name], config)(_SEEDS, _LABELS) for name, config in configs.items()}
 
 

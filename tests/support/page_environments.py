@@ -81,6 +81,8 @@ class Shell:
         (folder / "startup" / "sitecustomize.py").write_text(_STARTUP)
         _pretend_environment(self.copy / ".venv")
         variables["OMP_NUM_THREADS"] = "1"  # other tests run beside this
+        if "DGFAST_CACHE_DIR" in os.environ:  # which have compiled the same libraries
+            variables["DGFAST_CACHE_DIR"] = os.environ["DGFAST_CACHE_DIR"]
         return variables | {"PYTHONPATH": f"{folder / 'startup'}{os.pathsep}{self.copy}"}
 
     def _install(self, command: str) -> tuple[int, str]:
