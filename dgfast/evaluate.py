@@ -49,9 +49,7 @@ class SeedRanges(click.ParamType):  # type: ignore[type-arg]  # generic only in 
 
 @click.command(cls=Command, help=__doc__)
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
-@option(
-    "--bundle", group=Group.INPUT, default="mnist32", show_default=True, help="Whose features and discriminator judge."
-)
+@option("--bundle", group=Group.INPUT, default="mnist32", help="Whose features and discriminator judge.")
 @option(
     "--features", group=Group.INPUT, type=click.Path(path_type=Path), metavar="FILE",
     help="A TorchScript file whose features judge in the place of the bundle's; it is run.",
@@ -84,7 +82,7 @@ class SeedRanges(click.ParamType):  # type: ignore[type-arg]  # generic only in 
     help="95 % intervals of so many resamples; 0: none.  [default: 200 if a feature has 256 numbers or fewer]",
 )  # fmt: skip
 @option(
-    "--subset", group=Group.OUTPUT, type=click.IntRange(7), default=10_000, show_default=True, metavar="N",
+    "--subset", group=Group.OUTPUT, type=click.IntRange(7), default=10_000, metavar="N",
     help="Images of each side that kernel, precision, recall, density and coverage look at, at most.",
 )  # fmt: skip
 @option("--json", "report", group=Group.OUTPUT, type=click.Path(path_type=Path), help="Write the numbers there too.")
