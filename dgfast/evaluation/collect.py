@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dgfast.errors import UserError
 from dgfast.evaluation.features import Extractor
 from dgfast.evaluation.images import Images
 from dgfast.evaluation.log_ratio import LogRatio
@@ -76,10 +77,15 @@ class _Gathering:
         if not len(mine):
             return
         chosen, places = features[torch.from_numpy(mine).to(features.device)], places[mine]
-        self.sums.add(chosen)
         self.labels[places] = labels[mine]
+        if self.sums.width not in (None, chosen.shape[1]):
+            raise UserError(
+                f"features of one image have {chosen.shape[1]} numbers, and those of others {self.sums.width}: the "
+                "network of --features does not give equally many of every image"
+            )
         if not len(self.features):
             self.features = torch.empty(int(self.slots.max()) + 1, chosen.shape[1])
+        self.sums.add(chosen)
         slots = self.slots[places]
         kept = np.flatnonzero(slots >= 0)
         self.features[torch.from_numpy(slots[kept])] = chosen.cpu()[torch.from_numpy(kept)]

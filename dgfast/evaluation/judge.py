@@ -1,5 +1,6 @@
 """Rows of a table: what the metrics say of each set of images, how sure that is, and how far apart sets are."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -111,6 +112,12 @@ class Judge:
             values |= {name: value for name, value in of_sample.items() if name in self.metrics}
         if drawn.log_ratios is not None:
             values["log_ratio"], terms["log_ratio"] = float(drawn.log_ratios.mean()), drawn.log_ratios.numpy()
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} is not a finite number: features of {self.extractor.name} are too large for it; give "
+                    f"--metrics without {name}"
+                )
         resampled = {name: self._means(values) for name, values in terms.items() if name in self.metrics}
         if "frechet" in self.metrics:
             resampled["frechet"] = self._resampled_frechet(drawn)

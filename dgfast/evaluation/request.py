@@ -59,7 +59,7 @@ class Prepared:
     """Everything that fits together, before the first image is judged.
 
     Attributes:
-        sets: the folders' images. width: how many numbers a feature has.
+        sets: the folders' images. width: how many numbers a feature has. moments: the reference, where it is no images.
     """
 
     request: Request
@@ -69,6 +69,7 @@ class Prepared:
     metrics: Sequence[str]
     log_ratio: LogRatio | None
     width: int = 0
+    moments: Reference | None = None
 
     @property
     def yardstick(self) -> Sequence[Images]:
@@ -136,7 +137,7 @@ class Prepared:
         """With the reference's features computed. resampled: told of each of `resamples`.
 
         Raises:
-            UserError: moments of other features.
+            UserError: see `reference.of_images`.
         """
         whom = self._reference(done)
         return Judge(self.extractor, whom, self.metrics, self.request.subset, self.bootstrap, self.log_ratio, resampled)
@@ -144,8 +145,8 @@ class Prepared:
     def _reference(self, done: Done) -> Reference:
         if self.real.images is not None:
             return reference.of_images(self.real.images, self.real.name, self.extractor, self.request.subset, done)
-        assert self.request.reference is not None
-        return reference.of_moments(self.request.reference, self.extractor, self.width)
+        assert self.moments is not None
+        return self.moments
 
 
 def prepare(request: Request) -> Prepared:
@@ -178,7 +179,10 @@ def prepare(request: Request) -> Prepared:
         _, labels = next(images.parts())
         if log_ratio is not None:
             log_ratio.require_labels(images.name, torch.from_numpy(labels))
-    return replace(prepared, width=extractor.width(shape))
+    width = extractor.width(shape)
+    if real.images is not None or request.reference is None:
+        return replace(prepared, width=width)
+    return replace(prepared, width=width, moments=reference.of_moments(request.reference, extractor, width))
 
 
 def _shape(prepared: Prepared) -> tuple[tuple[int, int, int], str]:

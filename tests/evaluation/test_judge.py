@@ -10,7 +10,7 @@ import scipy.linalg
 from click.testing import CliRunner, Result
 
 from dgfast.evaluate import main
-from tests.evaluation.conftest import Folder, features_of, noise
+from tests.evaluation.conftest import Folder, Plain, features_of, noise, saved, seeded
 
 
 def _run(*arguments: object) -> Result:
@@ -152,6 +152,20 @@ def test_moments_are_those_of_all_images_where_only_some_features_are_kept(
     few, _ = _judged(tmp_path, path, *options, "--bootstrap", 0, "--subset", 7)
     every, _ = _judged(tmp_path, path, *options, "--bootstrap", 40)
     assert few["rows"][0]["metrics"]["frechet"]["value"] == every["rows"][0]["metrics"]["frechet"]["value"]
+
+
+def test_a_wrong_reference_is_all_that_is_said(tmp_path: Path, folder: Folder, detector: Path) -> None:
+    """Before the notes, and before any image is judged."""
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(2), sigma=np.eye(2))
+    result = _run(folder("drawn", noise(9)), "--features", detector, "--reference", tmp_path / "ref.npz")
+    assert result.exit_code == 2 and result.output.count("\n") == 1 and "those of 2; exactly one" in result.output
+
+
+def test_a_metric_that_overflows_is_one_line(tmp_path: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dgfast.evaluation.judge.kernel_distance", lambda *_: float("nan"))
+    options = ("--features", saved(seeded(Plain), tmp_path / "net.pt"), "--features-range", "0,1")
+    result = _run(folder("drawn", noise(9)), *options, "--reference", folder("real", noise(9, seed=1)))
+    assert result.exit_code == 2 and "kernel is not a finite number: features of net.pt" in result.output
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------
