@@ -16,6 +16,7 @@ from dgfast.job_options import GuidedCommand
 from dgfast.option_types import IntegerRanges
 from dgfast.options import Group, command_line, option
 from dgfast.settings import settings_of
+from dgfast.stopping import interruptible
 
 if TYPE_CHECKING:  # torch takes longer to import than --help may take
     from dgfast.reporting.trajectory import Trajectory
@@ -48,6 +49,11 @@ if TYPE_CHECKING:  # torch takes longer to import than --help may take
 )
 def main(inputs: tuple[Path, ...], bundle: str | None, out: Path, **options: Any) -> None:
     given = {name: value for name, value in options.items() if value is not None}
+    with interruptible("stopped before the page was whole; the same command makes it anew"):
+        _main(inputs, bundle, out, given)
+
+
+def _main(inputs: tuple[Path, ...], bundle: str | None, out: Path, given: dict[str, Any]) -> None:
     _require_something(inputs, bundle, given)
     from dgfast.extras import require
 

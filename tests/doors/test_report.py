@@ -159,6 +159,15 @@ def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
     assert code == 4 and "can't be written" in output and output.count("\n") == 1
 
 
+def test_report_that_is_stopped_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dgfast.reporting.page.write", stopped)
+    code, output = _run(noise_errors(tmp_path / "results.json"), "--out", tmp_path / "page")
+    assert code == 130 and output == "stopped before the page was whole; the same command makes it anew\n"
+
+
 def test_options_of_a_trajectory_want_one() -> None:
     assert "--seeds, --dg-weight goes with --trajectory BUNDLE" in _refused("--dg-weight", "1", "--seeds", "1")
     assert "nothing to report" in _refused()
