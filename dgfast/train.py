@@ -38,8 +38,12 @@ def _shared(images: int, batch: int, lr: float, weight_decay: float, ema: float)
             "--start", type=PATH, help="Bundle whose network of this role is trained on; default: random weights."
         ),
         _training("--net", "net_json", default="{}", help="Constructor keywords to change, as JSON."),
+        _training(
+            "--dtype", type=click.Choice(["float32", "bf16"]), default="float32",
+            help="bf16: what convolutions and matrix products read.",
+        ),
         option("--device", group=Group.RUNTIME, help="cpu or cuda; default: what is there."),
-    ]
+    ]  # fmt: skip
 
     def decorate(command: Callback) -> Callback:
         for shared in reversed(options):

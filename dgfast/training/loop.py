@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dgfast.devices import DTYPES
 from dgfast.errors import UserError
 from dgfast.training.averaging import averaged
 from dgfast.training.early_stopping import Best, EarlyStopping
@@ -31,6 +32,8 @@ class Schedule:
         ema: decay of the averaged weights, which are the ones that are kept.
         ema_rel: relative width of EDM2's power-function average, which takes the place of `ema`; None: `ema` it is.
         seed: step k draws its batch and its noise from seed and k alone, so an interrupted run goes on exactly.
+        dtype: of `devices.DTYPES`; bf16 rounds what convolutions and matrix products read. Weights, their average,
+            normalisations and Adam stay in float32 (torch's autocast).
     """
 
     images: int
@@ -41,6 +44,7 @@ class Schedule:
     ema: float = 0.999
     ema_rel: float | None = None
     seed: int = 0
+    dtype: str = "float32"
 
     @property
     def steps(self) -> int:
@@ -129,7 +133,7 @@ def fit_together(
             if best.settled:
                 break
             torch.manual_seed(schedule.seed * 1_000_003 + step)
-            recent.append(torch.stack([_turn(player, nets, optimiser, schedule.batch, step) for player in players]))
+            recent.append(torch.stack([_turn(player, nets, optimiser, schedule, step) for player in players]))
             scheduler.step()
             average.update_parameters(nets)
             bar.update()
@@ -152,17 +156,21 @@ def fit_together(
     return list(average.module.eval().requires_grad_(False).children())
 
 
-def _turn(player: Player, nets: nn.ModuleList, optimiser: torch.optim.Optimizer, batch: int, step: int) -> Tensor:
+def _turn(
+    player: Player, nets: nn.ModuleList, optimiser: torch.optim.Optimizer, schedule: Schedule, step: int
+) -> Tensor:
     """One player's step; its loss without the penalty, 0 if it stands still."""
+    device = next(nets.parameters()).device
     if step < player.start:
-        return torch.zeros((), device=next(nets.parameters()).device)
+        return torch.zeros((), device=device)
     nets.requires_grad_(False)
     player.net.requires_grad_(True)
     optimiser.zero_grad(set_to_none=True)
-    value = player.loss(player.net, batch)
-    whole = value
-    if player.penalty is not None and step % player.penalty_every == 0:
-        whole = value + player.penalty(player.net, batch)
+    with torch.autocast(device.type, DTYPES[schedule.dtype], enabled=schedule.dtype != "float32"):
+        value = player.loss(player.net, schedule.batch)
+        whole = value
+        if player.penalty is not None and step % player.penalty_every == 0:
+            whole = value + player.penalty(player.net, schedule.batch)
     whole.backward()
     optimiser.step()
     return value.detach()
@@ -198,9 +206,11 @@ def _restore(path: Path, parts: dict[str, Any], settings: dict[str, Any], device
     """
     if not path.exists():
         return 0
+    older = {field.name: field.default for field in fields(Schedule)}  # what a state says nothing of, being older
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        changed = [name for name, value in settings.items() if state["schedule"].get(name) != value]
+        before = older | state["schedule"]
+        changed = [name for name, value in settings.items() if before.get(name) != value]
         if changed:
             raise UserError(f"{path} belongs to a run with another {', '.join(changed)}; remove it to start anew")
         for name, part in parts.items():

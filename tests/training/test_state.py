@@ -1,5 +1,6 @@
 """A training that is cut off at the worst moment, while its state is written, and one whose state is no state."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dgfast import ops
 from dgfast.errors import UserError
 from dgfast.training.loop import Schedule, fit
 
@@ -74,3 +76,37 @@ def test_training_state_of_another_network_is_one_line(tmp_path: Path) -> None:
     fit(fresh(), line, SCHEDULE, tmp_path, CPU)
     with pytest.raises(UserError, match=r"state\.pt.*remove it to start anew"):
         fit(nn.Linear(1, 1, bias=False), line, SCHEDULE, tmp_path, CPU)
+
+
+def test_bf16_rounds_products_and_nothing_else(tmp_path: Path) -> None:
+    products: list[torch.dtype] = []
+
+    def loss(net: nn.Module, batch: int) -> Tensor:
+        x = torch.randn(batch, 1)
+        y = net(x)
+        products.append(y.dtype)
+        return ((y - 3 * x - 1) ** 2).mean()
+
+    exact = weights(fit(fresh(), line, SCHEDULE, tmp_path / "float32", CPU))
+    rounded = fit(fresh(), loss, replace(SCHEDULE, dtype="bf16"), tmp_path / "bf16", CPU)
+    assert set(products) == {torch.bfloat16}
+    assert {parameter.dtype for parameter in rounded.parameters()} == {torch.float32}
+    assert weights(rounded) == pytest.approx(exact, abs=0.02)
+    with pytest.raises(UserError, match="another dtype"):
+        fit(fresh(), line, SCHEDULE, tmp_path / "bf16", CPU)
+
+
+def test_state_from_before_there_was_a_dtype_goes_on(tmp_path: Path) -> None:
+    whole = weights(fit(fresh(), line, SCHEDULE, tmp_path, CPU))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    del state["schedule"]["dtype"]
+    torch.save(state, tmp_path / "state.pt")
+    assert weights(fit(fresh(), line, SCHEDULE, tmp_path, CPU)) == whole
+
+
+def test_normalisation_is_float32_under_autocast() -> None:
+    x = 30 + torch.randn(2, 8, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.group_norm_silu(x, 2, torch.ones(8), torch.zeros(8), 1e-5)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, ops.group_norm_silu(x, 2, torch.ones(8), torch.zeros(8), 1e-5))
