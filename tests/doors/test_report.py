@@ -124,7 +124,7 @@ def test_a_shard_of_something_else_is_one_line(arrays: dict[str, np.ndarray], li
     run = run_folder(tmp_path / "run", guidance=GuidanceConfig())
     with np.load(run / "images-00000.npz") as stored:
         whole = dict(stored)
-    np.savez(run / "images-00000.npz", **{**whole, **arrays})  # type: ignore[arg-type]
+    np.savez(run / "images-00000.npz", **{**whole, **arrays})
     assert line in _refused(run, "--out", tmp_path / "page")
 
 
