@@ -33,14 +33,30 @@ def read_files(folder: Path, paths: Sequence[str]) -> tuple[np.ndarray, np.ndarr
             else:
                 with Image.open(folder / name) as picture:
                     pixels = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)  # no indices
-                    labels.append(np.array([int(picture.info.get(LABEL, -1))]))
+                    labels.append(np.array([int(picture.info.get(LABEL, -1))], dtype=np.int64))
+                    if pixels.dtype != np.uint8:
+                        raise ValueError(f"its pixels are {picture.mode}; save them with 8 bits a channel")
                 images.append((pixels[..., None] if pixels.ndim == 2 else pixels)[None])
-        except (KeyError, OSError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        except (
+            KeyError,
+            OSError,
+            OverflowError,
+            ValueError,
+            zipfile.BadZipFile,
+            Image.DecompressionBombError,
+        ) as error:
             raise UserError(f"{folder / name}: not a file of images ({error})") from error
+    for name, part in zip(paths, images, strict=True):
+        if part.shape[1:] != images[0].shape[1:]:
+            first, other = (" x ".join(map(str, array.shape[1:])) for array in (images[0], part))
+            raise UserError(
+                f"{folder}: images of different sizes or channels: height, width and channels of {paths[0]} are "
+                f"{first}, those of {name} {other}"
+            )
     try:
         return np.concatenate(images), np.concatenate(labels)
     except ValueError as error:
-        raise UserError(f"{folder}: images of different sizes or channels ({error})") from error
+        raise UserError(f"{folder}: images or labels of different kinds ({error})") from error
 
 
 def image_files(folder: Path) -> list[str]:

@@ -168,7 +168,7 @@ def strict(value: Any) -> Any:
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text())
-    except (ValueError, RecursionError, FileNotFoundError):
+    except (ValueError, RecursionError, FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return None
     return content if isinstance(content, dict) else None
 

@@ -6,18 +6,17 @@ network, with its pictures as PNG beside it: images on equal seeds, trajectories
 times. What nobody measured is not on it, and it says so.
 """
 
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dgfast.config import GuidanceConfig, SamplingConfig
 from dgfast.errors import UserError
-from dgfast.guidance.declaration import overridden
 from dgfast.job_options import GuidedCommand
 from dgfast.option_types import IntegerRanges
 from dgfast.options import Group, command_line, option
+from dgfast.settings import settings_of
+from dgfast.stopping import interruptible
 
 if TYPE_CHECKING:  # torch takes longer to import than --help may take
     from dgfast.reporting.trajectory import Trajectory
@@ -46,11 +45,15 @@ if TYPE_CHECKING:  # torch takes longer to import than --help may take
     group=Group.OUTPUT,
     type=click.Path(path_type=Path),
     default="report",
-    show_default=True,
     help="A new folder, or that of an earlier page, whose place this one takes.",
 )
 def main(inputs: tuple[Path, ...], bundle: str | None, out: Path, **options: Any) -> None:
     given = {name: value for name, value in options.items() if value is not None}
+    with interruptible("stopped before the page was whole; the same command makes it anew"):
+        _main(inputs, bundle, out, given)
+
+
+def _main(inputs: tuple[Path, ...], bundle: str | None, out: Path, given: dict[str, Any]) -> None:
     _require_something(inputs, bundle, given)
     from dgfast.extras import require
 
@@ -84,11 +87,9 @@ def _drawn(bundle: str, given: dict[str, Any]) -> "Trajectory":
     from dgfast.reporting.trajectory import record
 
     read = bundles.read(bundle)
-    sampling = replace(read.sampling, **{name: given[name] for name in asdict(SamplingConfig()) if name in given})
-    if sampling.respacing is not None and "num_steps" in given:
-        sampling = replace(sampling, respacing=str(given["num_steps"]))
-    guidance = overridden(read.guidance, {name: given[name] for name in asdict(GuidanceConfig()) if name in given})
-    return record(read, sampling, guidance, given.get("seeds", Ranges([(0, 3)])), given.get("labels"))
+    settings = settings_of(read, given)
+    assert settings is not None, "no option here asks for a generator"
+    return record(read, *settings, given.get("seeds", Ranges([(0, 3)])), given.get("labels"))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def settings_of(bundle: "Bundle", given: Mapping[str, Any]) -> Settings | None:
         UserError: options that nothing takes, or that contradict one another; no such preset.
     """
     of_sampling, of_guidance = _chosen(given, SamplingConfig), _chosen(given, GuidanceConfig)
-    if given["one_step"]:
+    if given.get("one_step"):
         _require_none({*of_sampling, *of_guidance, "preset"} & {*given})
         return None
     sampling, guidance = _preset(bundle, given["preset"]) if "preset" in given else (bundle.sampling, bundle.guidance)

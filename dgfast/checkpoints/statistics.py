@@ -18,6 +18,12 @@ from dgfast.errors import UserError, one_line
 MOST_WIDTH = 16_384
 """Numbers of a feature; a covariance of more takes 2 GB and longer than anybody waits."""
 
+_ROWS = 256  # at once, so that no second matrix lies in memory
+_ROUNDING = 1e-3
+"""Of a covariance in float16, relative to its largest variance."""
+_LARGEST = 1e100
+"""Squares of it are far from float64's end."""
+
 Statistics = dict[str, tuple[np.ndarray, np.ndarray]]
 """Mean [D] and covariance [D, D], float64, by the name of their metric."""
 
@@ -49,7 +55,7 @@ def read_pickle(path: Path) -> Statistics:
 def check(
     path: Path, mean: np.ndarray | None, covariance: np.ndarray | None, name: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Both arrays as float64, if they are a mean and a covariance."""
+    """Both arrays as float64, if they can be a mean and a covariance."""
     what = f"{path}: {name + ': ' if name else ''}mu [D] and sigma [D, D] must be finite numbers"
     if mean is None or covariance is None:
         raise UserError(f"{what}; they are no arrays")
@@ -58,7 +64,27 @@ def check(
         raise UserError(f"{what}, D at most {MOST_WIDTH:,}; found {list(mean.shape)} and {list(covariance.shape)}")
     if not all(np.issubdtype(array.dtype, np.floating) and np.isfinite(array).all() for array in (mean, covariance)):
         raise UserError(f"{what}; found {mean.dtype}, {covariance.dtype}, or others than finite ones")
-    return mean.astype(np.float64), covariance.astype(np.float64)
+    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    if reason := _no_covariance(covariance):
+        raise UserError(f"{path}: {name + ': ' if name else ''}sigma is no covariance: {reason}")
+    if np.abs(mean).max() > _LARGEST or np.abs(covariance).max() > _LARGEST:
+        raise UserError(f"{path}: {name + ': ' if name else ''}mu or sigma has numbers beyond {_LARGEST:g}")
+    return mean, covariance
+
+
+def _no_covariance(values: np.ndarray) -> str:
+    """Why a matrix [D, D] can't be one, as far as its numbers one by one tell; nothing where it can."""
+    variances = values.diagonal()
+    if not (variances >= 0).all() or not variances.any():
+        return "its diagonal has negative numbers, or zeros alone"
+    rounding, deviations = _ROUNDING * variances.max(), np.sqrt(variances)
+    for start in range(0, len(values), _ROWS):
+        rows, columns = values[start : start + _ROWS], values[:, start : start + _ROWS]
+        if np.abs(rows - columns.T).max() > rounding:
+            return "it is not symmetric"
+        if (np.abs(rows) > np.outer(deviations[start : start + _ROWS], deviations) + rounding).any():
+            return "a number in it is larger than the variances beside it allow"
+    return ""
 
 
 # What the globals of such a pickle stand for --------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dgfast.errors import UserError
 from dgfast.evaluation.features import Extractor
 from dgfast.evaluation.images import Images
 from dgfast.evaluation.log_ratio import LogRatio
@@ -47,13 +48,14 @@ class Collected:
     Attributes:
         count: of images. moments: of all features.
         features: float32 [n, D] of all images by their places, or of `subset` alone. sample: of `subset`.
-        log_ratios: float64 [count]; None where nobody asked.
+        labels: int64 [count] by their places, -1 for none. log_ratios: float64 [count]; None where nobody asked.
     """
 
     count: int
     moments: Moments
     features: Tensor
     sample: Tensor
+    labels: np.ndarray
     log_ratios: Tensor | None
 
 
@@ -66,17 +68,24 @@ class _Gathering:
             self.slots = np.full(self.count, -1)
             self.slots[self.subset] = np.arange(len(self.subset))
         self.everything, self.sums, self.features = everything, Sums(), torch.zeros(0)
+        self.labels = np.full(self.count, -1)
         self.log_ratios = torch.zeros(self.count, dtype=torch.float64) if log_ratio else None
 
-    def add(self, features: Tensor, ratios: Tensor | None, start: int) -> None:
+    def add(self, features: Tensor, labels: np.ndarray, ratios: Tensor | None, start: int) -> None:
         places = self.places[start : start + len(features)]
         mine = np.flatnonzero(places >= 0)
         if not len(mine):
             return
         chosen, places = features[torch.from_numpy(mine).to(features.device)], places[mine]
-        self.sums.add(chosen)
+        self.labels[places] = labels[mine]
+        if self.sums.width not in (None, chosen.shape[1]):
+            raise UserError(
+                f"features of one image have {chosen.shape[1]} numbers, and those of others {self.sums.width}: the "
+                "network of --features does not give equally many of every image"
+            )
         if not len(self.features):
             self.features = torch.empty(int(self.slots.max()) + 1, chosen.shape[1])
+        self.sums.add(chosen)
         slots = self.slots[places]
         kept = np.flatnonzero(slots >= 0)
         self.features[torch.from_numpy(slots[kept])] = chosen.cpu()[torch.from_numpy(kept)]
@@ -87,7 +96,7 @@ class _Gathering:
         moments = self.sums.moments()
         moments = Moments(moments.mean.cpu(), moments.covariance.cpu())
         sample = self.features[torch.from_numpy(self.subset)] if self.everything else self.features
-        return Collected(self.count, moments, self.features, sample, self.log_ratios)
+        return Collected(self.count, moments, self.features, sample, self.labels, self.log_ratios)
 
 
 def collect(
@@ -112,7 +121,7 @@ def collect(
             log_ratio.require_labels(images.name, labels)
             ratios = log_ratio(batch, labels, start)
         for gathering in gatherings:
-            gathering.add(features, ratios, start)
+            gathering.add(features, classes, ratios, start)
         start += len(batch)
         done(len(batch))
     return [gathering.result() for gathering in gatherings]

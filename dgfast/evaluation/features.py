@@ -3,6 +3,7 @@
 TorchScript is a program: torch runs its operators, and no Python. It is run only where somebody names the file.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ class Extractor:
         with torch.no_grad():
             features = self.call(pixels)
         if not features.isfinite().all():
-            raise UserError(f"features of {self.name}: not all of them are finite numbers")
+            raise UserError(
+                f"features of {self.name}: not all of them are finite numbers; see --features-range for what it reads"
+            )
         return features
 
     def width(self, shape: tuple[int, int, int]) -> int:
@@ -90,6 +93,8 @@ def of_file(path: Path, values: str | None, size: int | None, device: torch.devi
         UserError: no TorchScript, or one whose values nobody has said.
     """
     net = _script(path, device)
+    if not hasattr(net, "forward"):
+        raise UserError(f"--features {path}: it has no forward; script a module that has one")
     names = [argument.name for argument in net.forward.schema.arguments]
     asked = {_ASKED: True} if _ASKED in names else {}
     if values is None and not asked:
@@ -103,16 +108,33 @@ def of_file(path: Path, values: str | None, size: int | None, device: torch.devi
             pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
         try:
             features = net(_in_range(pixels, values or RANGES[0]), **asked)
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:  # the second one: of what the script itself raises
             reason = one_line(_last_line(error), most=160)
             shape = " x ".join(map(str, pixels.shape[1:]))
             raise UserError(f"--features {path}: it fails on images {shape} ({reason}); see --features-size") from error
-        if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != len(pixels):
-            kind = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise UserError(f"--features {path}: it gives {kind} for {len(pixels)} images, not features [N, D]")
+        if not isinstance(features, Tensor):
+            raise UserError(
+                f"--features {path}: it gives {type(features).__name__} for {len(pixels)} images, not features [N, D]"
+            )
+        if not _are_features(features, len(pixels)):
+            raise UserError(
+                f"--features {path}: it gives {str(features.dtype).removeprefix('torch.')} {list(features.shape)} for "
+                f"{len(pixels)} images, not features [N, D]"
+            )
         return features.flatten(1).float()
 
     return Extractor(f"{path.name} (sha256 {sha256(path)[:_DIGITS]})", None, device, call)
+
+
+def _are_features(values: Tensor, images: int) -> bool:
+    """Real numbers [N, D], or [N, D, 1, 1], as a pooling layer leaves them."""
+    return (
+        values.ndim >= 2
+        and len(values) == images
+        and values.shape[1] > 0
+        and math.prod(values.shape[2:]) == 1
+        and not values.is_complex()
+    )
 
 
 def _script(path: Path, device: torch.device) -> Any:  # noqa: ANN401  # torch gives the attributes of scripts no types

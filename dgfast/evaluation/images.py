@@ -85,6 +85,8 @@ def open_images(path: Path) -> Images:
     """
     if path.is_file():
         return _of_npz(str(path), None, [path], {})
+    if not path.is_dir():
+        raise UserError(f"{path}: no folder of images, and no npz file of them, is there")
     content = content_of(path) or {}
     require_intact(path, content)
     names = image_files(path)

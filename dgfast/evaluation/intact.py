@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dgfast.chunks import Chunk
-from dgfast.errors import UserError
+from dgfast.errors import UserError, one_line
 from dgfast.files import sha256
+from dgfast.manifest import NAME
 from dgfast.outputs import FORMATS
 from dgfast.ranges import Ranges
+
+_MOST_SEEDS = 10**8
+"""Of a job; names of so many files are made one by one."""
 
 
 def require_intact(folder: Path, content: Mapping[str, Any]) -> None:
@@ -21,7 +25,14 @@ def require_intact(folder: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UserError: a file that is missing, or is not what it was when it was written.
     """
-    for names, digest in _noted(content):
+    try:
+        noted = list(_noted(content))
+    except (OverflowError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / NAME} is damaged ({one_line(error, most=80)}); move it elsewhere, and the images are judged as "
+            "they are"
+        ) from error
+    for names, digest in noted:
         missing = next((name for name in names if not (folder / name).is_file()), None)
         if missing is not None:
             raise UserError(f"{folder / missing} is missing; the command that drew the folder draws it again")
@@ -45,6 +56,8 @@ def _noted(content: Mapping[str, Any]) -> Iterator[tuple[list[str], str]]:
     if not kept and products:  # its shards went once what was made of them was there
         return
     seeds, size = Ranges.parse(str(job.get("seeds", ""))) if job.get("seeds") else Ranges(), max(job["batch"], 1)
+    if len(seeds) > _MOST_SEEDS:
+        raise ValueError(f"{len(seeds):,} seeds")
     for index, digest in chunks.items():
         start = int(index) * size
         chunk = Chunk(int(index), seeds[start : start + size])

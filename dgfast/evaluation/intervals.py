@@ -14,6 +14,8 @@ from torch import Tensor
 
 _SEED = 0
 _QUANTILES = (0.025, 0.975)
+FEWEST_RESAMPLES = 40
+"""Of which one lies below the lower quantile and one above the upper one."""
 
 
 @dataclass(frozen=True)

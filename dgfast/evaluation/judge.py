@@ -1,5 +1,6 @@
 """Rows of a table: what the metrics say of each set of images, how sure that is, and how far apart sets are."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,7 @@ class Row:
     Attributes:
         seeds: of its images, as `Ranges` writes them; None where nothing tells them.
         metrics: by name. resampled: values of the resamples [R], of the metrics that have an interval.
+        labels: int64 [images], in the order of the seeds; -1 for none.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Row:
     seeds: str | None
     metrics: dict[str, Estimate]
     resampled: dict[str, np.ndarray]
+    labels: np.ndarray
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def less(self, other: "Row") -> dict[str, Estimate]:
@@ -61,6 +64,7 @@ class Judge:
         metrics: names of `METRICS`. most: images of each side that those of `OF_IMAGES` look at.
         bootstrap: how many resamples the intervals are of; 0 for none.
         log_ratio: who is asked for that metric; None if it is not among them.
+        resampled: told of each resample whose Frechet distance is known.
     """
 
     extractor: Extractor
@@ -69,6 +73,7 @@ class Judge:
     most: int
     bootstrap: int
     log_ratio: LogRatio | None = None
+    resampled: Done = lambda count: None
 
     def __call__(self, images: Images, ranges: Sequence[SeedRange] = (), done: Done = lambda count: None) -> list[Row]:
         """One row, or one a range of seeds.
@@ -83,7 +88,15 @@ class Judge:
         )  # fmt: skip
         names = [f"{images.name} seeds {first}-{last}" for first, last in ranges] or [images.name]
         return [
-            Row(name, images.folder, one.count, _seeds(images, places), *self._measured(one), images.settings)
+            Row(
+                name,
+                images.folder,
+                one.count,
+                _seeds(images, places),
+                *self._measured(one),
+                one.labels,
+                images.settings,
+            )
             for name, places, one in zip(names, selections, gathered, strict=True)
         ]
 
@@ -99,22 +112,27 @@ class Judge:
             values |= {name: value for name, value in of_sample.items() if name in self.metrics}
         if drawn.log_ratios is not None:
             values["log_ratio"], terms["log_ratio"] = float(drawn.log_ratios.mean()), drawn.log_ratios.numpy()
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} is not a finite number: features of {self.extractor.name} are too large for it; give "
+                    f"--metrics without {name}"
+                )
         resampled = {name: self._means(values) for name, values in terms.items() if name in self.metrics}
         if "frechet" in self.metrics:
             resampled["frechet"] = self._resampled_frechet(drawn)
-        resampled = {name: draws for name, draws in resampled.items() if len(draws)}
+        resampled = {name: resampled[name] for name in METRICS if len(resampled.get(name, ()))}
         none = np.empty(0)
         estimates = {name: estimate(values[name], resampled.get(name, none)) for name in METRICS if name in values}
         return estimates, resampled
 
     def _resampled_frechet(self, drawn: Collected) -> np.ndarray:
         features = drawn.features.to(self.extractor.device)
-        return np.array(
-            [
-                self._frechet(weighted_moments(features, counts.to(features.device)))
-                for counts in resamples(drawn.count, self.bootstrap)
-            ]
-        )
+        distances = []
+        for counts in resamples(drawn.count, self.bootstrap):
+            distances.append(self._frechet(weighted_moments(features, counts.to(features.device))))
+            self.resampled(1)
+        return np.array(distances)
 
     def _means(self, terms: np.ndarray) -> np.ndarray:
         return np.array(

@@ -33,6 +33,11 @@ class Sums:
         self.count = 0
         self._at = self._first = self._second = torch.zeros(0)
 
+    @property
+    def width(self) -> int | None:
+        """D; None before the first features."""
+        return len(self._at) if self.count else None
+
     def add(self, features: Tensor) -> None:
         """Features [n, D]."""
         values = features.double()

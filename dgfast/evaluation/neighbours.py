@@ -51,15 +51,18 @@ class Neighbours:
 
 
 def kernel_distance(real: Tensor, drawn: Tensor) -> float:
-    """The mean of torchmetrics' kernel distance over random subsets of features float32 [M, D] and [N, D]."""
+    """The mean of torchmetrics' kernel distance over random subsets of features float32 [M, D] and [N, D].
+
+    In float64: the distance is a small difference of third powers.
+    """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     subset = min(_KERNEL_SUBSET, len(drawn) // 2, len(real) // 2)
     with warnings.catch_warnings():  # that it keeps all features, which are here already
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all")
         kernel = KernelInceptionDistance(feature=_As(real.shape[1]), subset_size=subset)
-    kernel.update(real, real=True)
-    kernel.update(drawn, real=False)
+    kernel.update(real.double(), real=True)
+    kernel.update(drawn.double(), real=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return float(kernel.compute()[0])

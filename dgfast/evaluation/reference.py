@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dgfast.checkpoints import statistics
-from dgfast.errors import UserError
+from dgfast.errors import UserError, one_line
 from dgfast.evaluation import npz
 from dgfast.evaluation.collect import Done, all_of, collect
 from dgfast.evaluation.features import Extractor
@@ -31,8 +31,17 @@ class Reference:
 
 
 def of_images(images: Images, name: str, extractor: Extractor, most: int, done: Done) -> Reference:
-    """Their features are what others are compared with; those of at most so many are kept."""
+    """Their features are what others are compared with; those of at most so many are kept.
+
+    Raises:
+        UserError: all of them have the same features.
+    """
     (real,) = collect(images, [all_of(images)], extractor, done, most=most)
+    if bool((real.sample == real.sample[0]).all()):
+        raise UserError(
+            f"features of {extractor.name} are the same for all images of {name}, and nothing can be compared by them; "
+            "see --features-range for what it reads"
+        )
     return Reference(name, real.count, real.moments, real.sample)
 
 
@@ -62,7 +71,7 @@ def of_moments(path: Path, extractor: Extractor, width: int) -> Reference:
         held = ", ".join(f"{name + ' of ' if name else ''}{moments.width}" for name, moments in found.items())
         raise UserError(
             f"--reference {path}: features of {extractor.name} have {width} numbers, and the moments there are those "
-            f"of {held}; exactly one must fit: give the network of those features with --features"
+            f"of {one_line(held, most=200)}; exactly one must fit: give the network of those features with --features"
         )
     ((name, moments),) = fitting.items()
     return Reference(f"{path}: {name}" if name else str(path), None, moments, None)

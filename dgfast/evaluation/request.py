@@ -1,6 +1,6 @@
 """What `dgfast evaluate` is asked for, looked at before the work begins."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from dgfast.evaluation import features, reference
 from dgfast.evaluation.collect import Done
 from dgfast.evaluation.features import Extractor
 from dgfast.evaluation.images import Images, of_arrays, open_images
+from dgfast.evaluation.intervals import FEWEST_RESAMPLES
 from dgfast.evaluation.judge import METRICS, OF_IMAGES, Judge, SeedRange, require_fit
 from dgfast.evaluation.log_ratio import LogRatio
 from dgfast.evaluation.neighbours import FEWEST
@@ -58,7 +59,7 @@ class Prepared:
     """Everything that fits together, before the first image is judged.
 
     Attributes:
-        sets: the folders' images. width: how many numbers a feature has.
+        sets: the folders' images. width: how many numbers a feature has. moments: the reference, where it is no images.
     """
 
     request: Request
@@ -68,6 +69,7 @@ class Prepared:
     metrics: Sequence[str]
     log_ratio: LogRatio | None
     width: int = 0
+    moments: Reference | None = None
 
     @property
     def yardstick(self) -> Sequence[Images]:
@@ -82,6 +84,12 @@ class Prepared:
         return _BOOTSTRAP if self.width <= _CHEAP_WIDTH else 0
 
     @property
+    def counts(self) -> list[int]:
+        """Images of each row."""
+        ranges = [last - first + 1 for first, last in self.request.ranges]
+        return [*map(len, self.yardstick), *(ranges * len(self.sets) or map(len, self.sets))]
+
+    @property
     def notes(self) -> list[str]:
         """What the user is told beside the results."""
         notes = [
@@ -93,6 +101,13 @@ class Prepared:
             notes.append(f"{', '.join(OF_IMAGES)} need images of the reference, which holds moments alone")
         if self.request.bootstrap is None and not self.bootstrap:
             notes.append(f"no intervals: features of {self.width} numbers make them slow; see --bootstrap")
+        least, largest = min(self.counts), max(self.counts)
+        if "frechet" in self.metrics and least <= self.width:
+            notes.append(
+                f"frechet: {least:,} images are few for features of {self.width:,} numbers; take more than that"
+            )
+        if "frechet" in self.metrics and least < largest:
+            notes.append(f"frechet: rows of {least:,} to {largest:,} images; compare it between equal numbers only")
         most = self.request.subset
         real = [] if self.real.images is None else [self.real.images]
         if {*self.metrics} & {*OF_IMAGES} and max(map(len, (*real, *self.yardstick, *self.sets))) > most:
@@ -100,26 +115,38 @@ class Prepared:
             notes.append(f"{some}: of {most:,} images of each side at most, drawn at random (--subset)")
         return notes
 
+    def _notes_on_numbers(self) -> Iterator[str]:
+        least, largest = min(self.counts), max(self.counts)
+        if least <= self.width:
+            yield f"frechet: {least:,} images are few for features of {self.width:,} numbers; take more than that"
+        if least < largest:
+            yield f"frechet: rows of {least:,} to {largest:,} images; compare it between equal numbers only"
+
     @property
     def work(self) -> int:
         """How many images go through the networks."""
         real = [] if self.real.images is None else [self.real.images]
         return sum(map(len, (*real, *self.yardstick, *self.sets)))
 
-    def judge(self, done: Done) -> Judge:
-        """With the reference's features computed.
+    @property
+    def resamples(self) -> int:
+        """How many Frechet distances the intervals of all rows take, which is what takes time."""
+        return self.bootstrap * len(self.counts) if "frechet" in self.metrics else 0
+
+    def judge(self, done: Done, resampled: Done = lambda count: None) -> Judge:
+        """With the reference's features computed. resampled: told of each of `resamples`.
 
         Raises:
-            UserError: moments of other features.
+            UserError: see `reference.of_images`.
         """
         whom = self._reference(done)
-        return Judge(self.extractor, whom, self.metrics, self.request.subset, self.bootstrap, self.log_ratio)
+        return Judge(self.extractor, whom, self.metrics, self.request.subset, self.bootstrap, self.log_ratio, resampled)
 
     def _reference(self, done: Done) -> Reference:
         if self.real.images is not None:
             return reference.of_images(self.real.images, self.real.name, self.extractor, self.request.subset, done)
-        assert self.request.reference is not None
-        return reference.of_moments(self.request.reference, self.extractor, self.width)
+        assert self.moments is not None
+        return self.moments
 
 
 def prepare(request: Request) -> Prepared:
@@ -129,6 +156,14 @@ def prepare(request: Request) -> Prepared:
     """
     if request.reference is not None and (request.data is not None or request.holdout is not None):
         raise UserError("--reference and --data or --holdout are two references; give one")
+    if request.bootstrap is not None and 0 < request.bootstrap < FEWEST_RESAMPLES:
+        raise UserError(
+            f"--bootstrap {request.bootstrap}: no 95 % interval can be told from so few resamples; give "
+            f"{FEWEST_RESAMPLES} at least, better 200, or 0 for none"
+        )
+    paths = [folder.resolve() for folder in request.folders]
+    if twice := next((folder for k, folder in enumerate(request.folders) if paths[k] in paths[:k]), None):
+        raise UserError(f"{twice} is given twice; give it once")
     if request.features is None and (request.features_range or request.features_size):
         raise UserError("--features-range and --features-size say what the file of --features reads; give it too")
     extractor, real = _extractor(request), _real(request)
@@ -144,7 +179,10 @@ def prepare(request: Request) -> Prepared:
         _, labels = next(images.parts())
         if log_ratio is not None:
             log_ratio.require_labels(images.name, torch.from_numpy(labels))
-    return replace(prepared, width=extractor.width(shape))
+    width = extractor.width(shape)
+    if real.images is not None or request.reference is None:
+        return replace(prepared, width=width)
+    return replace(prepared, width=width, moments=reference.of_moments(request.reference, extractor, width))
 
 
 def _shape(prepared: Prepared) -> tuple[tuple[int, int, int], str]:
@@ -198,9 +236,9 @@ def _metrics(request: Request, moments_only: bool, device: torch.device) -> tupl
     Raises:
         UserError: unknown ones, or such as cannot be had here.
     """
-    wanted = [name.strip() for name in request.metrics.split(",")] if request.metrics else list(METRICS)
+    wanted = list(METRICS) if request.metrics is None else [name.strip() for name in request.metrics.split(",")]
     if unknown := [name for name in wanted if name not in METRICS]:
-        raise UserError(f"--metrics {unknown[0]}: there are {', '.join(METRICS)}")
+        raise UserError(f"--metrics {unknown[0]!r}: there are {', '.join(METRICS)}")
     reasons = {}
     if moments_only:
         why = f"needs images of the reference, and {request.reference} holds moments alone"

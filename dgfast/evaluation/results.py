@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from dgfast.evaluation.intervals import Estimate
 from dgfast.evaluation.judge import Row
 from dgfast.evaluation.reference import Reference
@@ -12,17 +14,20 @@ _DISTANCES = ("frechet", "kernel")
 """Of which the lowest over ranges of seeds is the best, and what papers report."""
 
 
-def differences(rows: Sequence[Row]) -> dict[str, tuple[Row, dict[str, Estimate]]]:
-    """By the name of a row: the first row above it on equal seeds, and how much more its metrics are."""
-    found = {}
+def bases(rows: Sequence[Row]) -> list[Row | None]:
+    """For each row the first one above it on equal seeds, if both were resampled."""
     first: dict[str, Row] = {}
-    for row in rows:
-        if row.seeds is None:
-            continue
-        base = first.setdefault(row.seeds, row)
-        if base is not row and row.resampled:
-            found[row.name] = base, row.less(base)
-    return found
+    found = [None if row.seeds is None else first.setdefault(row.seeds, row) for row in rows]
+    return [None if base is row or not row.resampled else base for base, row in zip(found, rows, strict=True)]
+
+
+def other_classes(rows: Sequence[Row]) -> list[str]:
+    """Lines: which rows have other classes than those that they are held against."""
+    return [
+        f"{row.name}: on the seeds of {base.name}, but of other classes; the difference is one of these, too"
+        for row, base in zip(rows, bases(rows), strict=True)
+        if base is not None and not np.array_equal(row.labels, base.labels)
+    ]
 
 
 def over_ranges(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -39,26 +44,25 @@ def over_ranges(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 def table(rows: Sequence[Row], groups: Mapping[str, Sequence[Row]]) -> list[str]:
     """Lines: a row a set of images, then the lowest and the mean of each group of rows."""
     columns = list(rows[0].metrics)
-    lines = {row.name: [f"{row.images:>12d}", *(f"{row.metrics[c].value:>12.4f}" for c in columns)] for row in rows}
+    lines = [(row.name, [f"{row.images:>12d}", *(f"{row.metrics[c].value:>12.4f}" for c in columns)]) for row in rows]
     for name, group in groups.items():
         for kind, values in over_ranges(group).items():
             cells = (f"{values[c]:>12.4f}" if c in values else " " * 12 for c in columns)
-            lines[f"{name} {kind}".strip()] = [" " * 12, *cells]
-    width = max(map(len, lines))
+            lines.append((f"{name} {kind}".strip(), [" " * 12, *cells]))
+    width = max(len(name) for name, _ in lines)
     header = " " * width + "".join(f"{column:>12}" for column in ("images", *columns))
-    return [header, *(f"{name:<{width}}{''.join(cells)}".rstrip() for name, cells in lines.items())]
+    return [header, *(f"{name:<{width}}{''.join(cells)}".rstrip() for name, cells in lines)]
 
 
 def interval_lines(rows: Sequence[Row], bootstrap: int) -> list[str]:
     """Lines: the intervals of each row, and of its difference to the first row on equal seeds."""
-    apart = differences(rows)
     lines = [f"95 % intervals of {bootstrap} resamples of the generated images"]
-    for row in rows:
+    for row, base in zip(rows, bases(rows), strict=True):
+        more = {} if base is None else row.less(base)
         for name in (name for name in row.metrics if name in row.resampled):
             line = f"{row.name}  {name} {_with_interval(row.metrics[name], '.4f')}"
-            if row.name in apart:
-                base, more = apart[row.name]
-                line += f"  less {base.name}: {_with_interval(more[name], '+.4f')}" if name in more else ""
+            if base is not None and name in more:
+                line += f"  less {base.name}: {_with_interval(more[name], '+.4f')}"
             lines.append(line)
     return lines
 
@@ -72,20 +76,19 @@ def as_json(
     reference: Reference, features: str, rows: Sequence[Row], groups: Mapping[str, Sequence[Row]], most: int
 ) -> dict[str, Any]:
     """What `--json` writes and `dgfast report` reads. subset: how many images the metrics of neighbours look at."""
-    apart = differences(rows)
     content: dict[str, Any] = {
         "format": FORMAT,
         "reference": {"name": reference.name, "images": reference.images},
         "features": features,
         "subset": most,
-        "rows": [_as_json(row, apart.get(row.name)) for row in rows],
+        "rows": [_as_json(row, base) for row, base in zip(rows, bases(rows), strict=True)],
     }
     if groups:
         content["seed_ranges"] = [{"name": name, **over_ranges(group)} for name, group in groups.items()]
     return content
 
 
-def _as_json(row: Row, apart: tuple[Row, dict[str, Estimate]] | None) -> dict[str, Any]:
+def _as_json(row: Row, base: Row | None) -> dict[str, Any]:
     content: dict[str, Any] = {
         "name": row.name,
         "folder": None if row.folder is None else str(row.folder),
@@ -94,9 +97,8 @@ def _as_json(row: Row, apart: tuple[Row, dict[str, Estimate]] | None) -> dict[st
         "metrics": _estimates(row.metrics),
         "settings": dict(row.settings),
     }
-    if apart is not None:
-        base, more = apart
-        content["difference"] = {"against": base.name, **_estimates(more)}
+    if base is not None:
+        content["difference"] = {"against": base.name, **_estimates(row.less(base))}
     return content
 
 

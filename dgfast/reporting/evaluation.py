@@ -1,6 +1,5 @@
 """What `dgfast evaluate --json` wrote: metrics of folders, with their intervals."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from dgfast.reporting.runs import Run
 FORMAT = "dgfast-evaluation-1"
 DISTANCE = "frechet"
 """The metric that is held against speed; less is better."""
+_LARGEST = 1e100
+"""What no metric comes near, and matplotlib has room around."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ def parse(path: Path, content: Mapping[str, Any]) -> Evaluation:
     """
     try:
         reference = content["reference"]
-        said = f"{reference['name']} ({int(reference['images']):,} images)"
+        said = str(reference["name"])
+        if reference["images"] is not None:  # of moments in a file nobody knows
+            said += f" ({_count(reference['images']):,} images)"
         over_seeds = [
             (
                 f"{group['name']} {kind}".strip(),
@@ -95,22 +98,32 @@ def parse(path: Path, content: Mapping[str, Any]) -> Evaluation:
 def _row(row: Mapping[str, Any]) -> Judged:
     difference = dict(row.get("difference") or {})
     folder, against = row["folder"], str(difference.pop("against", ""))
-    if not isinstance(row["name"], str) or not isinstance(folder, str | None):
+    if not isinstance(row["name"], str) or not isinstance(folder, str | None) or "\0" in (folder or ""):
         raise TypeError("a row's name and folder are texts")
     metrics = {str(name): _value(name, value) for name, value in row["metrics"].items()}
     differences = {str(name): _value(name, value) for name, value in difference.items()}
     seeds, settings = str(row.get("seeds") or ""), dict(row.get("settings") or {})
-    return Judged(row["name"], folder, int(row["images"]), seeds, metrics, against, differences, settings)
+    if not isinstance(settings.get("job", {}), dict):
+        raise TypeError("a row's job is no object")
+    return Judged(row["name"], folder, _count(row["images"]), seeds, metrics, against, differences, settings)
 
 
 def _value(name: str, value: Mapping[str, Any]) -> Value:
     numbers = [value["value"], value.get("low"), value.get("high")]
-    are_numbers = [type(number) in (int, float) and math.isfinite(number) for number in numbers]
+    are_numbers = [type(number) in (int, float) and abs(number) < _LARGEST for number in numbers]
     if not are_numbers[0] or not all(
         is_one or number is None for is_one, number in zip(are_numbers, numbers, strict=True)
     ):
         raise ValueError(f"{name} is no number")
+    if all(are_numbers) and numbers[1] > numbers[2]:
+        raise ValueError(f"the interval of {name} ends before it begins")
     return Value(float(numbers[0]), *numbers[1:])
+
+
+def _count(images: object) -> int:
+    if type(images) is not int or not 0 <= images < _LARGEST:
+        raise TypeError("a number of images is none")
+    return images
 
 
 def run_of(row: Judged, evaluation: Evaluation, runs: Sequence[Run]) -> tuple[Run | None, str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dgfast.reporting.evaluation import DISTANCE, Evaluation
+from dgfast.reporting.markup import writable
 from dgfast.reporting.noise_errors import NoiseErrors
 from dgfast.reporting.plotting import COLOURS, MARKERS, Picture, label_points, logarithmic, picture
 from dgfast.reporting.timings import Row
@@ -238,4 +239,5 @@ def _columns(names: Iterable[str]) -> int:
 
 
 def _short(text: str, most: int = 48) -> str:
+    text = writable(text)
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -16,13 +16,20 @@ def tag(name: str, /, *content: str, **attributes: str) -> Html:
     Args:
         content: text, or `Html`. attributes: `class_` stands for class, `aria_label` for aria-label.
     """
-    said = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"' for key, value in attributes.items())
+    said = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(writable(value))}"' for key, value in attributes.items()
+    )
     return Html(f"<{name}{said}>" + ("" if name in _VOID else f"{joined(content)}</{name}>"))
 
 
 def joined(parts: Iterable[str], between: str = "") -> Html:
     """Parts one after the other; those that are text are escaped."""
-    return Html(between.join(part if isinstance(part, Html) else html.escape(part) for part in parts))
+    return Html(between.join(part if isinstance(part, Html) else html.escape(writable(part)) for part in parts))
+
+
+def writable(text: str) -> str:
+    """Text that UTF-8 has: bytes of a file's name that are none stand there as backslashes and digits."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:

@@ -22,6 +22,8 @@ from dgfast.ranges import Ranges
 
 SHOWN = 36
 """Images of a folder that the page shows, at most."""
+_SHORTEST = 1e-6
+"""Seconds that a clock tells; a run of fewer has no speed."""
 UNGUIDED, ONE_STEP = "unguided", "one-step generator"
 
 
@@ -118,7 +120,7 @@ def read(folder: Path) -> Run:
         Ranges.parse(job["seeds"])
         for section in ("sampling", "guidance"):
             dict(job.get(section) or {})
-        timed = [run for run in runs if float(run.get("seconds", 0)) > 0 and int(run.get("images", 0)) > 0]
+        timed = [run for run in runs if float(run.get("seconds", 0)) > _SHORTEST and int(run.get("images", 0)) > 0]
         last = (timed or runs or [{}])[-1]
         speed, no_speed = _speed(timed)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -171,7 +173,17 @@ def shown(run: Run) -> Shown | None:
     parts = list(_parts(run))
     if not parts:
         return None
-    images, seeds, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    try:
+        images, seeds, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    except ValueError as error:
+        raise UserError(f"{run.folder}: images of different sizes or channels ({one_line(error)})") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+        raise UserError(
+            f"{run.folder}: images must be uint8 [N, H, W, C]; found {images.dtype} {list(images.shape)}; the command "
+            "that drew them draws them again"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise UserError(f"{run.folder}: labels must be one whole number an image; found {list(labels.shape)}")
     return Shown(run, images[:SHOWN], seeds[:SHOWN].tolist(), labels[:SHOWN].tolist())
 
 

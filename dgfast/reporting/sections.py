@@ -158,7 +158,11 @@ def quality(evaluations: Sequence[Evaluation], all_runs: Sequence[Run]) -> Secti
             )
         )
         section.parts += _judged(evaluation)
-        if any(DISTANCE in row.metrics for row in evaluation.rows):
+        counts = sorted({row.images for row in evaluation.rows if DISTANCE in row.metrics})
+        if len(counts) > 1:
+            text = f"Rows of {counts[0]:,} to {counts[-1]:,} images: compare {DISTANCE} between equal numbers only."
+            section.parts.append(paragraph(text, note=True))
+        if counts:
             alt = ", ".join(f"{r.name} {r.metrics[DISTANCE]}" for r in evaluation.rows if DISTANCE in r.metrics)
             section.parts.append(figures.distances(f"quality-{k}", evaluation, f"Frechet distances: {alt}"))
         section.parts += _against_speed(k, evaluation, all_runs)
@@ -199,7 +203,7 @@ def _against_speed(k: int, evaluation: Evaluation, all_runs: Sequence[Run]) -> I
             continue
         points.append(_point(row, run, all_runs.index(run) + 1))
         rows.append([
-            row.name, points[-1].label, run.method, described(run.settings),
+            row.name, points[-1].label, run.method, described(run.settings) or "none",
             timings.number(run.speed.images_per_second), str(row.metrics[DISTANCE]), run.speed.machine,
         ])  # fmt: skip
     if points:

@@ -15,6 +15,7 @@ from dgfast import devices
 from dgfast.evaluate import main
 from dgfast.nets.features import FeatureNet
 from dgfast.outputs import write_images
+from dgfast.stopping import Terminated
 from dgfast.training.data import load_images, split
 
 
@@ -88,12 +89,70 @@ def test_evaluate_orders_copies_training_digits_and_noise(tmp_path: Path, monkey
     assert rows[worst]["precision"] < 0.1 and rows["training images"]["precision"] > 0.8
     assert rows[worst]["log_ratio"] < rows["training images"]["log_ratio"]
     assert len(result.stdout.partition("\n\n")[0].splitlines()) == 4
-    assert bars and bars[0][0] == bars[0][1] > 0, "the bar ends where it said"
+    judged, resampled = 150 + 150 + 150 + 100, 3 * 200
+    assert {*bars} == {(judged, judged), (resampled, resampled)}, "the bars end where they said"
 
 
 def test_evaluate_keeps_its_bar_out_of_log_files(digits: Callable[..., str], real: str) -> None:
-    result = CliRunner().invoke(main, [digits(7), "--data", real, "--holdout", "30", "--device", "cpu"])
+    options = ("--holdout", "30", "--device", "cpu", "--metrics", "precision")
+    result = CliRunner().invoke(main, [digits(7), "--data", real, *options])
     assert result.exit_code == 0 and result.stderr == "" and "training images" in result.stdout, result.output
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_evaluate_stopped_between_resamples_leaves_nothing(
+    stop: type[BaseException], code: int, digits: Callable[..., str], real: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def stopped(*_: object) -> None:
+        raise stop
+
+    monkeypatch.setattr("dgfast.evaluation.judge.weighted_moments", stopped)
+    folder, before = digits(9), sorted(tmp_path.iterdir())
+    options = ("--holdout", "30", "--device", "cpu", "--metrics", "frechet", "--json", str(tmp_path / "report.json"))
+    result = CliRunner().invoke(main, [folder, "--data", real, *options])
+    assert result.exit_code == code and "stopped before anything was written" in result.stderr
+    assert result.stdout == "" and sorted(tmp_path.iterdir()) == before
+
+
+def test_evaluate_writes_over_nothing_but_its_own_file(
+    refused: Callable[..., str], digits: Callable[..., str], real: str, tmp_path: Path
+) -> None:
+    folder, report = digits(9), tmp_path / "report.json"
+    options = ("--holdout", "30", "--device", "cpu", "--metrics", "recall", "--json")
+    for _ in range(2):
+        assert CliRunner().invoke(main, [folder, "--data", real, *options, str(report)]).exit_code == 0
+    manifest = Path(folder) / "manifest.json"
+    content = manifest.read_text()
+    for taken in (manifest, tmp_path, Path(real)):
+        assert f"--json {taken} is there, and no file of this command" in refused(folder, "--json", str(taken))
+    assert manifest.read_text() == content
+
+
+def test_evaluate_says_where_a_disk_is_full(
+    digits: Callable[..., str], real: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dgfast.files.replacing", full)
+    options = ("--holdout", "30", "--device", "cpu", "--metrics", "recall", "--json", str(tmp_path / "report.json"))
+    result = CliRunner().invoke(main, [digits(9), "--data", real, *options])
+    assert result.exit_code == 4 and result.stderr.count("\n") == 1
+    assert "cannot be written (No space left on device); the table above is complete" in result.stderr
+
+
+def test_a_folder_named_like_the_first_row_is_a_row_of_its_own(
+    digits: Callable[..., str], real: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(digits(9)).rename(tmp_path / "training images")
+    monkeypatch.chdir(tmp_path)
+    options = ("--data", real, "--holdout", "30", "--device", "cpu", "--metrics", "recall")
+    result = CliRunner().invoke(main, ["training images", *options])
+    assert [line.split()[:3] for line in result.stdout.splitlines()[1:]] == [
+        ["training", "images", "30"],
+        ["training", "images", "9"],
+    ]
 
 
 def test_evaluate_judges_in_strict_float32(
@@ -192,7 +251,8 @@ def test_evaluate_says_where_no_manifest_tells_of_a_whole_job(
 ) -> None:
     folder = digits(7)
     (Path(folder) / "manifest.json").unlink()
-    result = CliRunner().invoke(main, [folder, "--data", real, "--holdout", "30", "--device", "cpu"])
+    options = ("--holdout", "30", "--device", "cpu", "--metrics", "precision")
+    result = CliRunner().invoke(main, [folder, "--data", real, *options])
     assert result.exit_code == 0 and folder in result.stdout, result.output
     assert result.stderr == f"{folder} has no manifest that says how many images belong to it; judging those there\n"
     _write(Path(folder).parent / "few", np.zeros((3, 32, 32, 1), np.uint8), np.zeros(3))

@@ -96,6 +96,38 @@ def test_a_metric_that_is_no_number_is_one_line(value: object, tmp_path: Path) -
     assert "frechet" in _refused(evaluation(tmp_path / "e.json", [row]), "--out", tmp_path / "page")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": 5}, {"images": "16"}, {"images": -1}, {"folder": "a\0b"}, {"settings": {"job": 5}},
+        {"metrics": {"frechet": {"value": 10**400}}}, {"metrics": {"frechet": {"value": 1e308}}},
+        {"metrics": {"frechet": {"value": 1, "low": 2, "high": 0}}},
+    ],
+)  # fmt: skip
+def test_a_row_that_somebody_edited_is_one_line(change: dict[str, object], tmp_path: Path) -> None:
+    path = evaluation(tmp_path / "e.json", [judged("a", "a", 0.5) | change])
+    assert "is no whole file of `dgfast evaluate --json`" in _refused(path, "--out", tmp_path / "page")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "line"),
+    [
+        ({"images": np.zeros((16, 8, 8), np.uint8)}, r"found uint8 [16, 8, 8]"),
+        ({"images": np.zeros((16, 8, 8, 1))}, "found float64 [16, 8, 8, 1]"),
+        ({"images": np.zeros((16, 0, 8, 1), np.uint8)}, "found uint8 [16, 0, 8, 1]"),
+        ({"images": np.zeros((0, 8, 8, 1), np.uint8), "seeds": np.arange(0)}, "found uint8 [0, 8, 8, 1]"),
+        ({"labels": np.zeros(3, np.int64)}, "labels must be one whole number an image; found [3]"),
+        ({"labels": np.array(["a"] * 16)}, "labels must be one whole number an image"),
+    ],
+)
+def test_a_shard_of_something_else_is_one_line(arrays: dict[str, np.ndarray], line: str, tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", guidance=GuidanceConfig())
+    with np.load(run / "images-00000.npz") as stored:
+        whole = dict(stored)
+    np.savez(run / "images-00000.npz", **{**whole, **arrays})
+    assert line in _refused(run, "--out", tmp_path / "page")
+
+
 def test_folders_that_are_no_jobs_are_one_line(tmp_path: Path) -> None:
     out = ("--out", tmp_path / "page")
     assert "cannot read" in _refused(tmp_path / "none", *out)
@@ -125,6 +157,15 @@ def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "full").write_text("")
     code, output = _run(results, "--out", tmp_path / "full" / "page")
     assert code == 4 and "can't be written" in output and output.count("\n") == 1
+
+
+def test_report_that_is_stopped_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dgfast.reporting.page.write", stopped)
+    code, output = _run(noise_errors(tmp_path / "results.json"), "--out", tmp_path / "page")
+    assert code == 130 and output == "stopped before the page was whole; the same command makes it anew\n"
 
 
 def test_options_of_a_trajectory_want_one() -> None:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dgfast.errors import UserError
-from dgfast.evaluation import features
+from dgfast.evaluation import features, reference
+from dgfast.evaluation.images import of_arrays
+from dgfast.training.data import ImageSet
 from tests.evaluation.conftest import Detector, Plain, features_of, noise, saved, seeded
 
 _CPU = torch.device("cpu")
@@ -74,6 +76,28 @@ class _Infinite(nn.Module):
         return images.flatten(1) / 0
 
 
+class _Raises(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        if bool(images.sum() >= 0):
+            raise Exception("of its own\nsecond line")  # as people write it, which is no RuntimeError
+        return images
+
+
+class _Map(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images
+
+
+class _Nothing(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, :0]
+
+
+class _Complex(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.fft.fft(images.flatten(1))
+
+
 class _Flat(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return images.sum()
@@ -86,12 +110,59 @@ class _Two(nn.Module):
 
 @pytest.mark.parametrize(
     ("net", "complaint"),
-    [(_Infinite(), "not all of them are finite"), (_Flat(), r"it gives \[\]"), (_Two(), "it gives tuple")],
+    [
+        (_Infinite(), "not all of them are finite"),
+        (_Flat(), r"it gives float32 \[\] for 2 images"),
+        (_Two(), "it gives tuple"),
+        (_Raises(), r"it fails on images 3 x 4 x 4 \(.*second line\)"),
+        (_Map(), r"it gives float32 \[2, 3, 4, 4\] for 2 images, not features \[N, D\]"),
+        (_Nothing(), r"it gives float32 \[2, 0\]"),
+        (_Complex(), r"it gives complex64 \[2, 48\]"),
+    ],
 )
 def test_what_is_no_features_is_one_line(net: nn.Module, complaint: str, tmp_path: Path) -> None:
     extractor = features.of_file(saved(net, tmp_path / "net.pt"), "0,1", None, _CPU)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=complaint) as error:
         extractor.width((4, 4, 3))
+    assert "\n" not in str(error.value)
+
+
+def test_a_pooling_layer_may_leave_sides_of_one_pixel(tmp_path: Path) -> None:
+    path = saved(nn.AdaptiveAvgPool2d(1), tmp_path / "pool.pt")
+    assert features.of_file(path, "0,1", None, _CPU).width((4, 4, 3)) == 3
+
+
+def test_a_script_without_forward_is_one_line(tmp_path: Path) -> None:
+    class Other(nn.Module):
+        @torch.jit.export
+        def other(self, images: Tensor) -> Tensor:
+            return images
+
+    with pytest.raises(UserError, match=r"net\.pt: it has no forward; script a module that has one"):
+        features.of_file(saved(Other(), tmp_path / "net.pt"), "0,1", None, _CPU)
+
+
+class _ByContent(nn.Module):
+    """As many numbers as the brightest pixel of all says."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, : int(images.max()) + 1]
+
+
+@pytest.mark.parametrize(
+    ("net", "complaint"),
+    [(_ByContent(), "features of one image have 3 numbers, and those of others 1"), (_Map(), "are the same for all")],
+)
+def test_features_that_compare_nothing_are_one_line(
+    net: nn.Module, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dgfast.evaluation.images._MOST_IMAGES", 4)
+    pixels = np.zeros((8, 1, 1, 3), np.uint8)
+    pixels[4:] = 9 if isinstance(net, _ByContent) else 0
+    real = of_arrays("real", ImageSet(pixels, np.zeros(8)))
+    extractor = features.of_file(saved(net, tmp_path / "net.pt"), "0,255", None, _CPU)
+    with pytest.raises(UserError, match=complaint):
+        reference.of_images(real, "real", extractor, 8, lambda count: None)
 
 
 def test_a_network_that_fails_on_the_images_is_one_line(detector: Path) -> None:

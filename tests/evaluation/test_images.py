@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from dgfast.errors import UserError
 from dgfast.evaluation import npz
 from dgfast.evaluation.images import Images, of_arrays, open_images
-from dgfast.outputs import write_adm
+from dgfast.outputs import LABEL, write_adm
 from dgfast.training.data import ImageSet
 from tests.evaluation.conftest import Folder, noise
 
@@ -137,6 +137,63 @@ def test_files_that_are_not_what_the_manifest_noted_are_one_line(formats: list[s
     with pytest.raises(UserError, match=r"is damaged: its checksum is not that of manifest\.json") as error:
         open_images(job.path)
     assert str(job.path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16", "F"])
+def test_pictures_of_other_than_eight_bits_are_one_line(mode: str, tmp_path: Path) -> None:
+    pixels = {"1": np.eye(8, dtype=bool), "I;16": np.eye(8, dtype=np.uint16), "F": np.eye(8, dtype=np.float32)}
+    for name in ("1.png", "2.png"):
+        picture = Image.fromarray(pixels[mode])
+        picture.save(tmp_path / name, format="TIFF" if mode == "F" else "PNG")
+    with pytest.raises(
+        UserError, match=rf"1\.png: not a file of images \(its pixels are {mode}; save them with 8 bits a channel"
+    ):
+        open_images(tmp_path)
+
+
+def test_the_picture_that_differs_is_named(tmp_path: Path) -> None:
+    for name, channels in (("000000.png", 1), ("000001.png", 1), ("000002.png", 4)):
+        Image.fromarray(noise(1, channels=channels)[0].squeeze()).save(tmp_path / name)
+    with pytest.raises(UserError, match=r"channels of 000000\.png are 8 x 8 x 1, those of 000002\.png 8 x 8 x 4$"):
+        _all(open_images(tmp_path))
+
+
+def test_a_class_that_no_number_holds_is_one_line(tmp_path: Path) -> None:
+    said = PngImagePlugin.PngInfo()
+    said.add_text(LABEL, "9" * 30)
+    Image.fromarray(noise(1)[0]).save(tmp_path / "1.png", pnginfo=said)
+    with pytest.raises(UserError, match=r"1\.png: not a file of images"):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "/dev/null"])
+def test_what_is_neither_folder_nor_file_is_one_line(path: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder of images, and no npz file of them, is there"):
+        open_images(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"seeds": "5-1", "batch": 2},
+        {"seeds": ["a"], "batch": 2},
+        {"seeds": "0-2", "batch": 2, "formats": 5},
+        {"seeds": "0-2", "batch": 2, "formats": [[]]},
+        {"seeds": "0-999999999999", "batch": 10**12, "formats": ["png"]},
+    ],
+)
+def test_a_manifest_with_nonsense_is_one_line(job: dict[str, object], folder: Folder) -> None:
+    drawn = folder("drawn", noise(3))
+    (drawn / "manifest.json").write_text(json.dumps({"images": 3, "job": job, "chunks": {"0": "a"}}))
+    with pytest.raises(UserError, match=r"drawn/manifest\.json is damaged \(.*\); move it elsewhere"):
+        open_images(drawn)
+
+
+def test_a_folder_in_the_manifests_place_says_nothing(folder: Folder) -> None:
+    drawn = folder("drawn", noise(3))
+    (drawn / "manifest.json").unlink()
+    (drawn / "manifest.json").mkdir()
+    assert len(open_images(drawn)) == 3
 
 
 def test_a_manifest_of_anything_is_no_reason_to_fail(folder: Folder) -> None:

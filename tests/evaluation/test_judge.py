@@ -10,7 +10,7 @@ import scipy.linalg
 from click.testing import CliRunner, Result
 
 from dgfast.evaluate import main
-from tests.evaluation.conftest import Folder, features_of, noise
+from tests.evaluation.conftest import Folder, Plain, features_of, noise, saved, seeded
 
 
 def _run(*arguments: object) -> Result:
@@ -45,7 +45,7 @@ def test_rows_of_ranges_and_their_differences_are_scipys(
     first, second = folder("one", one), folder("other", other)
     order = np.random.default_rng(0).permutation(40)
     np.savez(second / "images-00000.npz", images=other[order], seeds=order, labels=order)
-    options = ("--features", detector, "--reference", moments, "--seed-ranges", "0-19,20-39", "--bootstrap", 20)
+    options = ("--features", detector, "--reference", moments, "--seed-ranges", "0-19,20-39", "--bootstrap", 40)
     content, result = _judged(tmp_path, first, second, *options)
     assert content["format"] == "dgfast-evaluation-1" and content["reference"] == {"name": str(moments), "images": None}
     assert content["features"].startswith("inception.pt (sha256 ")
@@ -100,9 +100,22 @@ def test_without_equal_seeds_there_is_no_difference(
     options = ("--features", detector, "--reference", moments)
     content, result = _judged(tmp_path, folder("one", noise(9)), folder("other", noise(9), first=9), *options)
     assert all("difference" not in row for row in content["rows"]) and "less" not in result.stdout
-    content, result = _judged(tmp_path, tmp_path / "one", tmp_path / "one", *options, "--bootstrap", 0)
+    content, result = _judged(tmp_path, tmp_path / "one", folder("same", noise(9)), *options, "--bootstrap", 0)
     assert content["rows"][0]["metrics"]["frechet"]["low"] is None and "intervals" not in result.output
     assert all("difference" not in row for row in content["rows"])
+
+
+def test_what_makes_rows_hard_to_compare_is_said(tmp_path: Path, folder: Folder, detector: Path, moments: Path) -> None:
+    """Fewer images than numbers a feature has, other numbers of images, and other classes on equal seeds."""
+    options = ("--features", detector, "--reference", moments)
+    one, other, few = folder("one", noise(9)), folder("other", noise(9, seed=1)), folder("few", noise(6))
+    np.savez(other / "images-00000.npz", images=noise(9, seed=1), seeds=np.arange(9), labels=np.arange(9))
+    said = _judged(tmp_path, one, other, few, *options)[1].stderr
+    assert "frechet: 6 images are few for features of 6 numbers; take more than that" in said
+    assert "frechet: rows of 6 to 9 images; compare it between equal numbers only" in said
+    assert f"{other}: on the seeds of {one}, but of other classes; the difference is one of these, too" in said
+    said = _judged(tmp_path, one, folder("alike", noise(9, seed=2)), *options)[1].stderr
+    assert "classes" not in said and "few" not in said and "equal numbers" not in said
 
 
 def test_folders_may_be_the_ranges(tmp_path: Path, folder: Folder, detector: Path, moments: Path) -> None:
@@ -137,8 +150,22 @@ def test_moments_are_those_of_all_images_where_only_some_features_are_kept(
     path = folder("drawn", noise(40))
     options = ("--features", detector, "--reference", moments)
     few, _ = _judged(tmp_path, path, *options, "--bootstrap", 0, "--subset", 7)
-    every, _ = _judged(tmp_path, path, *options, "--bootstrap", 5)
+    every, _ = _judged(tmp_path, path, *options, "--bootstrap", 40)
     assert few["rows"][0]["metrics"]["frechet"]["value"] == every["rows"][0]["metrics"]["frechet"]["value"]
+
+
+def test_a_wrong_reference_is_all_that_is_said(tmp_path: Path, folder: Folder, detector: Path) -> None:
+    """Before the notes, and before any image is judged."""
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(2), sigma=np.eye(2))
+    result = _run(folder("drawn", noise(9)), "--features", detector, "--reference", tmp_path / "ref.npz")
+    assert result.exit_code == 2 and result.output.count("\n") == 1 and "those of 2; exactly one" in result.output
+
+
+def test_a_metric_that_overflows_is_one_line(tmp_path: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dgfast.evaluation.judge.kernel_distance", lambda *_: float("nan"))
+    options = ("--features", saved(seeded(Plain), tmp_path / "net.pt"), "--features-range", "0,1")
+    result = _run(folder("drawn", noise(9)), *options, "--reference", folder("real", noise(9, seed=1)))
+    assert result.exit_code == 2 and "kernel is not a finite number: features of net.pt" in result.output
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------
@@ -149,10 +176,14 @@ def test_moments_are_those_of_all_images_where_only_some_features_are_kept(
         ("--features-size 8", "--features-range and --features-size say what the file of --features reads"),
         ("--features inception.pt --reference none.npz", "--reference none.npz: no such file or folder"),
         ("--features inception.pt --reference ref.npz --metrics recall", "--metrics recall: it needs images of the"),
-        ("--features inception.pt --reference ref.npz --metrics fid", "--metrics fid: there are frechet, kernel"),
+        ("--features inception.pt --reference ref.npz --metrics fid", "--metrics 'fid': there are frechet, kernel"),
         ("--features inception.pt --reference ref.npz --metrics log_ratio", "log_ratio: it is that of a bundle's"),
         ("--features inception.pt --reference ref.npz --seed-ranges 0-99", "holds 9 images of the 100 seeds 0-99"),
         ("--features inception.pt --reference ref.npz --seed-ranges 3-3", "--seed-ranges 3-3: 1 images; 2 at least"),
+        ("--features inception.pt --reference ref.npz ./drawn", "drawn is given twice; give it once"),
+        ("--features inception.pt --reference ref.npz --bootstrap 1", "--bootstrap 1: no 95 % interval can be told"),
+        ("--features inception.pt --reference ref.npz --bootstrap 39", "give 40 at least, better 200, or 0 for none"),
+        ("--features inception.pt --reference ref.npz --metrics ,", "--metrics '': there are frechet, kernel"),
         ("--features inception.pt --reference real", "real: 3 images; 7 at least can be compared by frechet, kernel"),
         ("--features inception.pt --reference grey", "drawn: these are 3 x 8 x 8 images, and those of grey are 1 x 8"),
         ("--features inception.pt --reference ref.npz grey", "grey: these are 1 x 8 x 8 images, and those of drawn"),
@@ -175,6 +206,11 @@ def test_what_does_not_go_together_is_one_line(
 def test_ranges_that_are_none_are_refused(ranges: str) -> None:
     result = _run("drawn", "--seed-ranges", ranges)
     assert result.exit_code == 2 and "expected ranges such as 0-49999,50000-99999, or folders" in result.output
+
+
+def test_a_seed_in_two_ranges_is_refused() -> None:
+    result = _run("drawn", "--seed-ranges", "5-9,0-3,3-4")
+    assert result.exit_code == 2 and "seed 3 stands in two ranges" in result.output
 
 
 def test_ranges_need_seeds(tmp_path: Path, detector: Path, moments: Path) -> None:

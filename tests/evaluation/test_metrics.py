@@ -98,6 +98,15 @@ def test_kernel_distance_is_near_numpys_on_whole_sets() -> None:
     assert halves[0] == pytest.approx(expected, rel=0.05)  # a mean over 100 subsets of 20
 
 
+def test_kernel_distance_is_right_of_features_far_from_zero() -> None:
+    """Third powers of ten thousand differ in digits that float32 does not have."""
+    real, drawn = _features(40, 4, 0, 1e4), _features(40, 4, 1, 1e4)
+    one, other = real.double().numpy(), drawn.double().numpy()
+    kernel = [[(a @ b.T / 4 + 1) ** 3 for b in (one, other)] for a in (one, other)]
+    expected = sum(kernel[k][k].sum() - np.trace(kernel[k][k]) for k in (0, 1)) / (40 * 39) - 2 * kernel[0][1].mean()
+    assert kernel_distance(real, drawn) == pytest.approx(expected, rel=0.2)  # a mean over 100 subsets of 20
+
+
 # Intervals ------------------------------------------------------------------------------------------------------------
 def test_resamples_are_alike_for_equally_many_images() -> None:
     first, second = list(resamples(9, 3)), list(resamples(9, 3))

@@ -30,7 +30,7 @@ def test_edm2s_pickle_is_read_and_the_features_tell_which_metric(
     protocol: int, tmp_path: Path, extractor: features.Extractor
 ) -> None:
     fid = _moments(6)
-    fid["sigma"] = np.asfortranarray(fid["sigma"] + np.triu(np.ones((6, 6))))
+    fid["sigma"] = np.asfortranarray(fid["sigma"] + 1e-6 * np.triu(np.ones((6, 6))))  # rounded, so its order is seen
     content = {"num_images": 50_000, "fid": fid, "fd_dinov2": _moments(4, seed=1)}
     (tmp_path / "ref.pkl").write_bytes(pickle.dumps(content, protocol))
     found = reference.of_moments(tmp_path / "ref.pkl", extractor, 6)
@@ -46,6 +46,41 @@ def test_edms_npz_is_read_and_told_from_one_of_images(tmp_path: Path, extractor:
     assert reference.holds_moments(tmp_path / "ref.npz") and not reference.holds_moments(tmp_path / "images.npz")
     found = reference.of_moments(tmp_path / "ref.npz", extractor, 6)
     np.testing.assert_array_equal(found.moments.covariance, _moments()["sigma"])
+
+
+def _asymmetric() -> np.ndarray:
+    return np.eye(300) + np.diag(np.full(29, 0.5), 271)  # in one of its last rows, and not where that is mirrored
+
+
+@pytest.mark.parametrize(
+    ("moments", "complaint"),
+    [
+        ({"sigma": -np.eye(2)}, "its diagonal has negative numbers, or zeros alone"),
+        ({"sigma": np.zeros((2, 2))}, "its diagonal has negative numbers, or zeros alone"),
+        ({"sigma": np.array([[1, 0.5], [0, 1]])}, "it is not symmetric"),
+        ({"sigma": _asymmetric()}, "it is not symmetric"),
+        ({"sigma": np.array([[1, 2.0], [2, 1]])}, "larger than the variances beside it allow"),
+        ({"sigma": 1e300 * np.eye(2)}, "mu or sigma has numbers beyond 1e"),
+        ({"mu": np.full(2, -1e300)}, "mu or sigma has numbers beyond 1e"),
+    ],
+)
+def test_what_can_be_no_covariance_is_one_line(
+    moments: dict[str, np.ndarray], complaint: str, tmp_path: Path, extractor: features.Extractor
+) -> None:
+    width = len(moments.get("sigma", np.eye(2)))
+    path = tmp_path / "ref.npz"
+    np.savez(path, **{"mu": np.zeros(width), "sigma": np.eye(width), **moments})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=complaint) as error:
+        reference.of_moments(path, extractor, width)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_names_of_metrics_stay_in_one_short_line(tmp_path: Path, extractor: features.Extractor) -> None:
+    content = {f"{k}\n\x1b[31m" + 100 * "x": _moments(2) for k in range(30)}
+    (tmp_path / "ref.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match="have 6 numbers, and the moments there are those of 0") as error:
+        reference.of_moments(tmp_path / "ref.pkl", extractor, 6)
+    assert str(error.value).isprintable() and len(str(error.value)) < 600
 
 
 class _Shell:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -185,6 +186,32 @@ def test_rows_of_some_seeds_of_a_folder_have_its_speed(made: Callable[..., str],
     page = _Reader(made("a", path))
     assert _column(page.tables["Quality and speed"], "images/s") == ["4", "4"]
     assert page.tables["Over ranges of seeds"][1:] == [["a lowest", "0.25", ""], ["a mean", "0.375", "0.75"]]
+
+
+def test_a_reference_of_moments_has_no_number_of_images(made: Callable[..., str], tmp_path: Path) -> None:
+    path = evaluation(tmp_path / "quality.json", [judged("a", "a", 0.5)])
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"reference": {"name": "ref.npz", "images": None}}))
+    assert "Against ref.npz, in the features of" in _Reader(made(path)).text
+
+
+def test_rows_of_other_numbers_of_images_are_not_to_be_compared(made: Callable[..., str], tmp_path: Path) -> None:
+    rows = [judged("a", "a", 0.5, images=2000), judged("b", "b", 0.5)]
+    line = "Rows of 16 to 2,000 images: compare frechet between equal numbers only."
+    assert line in _Reader(made(evaluation(tmp_path / "quality.json", rows))).text
+    assert "equal numbers only" not in _Reader(made(evaluation(tmp_path / "quality.json", rows[:1]))).text
+
+
+def test_names_that_are_no_utf8_are_on_the_page_and_its_pictures(made: Callable[..., str], tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    run_folder(tmp_path / name, guidance=GuidanceConfig())
+    page = _Reader(made(name, evaluation(tmp_path / "quality.json", [judged(name, name, 0.5)])))
+    assert page.tables["Quality and speed"][1][0] == "caf\\udce9"
+    assert _column(page.tables["Runs with their settings"], "folder") == ["1. caf\\udce9"]
+
+
+def test_a_run_that_no_clock_told_has_no_speed(made: Callable[..., str], tmp_path: Path) -> None:
+    run_folder(tmp_path / "a", guidance=GuidanceConfig(), seconds=1e-320)
+    assert "its manifest has no seconds of a run" in _Reader(made("a")).text
 
 
 def test_machines_are_not_held_against_each_other(made: Callable[..., str], tmp_path: Path) -> None:
