@@ -37,10 +37,14 @@ def read_files(folder: Path, paths: Sequence[str]) -> tuple[np.ndarray, np.ndarr
                 images.append((pixels[..., None] if pixels.ndim == 2 else pixels)[None])
         except (KeyError, OSError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
             raise UserError(f"{folder / name}: not a file of images ({error})") from error
-    try:
-        return np.concatenate(images), np.concatenate(labels)
-    except ValueError as error:
-        raise UserError(f"{folder}: images of different sizes or channels ({error})") from error
+    shapes = [part.shape[1:] for part in images]
+    odd = next((index for index, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if odd is not None:
+        raise UserError(
+            f"{folder}: images of different sizes or channels: {paths[odd]} has {list(shapes[odd])}, "
+            f"{paths[0]} {list(shapes[0])}"
+        )
+    return np.concatenate(images), np.concatenate(labels)
 
 
 def image_files(folder: Path) -> list[str]:

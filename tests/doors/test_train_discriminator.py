@@ -46,7 +46,9 @@ def test_train_discriminator_of_its_own_guides_without_a_classifier(tmp_path: Pa
     bundle = bundle_of(tmp_path / "bundle", channels=1, classes=_CLASSES)
     real, fakes = pictures(tmp_path / "real"), pictures(tmp_path / "fakes", count=30)
     for objective in ("cross-entropy", "kl"):
-        result = _train("discriminator", bundle, real, "--generated", str(fakes), "--objective", objective, *_SHORT)
+        result = _train(
+            "discriminator", bundle, real, "--generated", str(fakes), "--objective", objective, "--overwrite", *_SHORT
+        )
         assert result.exit_code == 0, result.output
         (bundle / "training/discriminator/state.pt").unlink()
     done = bundles.read(bundle)
@@ -74,7 +76,7 @@ def test_train_discriminator_of_latents_without_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fakes", "message"),
     [
-        ({"count": 4}, "draw at least 10"),
+        ({"count": 4}, "4 generated images and 20 to train on"),
         ({"side": 6}, "images of 6 x 6 x 1 (height, width, channels); the score network makes 8 x 8 x 1"),
         ({"classes": 0}, "30 of 30 images have no label"),
         ({"classes": 3}, "label 2; the score network knows classes 0 to 1"),
