@@ -55,6 +55,13 @@ def train_discriminator(job: Job, setting: Setting) -> None:
             f"kept apart; {_FEWEST} of each are needed at least"
         )
     _require_own_samples(setting.generated, job.bundle)
+    if not setting.own_trunk and "classifier" not in job.bundle.nets:
+        raise UserError(
+            f"bundle {job.bundle.name} has no classifier whose features a discriminator could read: train or convert "
+            "one, or give --trunk own"
+        )
+    if job.schedule.batch < 2:
+        raise UserError(f"--batch {job.schedule.batch}: half of each batch is real, half generated; give 2 at least")
     known = GuidanceConfig() if setting.own_trunk else GuidanceConfig(classifier_scale=1.0)
     networks = load(job.bundle, job.device, guidance=known)
     score, classes = networks.denoiser, networks.denoiser.label_dim
@@ -121,7 +128,7 @@ def _require_own_samples(generated: Path, bundle: Bundle) -> None:
     Raises:
         UserError: the folder's manifest says that other networks drew it than the bundle's score network alone.
     """
-    job = (content_of(generated) or {}).get("job")
+    job = (content_of(generated) or {}).get("job") if generated.is_dir() else None
     drawn_by = job.get("weights") if isinstance(job, dict) else None
     if isinstance(drawn_by, str) and drawn_by != bundle.fingerprint(["score"]):
         raise UserError(

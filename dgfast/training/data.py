@@ -61,14 +61,15 @@ def load_images(source: str, option: str = "--data", prefer_latents: bool = Fals
         UserError: no such file, a missing key, a wrong shape or type, no images, pictures of different sizes or
             channels, labels that are none.
     """
-    if source == "mnist":
+    if source == "mnist" and option == "--data":
         return _mnist()
     path = Path(source)
     if path.is_dir():
         return _folder(path, prefer_latents)
     if not path.is_file():
         raise UserError(
-            f"{option} {source}: no such file; give `mnist`, an npz file with images and labels, or a folder"
+            f"{option} {source}: no such file or folder; give an npz file with images and labels, a folder of images"
+            + (", or `mnist`" if option == "--data" else "")
         )
     return _npz(path, option, prefer_latents)
 
@@ -150,7 +151,7 @@ def _npz(path: Path, option: str, prefer_latents: bool) -> ImageSet:
         reason = str(error).partition(". ")[0]  # NumPy goes on with advice to unpickle what it is
         raise UserError(f"{option} {path}: not an npz file of images and labels ({reason})") from error
     if name == "images":
-        return image_set(values[..., None] if values.ndim == 3 else values, labels, path)
+        return image_set(values, labels, path)
     if values.ndim != 4 or not np.issubdtype(values.dtype, np.floating) or labels.shape != values.shape[:1]:
         raise UserError(
             f"{path}: latents must be numbers [N, C, H, W] with labels [N]; found {values.dtype} "
@@ -165,8 +166,9 @@ def _npz(path: Path, option: str, prefer_latents: bool) -> ImageSet:
 def image_set(images: np.ndarray, labels: np.ndarray, source: object) -> ImageSet:
     """
     Raises:
-        UserError: not uint8 [N, H, W, C] with one label an image, or no images; names the source.
+        UserError: not uint8 [N, H, W, C] or [N, H, W] with one label an image, or no images; names the source.
     """
+    images = images[..., None] if images.ndim == 3 else images
     if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
         raise UserError(
             f"{source}: images must be uint8 [N, H, W, C] with labels [N]; "

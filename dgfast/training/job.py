@@ -197,9 +197,12 @@ def json_object(option: str, text: str) -> dict[str, Any]:
         UserError: the option's text is no JSON object.
     """
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{option} {text!r:.80} is not a JSON object: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{option} {text!r:.80} is not a JSON object, such as '{{\"dropout\": 0.1}}'")
+    return value
 
 
 def build(option: str, kind: str, keywords: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dgfast.devices import DTYPES
 from dgfast.errors import StoppedError, StorageError, TerminatedError, UserError, one_line
 from dgfast.files import replacing
+from dgfast.progress import say
 from dgfast.stopping import Terminated
 from dgfast.training.averaging import averaged
 from dgfast.training.early_stopping import Best, EarlyStopping
@@ -99,6 +100,8 @@ def fit_together(
             raise kind(f"{folder.name}: interrupted at step {step}; {goes_on}") from None
         finally:
             bar.close()
+    if kept := run.best.told(bar.n, schedule.steps):
+        say(f"{folder.name}: {kept}", error=True)
     run.best.restore(run.average.module)
     return [net.requires_grad_(False) for net in run.averages()]
 
