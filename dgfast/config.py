@@ -27,7 +27,7 @@ from dgfast.guidance import (
     SmoothedEnergyGuidance,
     TangentialGuidance,
 )
-from dgfast.guidance.declaration import all_options, configure
+from dgfast.guidance.declaration import all_options, configure, require_on
 from dgfast.solvers import DIFFUSIONS, LAST_STEPS, SOLVERS
 
 DISCRETIZATIONS = ("edm", "vp", "ve", "iddpm")
@@ -182,12 +182,15 @@ class GuidanceConfig(
     later adds its own (see `Guidance.__init_subclass__`). The last of the bases comes first.
 
     Raises:
-        UserError: a value that an option may not have, or options that contradict one another.
+        UserError: a value that an option may not have, or that is not the default while its guidance is off; options
+            that contradict one another.
     """
 
     def __post_init__(self) -> None:
         for one in all_options():
             one.check(getattr(self, one.name))
+        changed = [one for one in all_options() if getattr(self, one.name) != one.default]
+        require_on(self, [one.name for one in changed if not one.of_network])
         for guidance in GUIDANCES:
             guidance.check(self)
 

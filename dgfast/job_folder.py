@@ -159,6 +159,7 @@ class JobFolder:
         self.manifest.read()
         noted = self.manifest.chunks
         if self._passing and self.products.are(self.manifest.products):
+            self.manifest.chunks = {}  # those of the journals, in a run that was killed while it removed its shards
             return
         whole = sorted(index for index, digest in noted.items() if self._digest(index) == digest)
         self.damaged = len(noted) - len(whole)
@@ -206,6 +207,8 @@ class JobFolder:
     # In the end, by the process of rank 0 -------------------------------------------------------------------------
     def there(self) -> Ranges:
         """The indices of the chunks that are there."""
+        if self._passing and self.manifest.products is not None:  # their shards may have gone
+            return Ranges([(0, len(self.chunks) - 1)])
         with storage(self.path):
             self.manifest.take_up()
         return Ranges.of(sorted(self.manifest.chunks))
@@ -227,7 +230,7 @@ class JobFolder:
                 self.manifest.products = self.products.made()
             if self._passing:
                 self.manifest.chunks = {}
-            self.manifest.save()
+            self.manifest.write()  # without the journals, which tell of the shards
             self.manifest.remove_journals()
             if self._passing:
                 for path in self.path.glob("images-*.npz"):

@@ -76,7 +76,7 @@ class Manifest:
         """Note that this process begins to draw, and empty the journals."""
         self._owner = {"pid": os.getpid(), "host": socket.gethostname()}
         self.runs.append({**strict(run), "began": _now()})
-        self._write()  # without the journals: what they say was held against the files, and may have been wrong
+        self.write()  # without the journals: what they say was held against the files, and may have been wrong
         self.remove_journals()
 
     def end(self, **outcome: Any) -> None:
@@ -87,9 +87,10 @@ class Manifest:
     def save(self) -> None:
         """Write the manifest in one move, with what the journals say."""
         self.take_up()
-        self._write()
+        self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write the manifest in one move, as it stands here."""
         content = {
             "format": FORMAT,
             "job": self.job,

@@ -157,7 +157,7 @@ def _possible(bundle: Bundle, guidance: GuidanceConfig) -> GuidanceConfig:
     if "discriminator" in bundle.nets or not (guidance.dg_weight or guidance.dg_weight_2nd):
         return guidance
     click.echo(f"bundle {bundle.name} has no discriminator network: exporting without discriminator guidance", err=True)
-    return replace(guidance, dg_weight=0.0, dg_weight_2nd=0.0)
+    return overridden(guidance, {"dg_weight": 0.0, "dg_weight_2nd": 0.0})
 
 
 def _commit() -> str:

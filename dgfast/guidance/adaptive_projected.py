@@ -83,7 +83,6 @@ class AdaptiveProjectedGuidance(UnconditionalGuidance):
     @classmethod
     def check(cls, config: GuidanceConfig) -> None:
         super().check(config)
-        cls.require_on(config, "apg_eta", "apg_threshold", "apg_momentum", "apg_space", "apg_over")
         if config.apg_threshold < 0:
             raise UserError(f"apg_threshold {config.apg_threshold} must be at least 0")
         if not abs(config.apg_momentum) < 1:

@@ -39,7 +39,7 @@ class ClassifierFreeGuidance(UnconditionalGuidance):
         )
         cfg_branch: float = option(0.0, "Noise level at which the one scale takes over.", "sigma")
         cfg_channels: int | None = option(
-            None, "Guide the first so many channels alone; 3 is DiT's published way.", "C", least=1
+            None, "Guide the first so many channels alone; 3 is DiT's published way.", "C", least=1, of_network=True
         )
         guidance_interval: tuple[float, float] = interval_option()
 

@@ -10,7 +10,7 @@ of the functions that call it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, make_dataclass, replace
 from functools import cache
 from types import SimpleNamespace
@@ -35,7 +35,8 @@ class Guidance(ABC):
     """One correction of the denoised image, and its declaration.
 
     Attributes:
-        Options: a frozen dataclass of `option`s. Without one it is no part of command lines and files.
+        Options: a frozen dataclass of `option`s, first the one that turns it on; while it is off, the others are
+            refused, see `require_on`. Without `Options` it is no part of command lines and files.
         name: in errors and in docs/guidance.md, beside `cost`, of a call, and `use`. formula: in `--help`.
         roles: the networks that it needs, first the one that it is named after.
         evaluations, gradients, backwards: forwards of a denoiser, forwards with input gradient of another network, and
@@ -96,13 +97,6 @@ class Guidance(ABC):
         """Raises UserError for options that contradict one another; each by itself is fine."""
 
     @classmethod
-    def require_on(cls, config: GuidanceConfig, *names: str) -> None:
-        """Raises UserError for one of these options that is set while the guidance itself is off."""
-        idle = [one.name for one in cls.options() if one.name in names and getattr(config, one.name) != one.default]
-        if idle and not cls.on(config):
-            raise UserError(f"{idle[0]} needs {cls.switch()}, which turns {cls.name} on")
-
-    @classmethod
     def make(cls, networks: Networks, config: GuidanceConfig) -> Self:
         """The guidance at the solver's first point.
 
@@ -131,9 +125,9 @@ class Guidance(ABC):
         return {one.attribute: one for one in of_point if one.attribute and (second or not one.second)}
 
     @classmethod
-    def switch(cls) -> str:
-        """The option that turns it on."""
-        return next(iter(cls.weights().values())).name
+    def switches(cls) -> list[str]:
+        """The options that turn it on: the first one, and what else is a weight at the solver's first point."""
+        return [one.name for one in (*cls.options()[:1], *cls.weights().values())]
 
     @classmethod
     def on(cls, config: GuidanceConfig, second: bool = False) -> bool:
@@ -247,25 +241,27 @@ def overridden(config: GuidanceConfig, given: Mapping[str, Any]) -> GuidanceConf
     What the bundle has for a guidance that the command line turns off goes with it.
 
     Raises:
-        UserError: options that contradict one another, or one of a guidance that is off, unless its weight was given
-            too: whoever says 0 knows that the rest does nothing.
+        UserError: options that contradict one another, or one of a guidance that is off.
     """
     merged: Any = SimpleNamespace(**{one.name: given.get(one.name, getattr(config, one.name)) for one in all_options()})
     acting, acted = {*guiding(merged)}, {*guiding(config)}
     taken = {one.name for guidance in acting for one in guidance.options()}
     gone = {one.name: one.default for guidance in acted - acting for one in guidance.options()}
     changed = replace(config, **{name: value for name, value in gone.items() if name not in taken} | dict(given))
-    for one in all_options():
-        owners = [guidance for guidance in GUIDANCES if one in guidance.options()]
-        if one.name in given and one.name not in taken and not any(_said_off(owner, given) for owner in owners):
-            which = f", which turns {owners[0].name} on" if len(owners) == 1 else ""
-            raise UserError(f"{one.name} does nothing without {' or '.join(owner.switch() for owner in owners)}{which}")
+    require_on(changed, given)
     return changed
 
 
-def _said_off(guidance: type[Guidance], given: Mapping[str, Any]) -> bool:
-    weights = guidance.weights(second=True).values()
-    return not weights or any(given.get(one.name) == one.off for one in (*weights, *guidance.weights().values()))
+def require_on(config: GuidanceConfig, names: Collection[str]) -> None:
+    """Raises UserError for one of these options if its guidance is off; a weight may say so itself."""
+    acting = {*guiding(config)}
+    for one in (one for one in all_options() if one.name in names):
+        owners = [kind for kind in GUIDANCES if one in kind.options() and {*kind.switches()} - {one.name}]
+        says_off = one.attribute and getattr(config, one.name) == one.off
+        if owners and not says_off and acting.isdisjoint(owners):
+            switches = [next(name for name in owner.switches() if name != one.name) for owner in owners]
+            which = f", which turns {owners[0].name} on" if len(owners) == 1 else ""
+            raise UserError(f"{one.name} does nothing without {' or '.join(switches)}{which}")
 
 
 def all_options() -> Iterator[Option]:

@@ -50,7 +50,9 @@ class DiscriminatorGuidance(Guidance):
         dg_weight_2nd: float = option(
             0.0, "The same at the solver's second point.", "w", attribute="weight", second=True
         )
-        dg_window: tuple[float, float] = option((0.01, 1.0), "VP times between which it acts.", "tau,tau")
+        dg_window: tuple[float, float] = option(
+            (0.01, 1.0), "VP times between which it acts.", "tau,tau", of_network=True
+        )
         dg_every: int = option(
             1, "Compute the discriminator's gradient at every so many guided calls only.", "K", least=1, exported=False
         )
@@ -83,7 +85,7 @@ class DiscriminatorGuidance(Guidance):
         if config.dg_every > 1 and config.boosting:
             raise UserError("boosting judges every call by its own log-ratio; it does not go with dg_every above 1")
         if config.boosting and not config.dg_weight:
-            raise UserError("boosting needs discriminator guidance; give it a weight other than 0")
+            raise UserError("boosting needs dg_weight; give it one other than 0")
 
     @classmethod
     def make(cls, networks: Networks, config: GuidanceConfig) -> DiscriminatorGuidance:

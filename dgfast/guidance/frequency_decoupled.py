@@ -100,11 +100,6 @@ class FrequencyDecoupledGuidance(UnconditionalGuidance):
     use = "for details at large scales, colours at small ones"
 
     @classmethod
-    def check(cls, config: GuidanceConfig) -> None:
-        super().check(config)
-        cls.require_on(config, "fdg_parallel")
-
-    @classmethod
     def make(cls, networks: Networks, config: GuidanceConfig) -> FrequencyDecoupledGuidance:
         denoiser = cls.conditional(networks)
         sides = networks.denoiser.img_resolution

@@ -72,9 +72,6 @@ class LowDensityGuidance(Guidance):
     def check(cls, config: GuidanceConfig) -> None:
         if config.diversity < 0:
             raise UserError("diversity is at least 0; perceptual turns its direction round")
-        for name in ("perceptual", "target_class"):
-            if getattr(config, name) not in (None, False) and not config.diversity:
-                raise UserError(f"{name} needs diversity; give it a weight above 0")
         if config.diversity and config.classifier_scale and config.target_class is None:
             raise UserError(
                 "diversity and classifier_scale weigh one and the same gradient; set one of them to 0 "

@@ -54,7 +54,6 @@ class MagnitudeAwareGuidance(UnconditionalGuidance):
     @classmethod
     def check(cls, config: GuidanceConfig) -> None:
         super().check(config)
-        cls.require_on(config, "mambo_alpha", "mambo_space")
         if config.mambo_alpha < 0:
             raise UserError(
                 f"mambo_alpha {config.mambo_alpha} must be at least 0: below, the scale grows without bound"

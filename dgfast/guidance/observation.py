@@ -125,10 +125,6 @@ class ObservationGuidance(Guidance):
             raise UserError(f"observe_iterations is of mmps and pigdm; {config.observe_method} solves nothing")
 
     @classmethod
-    def switch(cls) -> str:
-        return "observe"
-
-    @classmethod
     def on(cls, config: GuidanceConfig, second: bool = False) -> bool:
         return config.observe is not None and config.observe_weight != 0
 

@@ -25,6 +25,8 @@ class Option:
             value of that weight that guides nothing. second: it holds at the solver's second point alone.
         inside: another value needs another exported file. exported: there are such files at all.
         file: it names a file, whose content counts and not its name. No bundle may have one.
+        of_network: it fits the network, so that a bundle has it whether or not its guidance is on; of all others
+            a `GuidanceConfig` whose guidance is off has the default.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Option:
     inside: bool
     exported: bool
     file: bool
+    of_network: bool
 
     def check(self, value: Any) -> None:
         """Raises UserError for a value that it may not have."""
@@ -68,13 +71,13 @@ class Option:
 def option(
     default: T, help: str, symbol: str | None = None, *, choices: tuple[str, ...] = (), least: int | None = None,
     attribute: str | None = None, input: str | None = None, off: float | None = None, second: bool = False,
-    inside: bool = True, exported: bool = True, file: bool = False,
+    inside: bool = True, exported: bool = True, file: bool = False, of_network: bool = False,
 ) -> T:  # fmt: skip
     """A field of a guidance's `Options`, see `Option`; with the default, a guidance does nothing."""
     about = {
         "help": help, "symbol": symbol, "choices": choices, "least": least, "attribute": attribute, "input": input,
         "off": default if off is None else off, "second": second, "inside": inside and exported and not attribute,
-        "exported": exported, "file": file,
+        "exported": exported, "file": file, "of_network": of_network,
     }  # fmt: skip
     return field(default=default, metadata=about)
 

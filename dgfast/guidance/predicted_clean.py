@@ -70,8 +70,6 @@ class PredictedCleanGuidance(Guidance):
     def check(cls, config: GuidanceConfig) -> None:
         if config.fidelity < 0:
             raise UserError("fidelity is at least 0")
-        if config.base_class is not None and not config.fidelity:
-            raise UserError("base_class needs fidelity; give it a weight above 0")
 
     @classmethod
     def make(cls, networks: Networks, config: GuidanceConfig) -> PredictedCleanGuidance:

@@ -42,7 +42,6 @@ class Renorm(Repair):
 
     @classmethod
     def check(cls, config: GuidanceConfig) -> None:
-        cls.require_on(config, "renorm_space")
         if config.renorm < 0:
             raise UserError(f"renorm {config.renorm} must be at least 0")
 

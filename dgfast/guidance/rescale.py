@@ -57,7 +57,6 @@ class Rescale(Repair):
 
     @classmethod
     def check(cls, config: GuidanceConfig) -> None:
-        cls.require_on(config, "rescale_space")
         if not 0 <= config.cfg_rescale <= 1:
             raise UserError(f"cfg_rescale {config.cfg_rescale} must lie between 0 and 1")
 

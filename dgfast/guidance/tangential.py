@@ -62,11 +62,6 @@ class TangentialGuidance(UnconditionalGuidance):
     use = "for fewer artefacts of the prediction without class"
 
     @classmethod
-    def check(cls, config: GuidanceConfig) -> None:
-        super().check(config)
-        cls.require_on(config, "tcfg_space")
-
-    @classmethod
     def make(cls, networks: Networks, config: GuidanceConfig) -> TangentialGuidance:
         return cls(cls.conditional(networks), config.tcfg_scale, config.guidance_interval, config.tcfg_space)
 

@@ -61,7 +61,6 @@ class CFGZeroStar(UnconditionalGuidance):
     @classmethod
     def check(cls, config: GuidanceConfig) -> None:
         super().check(config)
-        cls.require_on(config, "zero_star_space", "zero_init_steps")
         if config.zero_init_steps and config.guidance_interval[1] < float("inf"):
             raise UserError("zero_init_steps are at the highest noise levels, which guidance_interval leaves out")
 

@@ -10,6 +10,7 @@ import numpy as np
 from dgfast.bundle import Bundle
 from dgfast.config import GuidanceConfig
 from dgfast.errors import UserError
+from dgfast.guidance.declaration import overridden
 from dgfast.latents import IMAGE_CHANNELS
 from dgfast.manifest import content_of
 from dgfast.nets.adm import EncoderUNetModel
@@ -91,7 +92,7 @@ def train_discriminator(job: Job, setting: Setting) -> None:
     judged = judge_by_sigma(trial(job.held_out, judged_fakes), net, score, SIGMAS)
     job.finish(
         net, {"held_out_by_sigma": judged},
-        about=lambda bundle: replace(bundle, guidance=replace(bundle.guidance, dg_weight=setting.dg_weight)),
+        about=lambda bundle: replace(bundle, guidance=overridden(bundle.guidance, {"dg_weight": setting.dg_weight})),
     )  # fmt: skip
     low, high = setting.sigmas
     trained = {level: each for level, each in judged.items() if low <= float(level) <= high}

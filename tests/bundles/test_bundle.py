@@ -50,7 +50,7 @@ def bundle(tmp_path: Path) -> Bundle:
         name="small",
         nets={},
         sampling=SamplingConfig(num_steps=9, solver="euler", sigma_max=60.0, S_churn=2.0),
-        guidance=GuidanceConfig(dg_weight=1.5, dg_window=(0.02, 0.9), guidance_interval=(0.3, 5.0), boosting=True),
+        guidance=GuidanceConfig(dg_weight=1.5, dg_window=(0.02, 0.9), dg_schedule=((0.1, 0.0),), boosting=True),
         class_names=("zero", "one", "two"),
         provenance="drawn at random",
         license="CC0-1.0",

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import click
 import numpy as np
@@ -20,7 +22,8 @@ from dgfast.config import GuidanceConfig
 from dgfast.errors import UserError
 from dgfast.export import to_onnx
 from dgfast.guidance import GUIDANCES, Guidance, option
-from dgfast.guidance.declaration import all_options, overridden
+from dgfast.guidance.declaration import all_options, guiding, overridden
+from dgfast.guidance.options import PAIR, POINTS, Option
 from dgfast.image_folder import read_images
 from dgfast.networks import Networks
 from dgfast.runtimes.onnx.session import OnnxEngine
@@ -193,13 +196,54 @@ def test_what_a_bundle_has_for_a_guidance_goes_with_it_when_it_is_turned_off() -
     assert overridden(bundled, {"apg_scale": 1.0}) == GuidanceConfig(cfg_rescale=0.7)
     both = {"apg_scale": 1.0, "cfg_scale": 2.0}  # the interval is of both
     assert overridden(bundled, both) == GuidanceConfig(cfg_scale=2.0, guidance_interval=(0.1, 5.0), cfg_rescale=0.7)
-    idle = GuidanceConfig(pag_layers="a")  # a bundle may say how, and leave it to the user whether
-    assert overridden(idle, {"pag_scale": 2.0}) == GuidanceConfig(pag_layers="a", pag_scale=2.0)
+    idle = GuidanceConfig(cfg_channels=3)  # of the network: a bundle says how, and leaves it to the user whether
+    assert overridden(idle, {"cfg_scale": 2.0}) == GuidanceConfig(cfg_channels=3, cfg_scale=2.0)
 
 
-def test_option_of_a_guidance_that_is_off_is_refused_unless_its_weight_says_so() -> None:
-    for given in ({"pag_layers": "a"}, {"pag_interval": (0.0, 1.0)}, {"guidance_interval": (0.0, 1.0)}):
-        with pytest.raises(UserError, match=r"does nothing without .*_scale"):
-            overridden(GuidanceConfig(), given)
-    off = {"pag_scale": 0.0, "pag_layers": "a"}  # of a comparison, whose other command has a scale
-    assert overridden(GuidanceConfig(), off) == GuidanceConfig(pag_layers="a")
+def test_first_option_of_every_guidance_turns_it_on() -> None:
+    for kind in GUIDANCES:
+        assert kind.on(_with(kind.options()[0].name, _other(kind.options()[0]))), kind.name
+
+
+@pytest.mark.parametrize("name", [one.name for one in all_options()])
+def test_option_of_a_guidance_that_is_off_is_refused_in_one_line(name: str) -> None:
+    _require_refused(name)
+
+
+def test_option_of_a_guidance_of_your_own_that_is_off_is_refused(brightness: type[Guidance]) -> None:
+    _require_refused("brightness_above")
+    with pytest.raises(UserError, match=r"^brightness_above does nothing without brightness, which turns brightness g"):
+        GuidanceConfig(brightness_above=0.5)  # type: ignore[call-arg]
+
+
+def _require_refused(name: str) -> None:
+    """Set, typed, and typed beside the weight that turns its guidance off; the line names what turns it on."""
+    one = next(one for one in all_options() if one.name == name)
+    owners = [kind for kind in GUIDANCES if one in kind.options()]
+    if {*guiding(_with(name, _other(one)))} & {*owners}:  # it turns its guidance on itself
+        return
+    first = [kind.options()[0] for kind in owners]
+    off = {weight.name: weight.off for weight in first if weight.attribute and weight.default is not None}
+    line = f"^{name} (does nothing without|needs) .*({'|'.join(kind.switches()[0] for kind in owners)})[^\n]*$"
+    for value in {_other(one), *([] if one.attribute else [one.default])}:
+        for given in ({name: value}, {**off, name: value}):
+            with pytest.raises(UserError, match=line):
+                overridden(GuidanceConfig(), given)
+    if not one.of_network:
+        with pytest.raises(UserError, match=line):
+            GuidanceConfig(**{name: _other(one)})
+
+
+def _with(name: str, value: object) -> Any:
+    """The defaults with another value, which a `GuidanceConfig` may refuse."""
+    return SimpleNamespace(**asdict(GuidanceConfig()) | {name: value})
+
+
+def _other(one: Option) -> Any:
+    """A value that it may have and is not its default."""
+    others = [choice for choice in one.choices if choice != one.default]
+    kinds = {float: 0.625, int: 2, bool: True, str: "name", PAIR: (0.125, 0.5), POINTS: ((0.25, 2.0),)}
+    value = others[0] if others else kinds[one.kind]
+    one.check(value)
+    assert value != one.default
+    return value

@@ -121,6 +121,8 @@ def test_no_bundle_names_a_file(small_bundle: Bundle, tmp_path: Path) -> None:
         (["--observe-gamma", "0.2"], "the least that is safe for this operator is 1"),
         (["--observe-method", "dps", "--observe-gamma", "1"], "observe_gamma is of sda and tmpd"),
         (["--observe-iterations", "2"], "observe_iterations is of mmps and pigdm"),
+        (["--observe-iterations", "51", "--observe-method", "mmps"], "a backward pass of the score net in each"),
+        (["--observe-weight", "0"], "observe does nothing without observe_weight, which turns guidance by an obs"),
         (["--observe-std", "-1"], "at least 0"),
     ],
 )

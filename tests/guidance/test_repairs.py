@@ -82,10 +82,8 @@ def test_repairs_come_in_one_order_the_threshold_last() -> None:
     ("options", "line"),
     [
         ({"cfg_rescale": 1.5}, "cfg_rescale 1.5 must lie between 0 and 1"),
-        ({"rescale_space": "eps"}, "rescale_space needs cfg_rescale"),
         ({"cfg_norm": -0.1}, "cfg_norm -0.1 must lie between 0 and 1"),
         ({"renorm": -1.0}, "renorm -1.0 must be at least 0"),
-        ({"renorm_space": "v"}, "renorm_space needs renorm, which turns norm limit on"),
         ({"dynamic_threshold": 99.5}, "dynamic_threshold 99.5 must lie between 0 and 1"),
     ],
 )

@@ -17,6 +17,7 @@ from dgfast.errors import StorageError, UserError
 from dgfast.files import replacing
 from dgfast.image_folder import read_images
 from dgfast.job_folder import JobFolder
+from dgfast.manifest import Manifest
 from dgfast.outputs import FORMATS, Drawn
 from dgfast.ranges import Ranges
 
@@ -152,11 +153,32 @@ def test_adm_alone_keeps_one_file_and_notices_its_loss(tmp_path: Path) -> None:
     assert _names(tmp_path) == {"samples_10x8x8x3.npz", "manifest.json"}
     images, labels = read_images(tmp_path)
     assert images[:, 0, 0, 2].tolist() == list(range(10)) and labels.tolist() == [k % 3 for k in range(10)]
+    assert _manifest(tmp_path)["chunks"] == {} and _manifest(tmp_path)["complete"]  # its shards are gone
     with (same := _folder(tmp_path, ["adm"])).opened({}):
         assert not same.missing
     (tmp_path / "samples_10x8x8x3.npz").write_bytes(b"damaged")
     with (again := _folder(tmp_path, ["adm"])).opened({}):
         assert len(again.missing) == 3
+
+
+def test_adm_alone_forgets_its_shards_though_it_is_killed_before_they_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: Manifest) -> None:
+        raise KeyboardInterrupt
+
+    folder = _folder(tmp_path, ["adm"])
+    with pytest.raises(KeyboardInterrupt), folder.opened({}):
+        _draw(folder)
+        monkeypatch.setattr(Manifest, "remove_journals", killed)
+        folder.finish()
+    assert len(folder.there()) == 3 and len([*tmp_path.glob("images-*.npz")]) == 3
+    monkeypatch.undo()
+    with (same := _folder(tmp_path, ["adm"])).opened({}):
+        assert not same.missing and len(same.there()) == 3 and _manifest(tmp_path)["chunks"] == {}
+        same.manifest.end(outcome="complete", images=0)
+        same.finish()
+    assert _names(tmp_path) == {"samples_10x8x8x3.npz", "manifest.json"}
 
 
 def test_grid_shows_the_first_images_of_many(tmp_path: Path) -> None:

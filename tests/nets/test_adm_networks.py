@@ -122,7 +122,9 @@ def test_adm_checkpoint_becomes_a_bundle_and_images(
 
 
 def test_adm_schedules_of_weights_survive_the_bundle_file(tmp_path: Path) -> None:
-    guidance = GuidanceConfig(dg_weight=1.0, dg_schedule=((0.1, 0.0), (0.5, 2.0)), guidance_interval=(0.1, math.inf))
+    guidance = GuidanceConfig(
+        dg_weight=1.0, dg_schedule=((0.1, 0.0), (0.5, 2.0)), cfg_scale=2.0, guidance_interval=(0.1, math.inf)
+    )
     bundle = replace(bundles.read("mnist32"), folder=tmp_path, nets={}, guidance=guidance)
     bundles.write(bundle)
     assert bundles.read(tmp_path).guidance == guidance

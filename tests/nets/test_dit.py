@@ -158,7 +158,7 @@ def test_classifier_free_is_active_where_it_guides(
     ("wrong", "said"),
     [
         ({"cfg_scale_low": 3.0}, "belong together"),
-        ({"cfg_branch": 0.5}, "belong together"),
+        ({"cfg_scale": 2.0, "cfg_branch": 0.5}, "belong together"),
         ({"cfg_scale_low": math.nan, "cfg_branch": 0.5}, "finite"),
         ({"cfg_scale_low": 3.0, "cfg_branch": -1.0}, "at least 0"),
         ({"cfg_scale_low": 3.0, "cfg_branch": math.inf}, "finite"),
@@ -174,7 +174,6 @@ def test_guidance_config_refuses_what_makes_no_schedule(wrong: dict[str, Any], s
 def test_classifier_free_guidance_is_on_at_either_scale() -> None:
     assert ClassifierFreeGuidance.on(GuidanceConfig(cfg_scale_low=3.0, cfg_branch=0.5))
     assert ClassifierFreeGuidance.on(GuidanceConfig(cfg_scale=2.0))
-    assert not ClassifierFreeGuidance.on(GuidanceConfig(cfg_scale_low=1.0, cfg_branch=0.5))
     assert not ClassifierFreeGuidance.on(GuidanceConfig(cfg_channels=3))
 
 

@@ -86,7 +86,7 @@ def judge_dg_sampler(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
             dg_weight_2nd=options["dg_weight_2nd_order"],
             dg_window=(options["time_min"], options["time_max"]),
             boosting=bool(options["boosting"]),
-            published_window=True,
+            published_window=options["dg_weight_1st_order"] > 0,
         ),
     )
     # In the steps that the file leaves out, the official code multiplied its noise by zero.

@@ -14,18 +14,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from dgfast.runtimes.cpu.fusion.layout import DTYPES, Space, strides
+from dgfast.runtimes.cpu.fusion.layout import DTYPES
+from dgfast.runtimes.cpu.fusion.loop_body import LoopBody
 from dgfast.runtimes.cpu.fusion.operations import (
-    NORMS,
-    POINTWISE,
-    RESAMPLING,
     aten,
-    images,
     is_backward,
     packet,
     result,
 )
 from dgfast.runtimes.cpu.fusion.schedule import Schedule, Stage
+from dgfast.runtimes.cpu.fusion.storage import Storage, group_count, literal, writing
 from dgfast.runtimes.cpu.native.sources import ELEMENTARY
 
 Memory = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -57,7 +55,7 @@ def write(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]
     """The code of a region: its operations in order, what they read from outside, what is read outside."""
     schedule = Schedule(nodes, inputs, outputs, batch)
     position = {node: i for i, node in enumerate([*inputs, *schedule.written])}
-    text, workspace = _Text(schedule, list(inputs), batch).function()
+    text, workspace = _Text(Storage(schedule, list(inputs), batch)).function()
     return Code(
         ELEMENTARY + text,
         tuple(memory(result(node)) for node in schedule.written),
@@ -67,25 +65,10 @@ def write(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]
 
 
 class _Text:
-    """The text of the function.
+    """The text of the function."""
 
-    Of norm number k, mean_k, rstd_k, scale_k and shift_k hold one number a channel: statistics, and what is to be
-    multiplied and added; of a backward one the two averages that its gradient takes.
-    """
-
-    def __init__(self, schedule: Schedule, inputs: list[Node], batch: int) -> None:
-        self._schedule, self._batch = schedule, batch
-        self._inputs = {node: i for i, node in enumerate(inputs)}
-        self._numbers = {norm: k for k, norm in enumerate(schedule.norms)}
-        self._places: dict[Node, tuple[str, torch.dtype]] = {}
-        for k, node in enumerate(schedule.written):
-            if node in schedule.kept:
-                self._places[node] = f"(out{k} + b * {_size(schedule.space(node))})", result(node).dtype
-        self._scratch = 0
-        for node in schedule.nodes:
-            if node in schedule.kept and node not in self._places:
-                self._places[node] = f"(scratch + {self._scratch})", torch.float32
-                self._scratch += _size(schedule.space(node))
+    def __init__(self, storage: Storage) -> None:
+        self._storage, self._schedule, self._norms = storage, storage.schedule, storage.norms
 
     def function(self) -> tuple[str, int]:
         """The text, and the floats that each thread needs."""
@@ -94,36 +77,36 @@ class _Text:
             for stage in (s for s in stages if s[0] == level):
                 lines += self._loop(stage)
             lines += ["    SYNC", *self._finish(level)]
-        sums = sum(2 * self._schedule.space(norm).channels for norm in self._numbers)
-        head = _HEAD.format(scratch=self._scratch, sums=sums)
-        return "\n".join([head, *self._pointers(), _SAMPLES, *lines, _TAIL]), self._scratch + sums
+        scratch, sums = self._storage.scratch, self._storage.sums
+        head = _HEAD.format(scratch=scratch, sums=sums)
+        return "\n".join([head, *self._pointers(), _SAMPLES, *lines, _TAIL]), scratch + sums
 
     def _pointers(self) -> Iterator[str]:
-        for node, i in self._inputs.items():
+        for node, i in self._storage.inputs.items():
             kind = DTYPES[result(node).dtype]
             yield f"  const {kind} *__restrict__ in{i} = (const {kind} *)tensors[{i}];"
         for k, node in enumerate(self._schedule.written):
             kind = DTYPES[result(node).dtype]
-            yield f"  {kind} *__restrict__ out{k} = ({kind} *)tensors[{len(self._inputs) + k}];"
+            yield f"  {kind} *__restrict__ out{k} = ({kind} *)tensors[{len(self._storage.inputs) + k}];"
 
     def _statistics_from_outside(self) -> Iterator[str]:
         """Statistics that a backward norm reads, for each channel."""
-        for norm, k in self._numbers.items():
+        for norm, k in self._norms.items():
             channels = self._schedule.space(norm).channels
             yield f"    float mean{k}[{channels}], rstd{k}[{channels}], scale{k}[{channels}], shift{k}[{channels}];"
             if is_backward(norm):
-                groups, each = _groups(norm), channels // _groups(norm)
+                groups, each = group_count(norm), channels // group_count(norm)
                 for name, source in zip(("mean", "rstd"), norm.args[2:4], strict=True):
                     if self._schedule.statistics(source) is None:  # type: ignore[arg-type]
-                        value = self._input(source, f"b * {groups} + g")
+                        value = self._storage.input(source, f"b * {groups} + g")
                         # two loops: g++ 12 gets a single one, with a division in its index, wrong
                         yield f"    if (busy) for (long g = 0; g < {groups}; ++g)"
                         yield f"      for (long i = 0; i < {each}; ++i) {name}{k}[g * {each} + i] = {value};"
 
     def _loop(self, stage: Stage) -> list[str]:
         """All that is computed in a stage, as one loop over pixels and channels."""
-        where, values = stage[1], _Values(self, stage)
-        sums = [s for norm in self._numbers if stage in self._schedule.sum_stages(norm) for s in values.sums(norm)]
+        where, values = stage[1], LoopBody(self._storage, stage)
+        sums = [s for norm in self._norms if stage in self._schedule.sum_stages(norm) for s in values.sums(norm)]
         for node in self._schedule.nodes:
             if packet(node) is aten.cat:
                 values.store_parts(node)
@@ -145,13 +128,14 @@ class _Text:
 
     def _finish(self, level: int) -> Iterator[str]:
         """Statistics of groups from what was summed in this level."""
-        for norm, k in self._numbers.items():
+        for norm, k in self._norms.items():
             levels = [stage[0] for stage in self._schedule.sum_stages(norm)]
             if level in levels:
                 where = self._schedule.space(norm)
+                start = self._storage.offset(norm)
                 first, second = (
-                    f"averages(mates + {self.offset(norm) + i * where.channels}, together, SUMS, {where.channels}, "
-                    f"{_groups(norm)}, {where.pixels}, "
+                    f"averages(mates + {start + i * where.channels}, together, SUMS, {where.channels}, "
+                    f"{group_count(norm)}, {where.pixels}, "
                     for i in (0, 1)
                 )
                 if is_backward(norm):
@@ -167,158 +151,16 @@ class _Text:
         _, weight, bias, *_, eps = norm.args
         channels = self._schedule.space(norm).channels
         yield f"      for (long c = 0; c < {channels}; ++c) {{"
-        yield f"        rstd{k}[c] = 1.0f / __builtin_sqrtf(rstd{k}[c] + {_number(eps)});"
-        yield f"        scale{k}[c] = rstd{k}[c]{self.times(weight)};"
-        yield f"        shift{k}[c] = {self._input(bias, 'c') if bias else '0.0f'};"
+        yield f"        rstd{k}[c] = 1.0f / __builtin_sqrtf(rstd{k}[c] + {literal(eps)});"
+        yield f"        scale{k}[c] = rstd{k}[c]{self._storage.times(weight)};"
+        yield f"        shift{k}[c] = {self._storage.input(bias, 'c') if bias else '0.0f'};"
         yield "      }"
-        groups = _groups(norm)
+        groups = group_count(norm)
         for i, node in enumerate(self._schedule.written):
             if node.target is operator.getitem and node.args[0] is norm:
                 value = f"{('', 'mean', 'rstd')[int(node.args[1])]}{k}[g * {channels // groups}]"  # type: ignore[arg-type]
-                store = _store(f"out{i}", f"b * {groups} + g", result(node).dtype, value)
+                store = writing(f"out{i}", f"b * {groups} + g", result(node).dtype, value)
                 yield f"      if (part == 0) for (long g = 0; g < {groups}; ++g) {store}"
-
-    def offset(self, norm: Node) -> int:
-        """Where the sums of a norm begin: two a channel, one norm after another."""
-        return sum(2 * self._schedule.space(n).channels for n, k in self._numbers.items() if k < self._numbers[norm])
-
-    def times(self, weight: object) -> str:
-        """The factor that a norm's weight is; nothing without one."""
-        return f" * {self._input(weight, 'c')}" if weight is not None else ""
-
-    def _input(self, node: object, index: str) -> str:
-        of = self._schedule.of(node)  # type: ignore[arg-type]
-        return _load(f"in{self._inputs[of]}", index, result(of).dtype)
-
-
-class _Values:
-    """The body of one loop: every value in it is computed once."""
-
-    def __init__(self, text: _Text, stage: Stage) -> None:
-        self.lines: list[str] = []
-        self._text, self._schedule, self._stage = text, text._schedule, stage
-        self._names: dict[Node, str] = {}
-
-    def of(self, node: Node) -> str:
-        """The name of an operation's value, or of an input's that is an image of the loop's size."""
-        if node not in self._names:
-            expression = self._expression(node)
-            self._names[node] = f"v{len(self.lines)}"
-            self.lines.append(f"const float {self._names[node]} = {expression};")
-        return self._names[node]
-
-    def store(self, node: Node, into: Node, index: str) -> None:
-        place, kind = self._text._places[into]
-        self.lines.append(_store(place, index, kind, self.of(node)))
-
-    def store_parts(self, cat: Node) -> None:
-        """Write those parts of a concatenation that this stage computes."""
-        start = 0
-        for part in map(self._schedule.of, images(cat)):
-            stage = self._schedule.stage(part)
-            if stage == self._stage:
-                self.store(part, cat, f"p * {self._schedule.space(cat).channels} + {start} + c")
-            start += stage[1].channels
-
-    def sums(self, norm: Node) -> list[tuple[str, int]]:
-        """Sum over pixels what a norm needs of this stage; names of the sums, and their places."""
-        k, at, channels = self._text._numbers[norm], self._text.offset(norm), self._schedule.space(norm).channels
-        if is_backward(norm):
-            gradient, normalised = self._weighted(norm)
-            self.lines.append(f"sum{k}[c] += {gradient}; product{k}[c] += {gradient} * {normalised};")
-            return [(f"sum{k}", at), (f"product{k}", at + channels)]
-        x = self.of(self._schedule.of(images(norm)[0]))
-        if self._stage == self._schedule.sum_stages(norm)[0]:
-            self.lines.append(f"sum{k}[c] += {x};")
-            return [(f"sum{k}", at)]
-        self.lines.append(f"square{k}[c] += ({x} - mean{k}[c]) * ({x} - mean{k}[c]);")
-        return [(f"square{k}", at + channels)]
-
-    def _weighted(self, norm: Node) -> tuple[str, str]:
-        """The gradient that a backward norm gets, times its weight, and the normalised values."""
-        grad, x = (self.of(self._schedule.of(a)) for a in images(norm))
-        return (
-            f"({grad}{self._text.times(norm.args[4])})",
-            f"(({x} - {self._statistic(norm, 2)}) * {self._statistic(norm, 3)})",
-        )
-
-    def _statistic(self, norm: Node, argument: int) -> str:
-        within = self._schedule.statistics(norm.args[argument])  # type: ignore[arg-type]
-        return f"{('mean', 'rstd')[argument - 2]}{self._text._numbers[norm if within is None else within]}[c]"
-
-    def _expression(self, node: Node) -> str:
-        if node in self._text._inputs:
-            where = self._schedule.space(node)
-            return self._text._input(node, f"b * {_size(where)} + {_index(where)}")
-        if self._schedule.is_read_from_memory(node, self._stage):
-            place, dtype = self._text._places[node]
-            return _load(place, _index(self._schedule.space(node)), dtype)
-        kind = packet(node)
-        if kind in RESAMPLING:
-            return self._resampled(node)
-        if kind in NORMS:
-            return self._normalised(node)
-        return POINTWISE[kind](*(self._operand(a, node) for a in node.args))
-
-    def _operand(self, operand: object, node: Node) -> str:
-        if not isinstance(operand, Node):
-            return _number(operand)
-        if self._schedule.of(operand) not in self._text._inputs:
-            return self.of(self._schedule.of(operand))
-        read = strides(result(operand), result(node), self._text._batch)
-        assert read is not None
-        return self._text._input(operand, f"b * {read.sample} + p * {read.pixel} + c * {read.channel}")
-
-    def _normalised(self, norm: Node) -> str:
-        k = self._text._numbers[norm]
-        if not is_backward(norm):
-            x = self.of(self._schedule.of(images(norm)[0]))
-            return f"({x} - mean{k}[c]) * scale{k}[c] + shift{k}[c]"
-        gradient, normalised = self._weighted(norm)
-        return f"{self._statistic(norm, 3)} * ({gradient} - scale{k}[c] - {normalised} * shift{k}[c])"
-
-    def _resampled(self, node: Node) -> str:
-        kind, source = packet(node), self._schedule.of(images(node)[0])
-        channels, width = self._schedule.space(node).channels, result(node).shape[3]
-        if source in self._text._places:
-            place, dtype = self._text._places[source]
-        else:
-            size = _size(self._schedule.space(source))
-            place, dtype = f"(in{self._text._inputs[source]} + b * {size})", result(source).dtype
-
-        def pixel(y: str, x: str, row: int) -> str:
-            return _load(place, f"(({y}) * {row} + {x}) * {channels} + c", dtype)
-
-        y, x = f"p / {width}", f"p % {width}"
-        if kind is aten.avg_pool2d:
-            square = [pixel(f"{y} * 2 + {i}", f"{x} * 2 + {j}", 2 * width) for i in (0, 1) for j in (0, 1)]
-            return f"0.25f * ({' + '.join(square)})"
-        one = pixel(f"{y} / 2", f"({x}) / 2", width // 2)
-        return f"0.25f * {one}" if kind is aten.avg_pool2d_backward else one
-
-
-def _groups(norm: Node) -> int:
-    return int(norm.args[8] if is_backward(norm) else norm.args[6])  # type: ignore[arg-type]
-
-
-def _size(where: Space) -> int:
-    return where.pixels * where.channels
-
-
-def _index(where: Space) -> str:
-    return f"p * {where.channels} + c" if where.pixels > 1 else "c"
-
-
-def _number(value: object) -> str:
-    return f"{float(value)!r}f"  # type: ignore[arg-type]
-
-
-def _load(place: str, index: str, dtype: torch.dtype) -> str:
-    return f"{place}[{index}]" if dtype == torch.float32 else f"from_bfloat16({place}[{index}])"
-
-
-def _store(place: str, index: str, dtype: torch.dtype, value: str) -> str:
-    return f"{place}[{index}] = {value if dtype == torch.float32 else f'to_bfloat16({value})'};"
 
 
 _HEAD = """
