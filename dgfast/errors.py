@@ -25,6 +25,18 @@ class StorageError(UserError):
     exit_code = 4
 
 
+class StoppedError(UserError):
+    """Ctrl-C, after which the same command goes on. The command line exits with code 130."""
+
+    exit_code = INTERRUPTED
+
+
+class TerminatedError(StoppedError):
+    """SIGTERM, as `StoppedError`. The command line exits with code 143."""
+
+    exit_code = TERMINATED
+
+
 def one_line(text: object, most: int = 300) -> str:
     """What an error says, fit for a terminal: it may quote a file, control characters included."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)[:most]).split())

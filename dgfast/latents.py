@@ -1,4 +1,4 @@
-"""Latents to images: the decoder of diffusers' `AutoencoderKL`, which the extra `[latent]` installs."""
+"""Latents and images: diffusers' `AutoencoderKL`, of the extra `[latent]`, and how a bundle scales its latents."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,8 @@ SCALE = 0.18215
 
 Decode = Callable[[Tensor], Tensor]
 
-_AT_ONCE = 8  # a decoder's activations are the images' size at 128 channels: a batch of latents is no batch of images
+AT_ONCE = 8
+"""Images in a VAE: its activations are their size at 128 channels, so a batch of latents is no batch of images."""
 IMAGE_CHANNELS = (1, 3)
 RANGES = ("signed", "unit")
 
@@ -66,18 +67,35 @@ class VaeSpec:
         Raises:
             UserError: another number of channels.
         """
+        scale, bias = self._affine(latents)
+        return (latents - bias) / scale
+
+    def scaled(self, raw: Tensor) -> Tensor:
+        """What the score network reads, of the VAE's own latents [B, C, h, w].
+
+        Raises:
+            UserError: another number of channels.
+        """
+        scale, bias = self._affine(raw)
+        return raw * scale + bias
+
+    def _affine(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         for name in ("scale", "bias"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != latents.shape[1]:
                 raise UserError(f"vae: {name} has {len(value)} numbers, latents have {latents.shape[1]} channels")
         scale, bias = (latents.new_tensor(_listed(value)).view(1, -1, 1, 1) for value in (self.scale, self.bias))
-        return (latents - bias) / scale
+        return scale, bias
 
     def as_pixels(self, decoded: Tensor) -> Tensor:
         """What the VAE returns, [B, 3, H, W], as uint8."""
         if self.pixels == "unit":
             return (decoded.float().clamp(0, 1) * 255).to(torch.uint8)
         return as_pixels(decoded)
+
+    def shown(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels of any shape as the VAE is shown them."""
+        return pixels.float() / 255 if self.pixels == "unit" else pixels.float() / 127.5 - 1
 
 
 def _listed(value: float | tuple[float, ...]) -> tuple[float, ...]:
@@ -109,6 +127,25 @@ def decoder(bundle: "Bundle", channels: int, device: torch.device, source: str |
             "name one with --vae, a folder or a hub name such as stabilityai/sd-vae-ft-mse; "
             f"or --vae {NONE}, if they are pixels"
         )
+    vae, told = opened(bundle, channels, device, source)
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        parts = told.raw(latents.float()).split(AT_ONCE)
+        return torch.cat([told.as_pixels(vae.decode(part).sample) for part in parts])
+
+    return decode
+
+
+def opened(bundle: "Bundle", channels: int, device: torch.device, source: str) -> tuple[Any, VaeSpec]:
+    """The frozen `AutoencoderKL` of that folder, seen from the bundle's or from here, or of that hub name.
+
+    Returns:
+        it, and what the bundle says of its latents.
+
+    Raises:
+        UserError: diffusers missing, no VAE there, one for latents of another number of channels.
+    """
     inside = bundle.folder / source
     vae = _load(inside if inside.is_dir() else Path(source) if Path(source).is_dir() else source)
     if vae.config.latent_channels != channels:
@@ -116,26 +153,19 @@ def decoder(bundle: "Bundle", channels: int, device: torch.device, source: str |
             f"the VAE {source} decodes latents of {vae.config.latent_channels} channels, "
             f"the score network of bundle {bundle.name} makes {channels}"
         )
-    vae.eval().requires_grad_(False).to(device)
-    told = spec or VaeSpec(source)
+    told = bundle.vae or VaeSpec(source)
     told.raw(torch.empty(1, channels, 1, 1))
-
-    @torch.no_grad()
-    def decode(latents: Tensor) -> Tensor:
-        parts = told.raw(latents.float()).split(_AT_ONCE)
-        return torch.cat([told.as_pixels(vae.decode(part).sample) for part in parts])
-
-    return decode
+    return vae.eval().requires_grad_(False).to(device), told
 
 
 def _load(source: Path | str) -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise UserError(f"decoding latents needs diffusers ({error}): {how_to_install('diffusers')}") from error
+        raise UserError(f"a VAE needs diffusers ({error}): {how_to_install('diffusers')}") from error
     try:
         from_pretrained: Any = AutoencoderKL.from_pretrained  # which diffusers leaves untyped
         return from_pretrained(source, use_safetensors=True)  # its other format can run code
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--vae {source}: no AutoencoderKL with safetensors weights there ({reason})") from error
+        raise UserError(f"VAE {source}: no AutoencoderKL with safetensors weights there ({reason})") from error

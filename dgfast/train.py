@@ -4,16 +4,19 @@ Each command adds one network to the bundle folder, with its held-out metrics. I
 where it was; its state lies in BUNDLE/training/ROLE, which the finished bundle no longer needs.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dgfast.errors import UserError
 from dgfast.option_types import PATH
 from dgfast.options import CommandGroup, Group, option
+from dgfast.stopping import interruptible
 
 Callback = Callable[..., None]
 _training = partial(option, group=Group.TRAINING)
@@ -23,7 +26,10 @@ def _shared(images: int, batch: int, lr: float, weight_decay: float, ema: float)
     """The options that every command takes, with this network's defaults."""
     options = [
         option("--bundle", "folder", group=Group.OUTPUT, required=True, type=PATH, help="Folder to add to."),
-        option("--data", group=Group.INPUT, default="mnist", help="`mnist`, or an npz with images and labels."),
+        option(
+            "--data", group=Group.INPUT, default="mnist",
+            help="`mnist`, an npz with images or latents and labels, or a folder of pictures or of `dgfast sample`.",
+        ),
         option("--holdout", group=Group.INPUT, default=1000, help="Images kept for the metrics."),
         _training("--images", default=images, help="Training images to draw in all."),
         _training("--batch", default=batch, help="Images a step."),
@@ -42,15 +48,29 @@ def _shared(images: int, batch: int, lr: float, weight_decay: float, ema: float)
             "--dtype", type=click.Choice(["float32", "bf16"]), default="float32",
             help="bf16: what convolutions and matrix products read.",
         ),
+        option(
+            "--overwrite", "replaced", group=Group.OUTPUT, is_flag=True,
+            help="Replace a network of this role that no training in this folder made.",
+        ),
         option("--device", group=Group.RUNTIME, help="cpu or cuda; default: what is there."),
     ]  # fmt: skip
 
     def decorate(command: Callback) -> Callback:
+        command = _interruptible(command)
         for shared in reversed(options):
             command = shared(command)
         return command
 
     return decorate
+
+
+def _interruptible(command: Callback) -> Callback:
+    @wraps(command)
+    def run(**options: Any) -> None:
+        with interruptible("stopped; the same command goes on from its last state, if it had one"):
+            command(**options)
+
+    return run
 
 
 @click.group(cls=CommandGroup, help=__doc__)
@@ -71,18 +91,21 @@ def score(
 ) -> None:  # fmt: skip
     """A class-conditional EDM denoiser (DDPM++), with label dropout for classifier-free guidance."""
     from dgfast.training.job import Job
-    from dgfast.training.score import denoising_loss
+    from dgfast.training.score import denoising_loss, deviation
 
+    if not (math.isfinite(p_mean) and 0 < p_std < math.inf):
+        raise UserError(f"--p-mean {p_mean:g} must be a finite number, --p-std {p_std:g} one above 0")
     job = Job(role, recipe={"p_mean": p_mean, "p_std": p_std}, **options)
     size, channels = job.train.images.shape[1], job.train.images.shape[3]
     keywords = {
         "img_resolution": size, "img_channels": channels, "label_dim": job.classes, "model_type": "SongUNet",
         "model_channels": 16, "channel_mult": [1, 2, 2], "num_blocks": 1, "attn_resolutions": [8], "dropout": 0.0,
-        "label_dropout": 0.1, "sigma_data": round(float(job.train.tensors()[0].std()), 2),
+        "label_dropout": 0.1, "sigma_data": deviation(job.train),
     }  # fmt: skip
     net = job.fit("EDMPrecond", keywords, denoising_loss(job.train, job.device, p_mean, p_std))
     held_out = job.mean_loss(net, denoising_loss(job.held_out, job.device))
-    class_names = tuple(str(k) for k in range(job.classes))
+    named = job.class_names and all(map(str.isprintable, job.class_names))
+    class_names = job.class_names if named else tuple(str(k) for k in range(job.classes))
     job.finish(
         net, {"held_out_loss": held_out},
         about=lambda bundle: replace(
@@ -132,7 +155,8 @@ def features(**options: Any) -> None:
     group=Group.INPUT,
     required=True,
     type=PATH,
-    help="Unguided images of the same score net: a folder of `dgfast sample`; of latents, with `--format latents`.",
+    help="Unguided images of the same score net: a folder of `dgfast sample`, for a bundle of latents of its "
+    "`--format latents`; or as --data.",
 )
 @_training(
     "--trunk",
@@ -164,8 +188,10 @@ def discriminator(
     from dgfast.training.against_generated import Setting, train_discriminator
     from dgfast.training.job import Job
 
-    if not 0 < sigma_min < sigma_max:
-        raise click.UsageError(f"--sigma-min {sigma_min:g} must be above 0 and below --sigma-max {sigma_max:g}")
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise UserError(f"--sigma-min {sigma_min:g} must be above 0 and below --sigma-max {sigma_max:g}, both finite")
+    if patience < 1 or not math.isfinite(dg_weight):
+        raise UserError(f"--patience {patience} must be 1 check at least, --dg-weight {dg_weight:g} a finite number")
     recipe = {"generated": str(generated), "trunk": trunk, "objective": objective, "sigmas": [sigma_min, sigma_max]}
     job = Job("discriminator", recipe=recipe, **options)
     setting = Setting(generated, trunk == "own", objective == "kl", (sigma_min, sigma_max), patience, dg_weight)
@@ -184,7 +210,9 @@ def generator(score_json: str, r1: float, **options: Any) -> None:
     from dgfast.training.job import Job, build, json_object
     from dgfast.training.score_mismatching import LEVELS, Game, write_sheet
 
-    job = Job("generator", **options)
+    if not 0 <= r1 < math.inf:
+        raise UserError(f"--r1 {r1:g} must be a finite number, 0 at least")
+    job = Job("generator", recipe={"score_net": score_json, "r1": r1}, **options)
     size, channels = job.train.images.shape[1], job.train.images.shape[3]
     shape = {"img_resolution": size, "img_channels": channels, "label_dim": job.classes}
     net = job.build("Generator", shape | {"latent_dim": 64, "style_dim": 128, "channels": [64, 48, 24]})

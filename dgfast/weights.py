@@ -30,8 +30,8 @@ _ITEM_SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 _MOST_AXES, _LONGEST_NAME = 8, 300
-# What keywords of the wrong kind make the constructor of a network stumble over.
-_UNBUILDABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+UNBUILDABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+"""What keywords of the wrong kind make the constructor of a network stumble over."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ def check(kind: str, keywords: Mapping[str, Any], tensors: Mapping[str, Tensor],
         ):  # fmt: skip
             warnings.simplefilter("ignore")  # torch's, of sizes of 0
             state = nets.build(kind, **keywords).state_dict()
-    except _UNBUILDABLE as error:
+    except UNBUILDABLE as error:
         raise UserError(f"{source}: its keywords make no {one_line(kind, 80)} ({one_line(error)})") from error
     _check_fit(state, tensors, source)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}

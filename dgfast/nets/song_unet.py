@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -51,72 +52,23 @@ class SongUNet(nn.Module):
         _require("decoder_type", decoder_type, ("standard", "skip"))
         self.label_dropout = label_dropout
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
-        init = ("xavier_uniform", 1.0)
-
-        def block(cin: int, cout: int, *, up: bool = False, down: bool = False, attention: bool = False) -> UNetBlock:
-            return UNetBlock(
-                cin, cout, emb_channels, up=up, down=down, attention=attention, num_heads=1, dropout=dropout,
-                skip_scale=math.sqrt(0.5), eps=1e-6, resample_filter=resample_filter, resample_proj=True,
-                adaptive_scale=False, init=init, init_last=("xavier_uniform", 1e-5),
-                init_attn=("xavier_uniform", math.sqrt(0.2)),
-            )  # fmt: skip
-
+        layers = _Layers(emb_channels, dropout, resample_filter, encoder_type, decoder_type)
         self.map_noise: nn.Module = (
             PositionalEmbedding(noise_channels, endpoint=True)
             if embedding_type == "positional"
             else FourierEmbedding(noise_channels)
         )
-        self.map_label = Linear(label_dim, noise_channels, init=init) if label_dim else None
-        self.map_augment = Linear(augment_dim, noise_channels, bias=False, init=init) if augment_dim else None
-        self.map_layer0 = Linear(noise_channels, emb_channels, init=init)
-        self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
+        self.map_label = Linear(label_dim, noise_channels, init=_INIT) if label_dim else None
+        self.map_augment = Linear(augment_dim, noise_channels, bias=False, init=_INIT) if augment_dim else None
+        self.map_layer0 = Linear(noise_channels, emb_channels, init=_INIT)
+        self.map_layer1 = Linear(emb_channels, emb_channels, init=_INIT)
 
-        self.enc = nn.ModuleDict()
-        cout = caux = in_channels
-        skips = []
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            name = f"{res}x{res}"
-            if level == 0:
-                cout = model_channels
-                self.enc[f"{name}_conv"] = Conv2d(in_channels, cout, 3, init=init)
-            else:
-                self.enc[f"{name}_down"] = block(cout, cout, down=True)
-                if encoder_type == "skip":
-                    self.enc[f"{name}_aux_down"] = Conv2d(caux, caux, 0, down=True, resample_filter=resample_filter)
-                    self.enc[f"{name}_aux_skip"] = Conv2d(caux, cout, 1, init=init)
-                if encoder_type == "residual":
-                    self.enc[f"{name}_aux_residual"] = Conv2d(
-                        caux, cout, 3, down=True, fused_resample=True, resample_filter=resample_filter, init=init
-                    )
-                    caux = cout
-            skips.append(cout)
-            for i in range(num_blocks):
-                cin, cout = cout, model_channels * mult
-                self.enc[f"{name}_block{i}"] = block(cin, cout, attention=res in attn_resolutions)
-                skips.append(cout)
-
-        self.dec = nn.ModuleDict()
-        deepest = len(channel_mult) - 1
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            name = f"{res}x{res}"
-            if level == deepest:
-                self.dec[f"{name}_in0"] = block(cout, cout, attention=True)
-                self.dec[f"{name}_in1"] = block(cout, cout)
-            else:
-                self.dec[f"{name}_up"] = block(cout, cout, up=True)
-            for i in range(num_blocks + 1):
-                cin, cout = cout + skips.pop(), model_channels * mult
-                attention = i == num_blocks and res in attn_resolutions
-                self.dec[f"{name}_block{i}"] = block(cin, cout, attention=attention)
-            if decoder_type == "skip" or level == 0:
-                if decoder_type == "skip" and level < deepest:
-                    self.dec[f"{name}_aux_up"] = Conv2d(
-                        out_channels, out_channels, 0, up=True, resample_filter=resample_filter
-                    )
-                self.dec[f"{name}_aux_norm"] = GroupNorm(cout, eps=1e-6)
-                self.dec[f"{name}_aux_conv"] = Conv2d(cout, out_channels, 3, init=("xavier_uniform", 1e-5))
+        levels = [
+            _Level(img_resolution >> level, model_channels * mult, (img_resolution >> level) in attn_resolutions)
+            for level, mult in enumerate(channel_mult)
+        ]
+        self.enc, skips = layers.encoder(in_channels, model_channels, levels, num_blocks)
+        self.dec = layers.decoder(skips, out_channels, levels, num_blocks + 1)
 
     def forward(
         self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None
@@ -159,6 +111,94 @@ class SongUNet(nn.Module):
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels.to(dtype))
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+
+_INIT = ("xavier_uniform", 1.0)
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Layers of one resolution, whose blocks put out so many channels."""
+
+    resolution: int
+    channels: int
+    attention: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.resolution}x{self.resolution}"
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The way down and the way up, by EDM's names; the weights are drawn in the order in which the layers stand."""
+
+    emb_channels: int
+    dropout: float
+    resample_filter: Sequence[int]
+    encoder_type: str
+    decoder_type: str
+
+    def block(self, cin: int, cout: int, *, up: bool = False, down: bool = False, attention: bool = False) -> UNetBlock:
+        return UNetBlock(
+            cin, cout, self.emb_channels, up=up, down=down, attention=attention, num_heads=1, dropout=self.dropout,
+            skip_scale=math.sqrt(0.5), eps=1e-6, resample_filter=self.resample_filter, resample_proj=True,
+            adaptive_scale=False, init=_INIT, init_last=("xavier_uniform", 1e-5),
+            init_attn=("xavier_uniform", math.sqrt(0.2)),
+        )  # fmt: skip
+
+    def encoder(
+        self, in_channels: int, first: int, levels: Sequence[_Level], blocks: int
+    ) -> tuple[nn.ModuleDict, list[int]]:
+        """The layers, and how many channels each hands over to the decoder."""
+        layers, skips = nn.ModuleDict(), [first]
+        layers[f"{levels[0].name}_conv"] = Conv2d(in_channels, first, 3, init=_INIT)
+        auxiliary = in_channels
+        for number, level in enumerate(levels):
+            if number:
+                auxiliary = self._down(layers, level.name, skips[-1], auxiliary)
+                skips.append(skips[-1])
+            for index in range(blocks):
+                layers[f"{level.name}_block{index}"] = self.block(skips[-1], level.channels, attention=level.attention)
+                skips.append(level.channels)
+        return layers, skips
+
+    def _down(self, layers: nn.ModuleDict, name: str, channels: int, auxiliary: int) -> int:
+        """Half the resolution; how many channels what goes beside the blocks has then."""
+        layers[f"{name}_down"] = self.block(channels, channels, down=True)
+        if self.encoder_type == "skip":
+            halved = Conv2d(auxiliary, auxiliary, 0, down=True, resample_filter=self.resample_filter)
+            layers[f"{name}_aux_down"] = halved
+            layers[f"{name}_aux_skip"] = Conv2d(auxiliary, channels, 1, init=_INIT)
+        if self.encoder_type != "residual":
+            return auxiliary
+        layers[f"{name}_aux_residual"] = Conv2d(
+            auxiliary, channels, 3, down=True, fused_resample=True, resample_filter=self.resample_filter, init=_INIT
+        )
+        return channels
+
+    def decoder(
+        self, skips: Sequence[int], out_channels: int, levels: Sequence[_Level], blocks: int
+    ) -> nn.ModuleDict:  # fmt: skip
+        layers, waiting, channels = nn.ModuleDict(), list(skips), skips[-1]
+        for number, level in reversed(list(enumerate(levels))):
+            deepest = number == len(levels) - 1
+            if deepest:
+                layers[f"{level.name}_in0"] = self.block(channels, channels, attention=True)
+                layers[f"{level.name}_in1"] = self.block(channels, channels)
+            else:
+                layers[f"{level.name}_up"] = self.block(channels, channels, up=True)
+            for index in range(blocks):
+                attention = index == blocks - 1 and level.attention
+                block = self.block(channels + waiting.pop(), level.channels, attention=attention)
+                layers[f"{level.name}_block{index}"], channels = block, level.channels
+            if self.decoder_type == "skip" or number == 0:
+                if not deepest and self.decoder_type == "skip":
+                    doubled = Conv2d(out_channels, out_channels, 0, up=True, resample_filter=self.resample_filter)
+                    layers[f"{level.name}_aux_up"] = doubled
+                layers[f"{level.name}_aux_norm"] = GroupNorm(channels, eps=1e-6)
+                layers[f"{level.name}_aux_conv"] = Conv2d(channels, out_channels, 3, init=("xavier_uniform", 1e-5))
+        return layers
 
 
 def _require(keyword: str, value: str, allowed: tuple[str, ...]) -> None:

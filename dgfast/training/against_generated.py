@@ -7,18 +7,22 @@ from typing import Any
 import click
 import numpy as np
 
+from dgfast.bundle import Bundle
 from dgfast.config import GuidanceConfig
 from dgfast.errors import UserError
 from dgfast.guidance.declaration import overridden
+from dgfast.latents import IMAGE_CHANNELS
+from dgfast.manifest import content_of
 from dgfast.nets.adm import EncoderUNetModel
 from dgfast.networks import ScoreNet, image_shape, load
-from dgfast.training.data import ImageSet, load_folder, split
-from dgfast.training.discriminator import Trial, judge_by_sigma, on_device, verdict
+from dgfast.training.data import ImageSet, split
+from dgfast.training.discriminator import Trial, judge_by_sigma, on_device, told_apart_by_labels, verdict
 from dgfast.training.early_stopping import EarlyStopping, mean_of_draws
 from dgfast.training.job import SIGMAS, Job
 from dgfast.training.loop import Loss
 
 _HELD_OUT_DRAWS = 20  # batches by which a check judges
+_FEWEST = 10  # images, of which a tenth is kept apart
 
 
 @dataclass(frozen=True)
@@ -44,19 +48,28 @@ def train_discriminator(job: Job, setting: Setting) -> None:
     Raises:
         UserError: images that do not fit one another or the score network, labels missing, too few images.
     """
-    fakes = load_folder(setting.generated)
-    if len(fakes) < 10:
+    fakes, digest = job.read(str(setting.generated), "--generated")
+    job.recipe["content of --generated"] = digest
+    if len(fakes) < _FEWEST or len(job.train) < _FEWEST:
         raise UserError(
-            f"{setting.generated} holds {len(fakes)} images: a fifth of them is held out, so draw at least 10"
+            f"{len(fakes)} generated images and {len(job.train)} to train on beside --holdout: a tenth of either is "
+            f"kept apart; {_FEWEST} of each are needed at least"
         )
+    _require_own_samples(setting.generated, job.bundle)
+    if not setting.own_trunk and "classifier" not in job.bundle.nets:
+        raise UserError(
+            f"bundle {job.bundle.name} has no classifier whose features a discriminator could read: train or convert "
+            "one, or give --trunk own"
+        )
+    if job.schedule.batch < 2:
+        raise UserError(f"--batch {job.schedule.batch}: half of each batch is real, half generated; give 2 at least")
     known = GuidanceConfig() if setting.own_trunk else GuidanceConfig(classifier_scale=1.0)
     networks = load(job.bundle, job.device, guidance=known)
     score, classes = networks.denoiser, networks.denoiser.label_dim
-    channels, height, width = image_shape(score)
-    if height != width:
-        raise UserError(f"the score network makes images of {height} x {width}; a discriminator reads square ones")
-    for data, source in ((job.train, "--data"), (fakes, setting.generated)):
-        _check(data, source, (height, width, channels), classes)
+    for data, source in ((job.train, "--data"), (fakes, f"--generated {setting.generated}")):
+        _check(data, source, score)
+    if not setting.divergence and (said := told_apart_by_labels(job.train.labels, fakes.labels, classes)):
+        click.echo(f"Note: {said}", err=True)
 
     fakes, judged_fakes = split(fakes, len(fakes) // 10)
     fakes, watched_fakes = split(fakes, len(fakes) // 10)
@@ -101,17 +114,25 @@ def _keywords(score: ScoreNet, trunk: EncoderUNetModel | None, classes: int) -> 
     return shared | read | {"model_channels": 16, "attention_resolutions": [4], "channel_mult": [1, 1.5, 3]}
 
 
-def _check(data: ImageSet, source: object, shape: tuple[int, int, int], classes: int) -> None:
-    if data.images.shape[1:] != shape:
-        found, wanted = (" x ".join(map(str, sides)) for sides in (data.images.shape[1:], shape))
-        raise UserError(f"{source}: images of {found} (height, width, channels); the score network makes {wanted}")
-    if not classes:
+def _check(data: ImageSet, source: str, score: ScoreNet) -> None:
+    channels, height, width = image_shape(score)
+    if data.images.shape[1:] == (height, width, channels):
         return
-    without = int(np.count_nonzero(data.labels < 0))
-    if without:
+    seen, needed = (" x ".join(map(str, sides)) for sides in (data.images.shape[1:], (height, width, channels)))
+    latents = channels not in IMAGE_CHANNELS and data.images.dtype == np.uint8
+    remedy = "; if those are latents, name what encodes images as `vae` in bundle.json" if latents else ""
+    raise UserError(f"{source}: images of {seen} (height, width, channels); the score network makes {needed}{remedy}")
+
+
+def _require_own_samples(generated: Path, bundle: Bundle) -> None:
+    """
+    Raises:
+        UserError: the folder's manifest says that other networks drew it than the bundle's score network alone.
+    """
+    job = (content_of(generated) or {}).get("job") if generated.is_dir() else None
+    drawn_by = job.get("weights") if isinstance(job, dict) else None
+    if isinstance(drawn_by, str) and drawn_by != bundle.fingerprint(["score"]):
         raise UserError(
-            f"{source}: {without} of {len(data)} images have no label, and a discriminator beside a class-conditional "
-            "score network needs one for each"
+            f"--generated {generated}: by its manifest, others drew it than the score network of bundle {bundle.name} "
+            "alone; draw it anew, by this bundle with --dg-weight 0"
         )
-    if data.labels.max() >= classes:
-        raise UserError(f"{source}: label {data.labels.max()}; the score network knows classes 0 to {classes - 1}")

@@ -23,12 +23,7 @@ def averaged(nets: nn.Module, decay: float, width: float | None) -> AveragedMode
     Raises:
         UserError: no average has that decay or width.
     """
-    if width is not None:
-        kept = power_function(exponent(width))
-    elif 0 <= decay < 1:
-        kept = exponential(decay)
-    else:
-        raise UserError(f"an exponential average has a decay from 0 to below 1, not {decay:g}")
+    kept = kept_share(decay, width)
 
     @torch.no_grad()
     def update(averages: Tensors, weights: Tensors, averaged_so_far: Tensor | int) -> None:
@@ -38,6 +33,19 @@ def averaged(nets: nn.Module, decay: float, width: float | None) -> AveragedMode
         torch._foreach_lerp_(averages, weights, 1 - kept(int(averaged_so_far) + 1))
 
     return AveragedModel(nets, multi_avg_fn=update, use_buffers=True)
+
+
+def kept_share(decay: float, width: float | None) -> Callable[[int], float]:
+    """Share of the average that stays at step n = 1, 2, ...
+
+    Raises:
+        UserError: no average has that decay or width.
+    """
+    if width is not None:
+        return power_function(exponent(width))
+    if not 0 <= decay < 1:
+        raise UserError(f"--ema {decay:g}: an exponential average has a decay from 0 to below 1")
+    return exponential(decay)
 
 
 def exponential(decay: float) -> Callable[[int], float]:
@@ -65,6 +73,8 @@ def exponent(width: float) -> float:
         UserError: no k > 0 has that width.
     """
     if not 0 < width < _WIDEST:
-        raise UserError(f"a power-function average has a relative width between 0 and {_WIDEST:.3f}, not {width:g}")
+        raise UserError(
+            f"--ema-rel {width:g}: a power-function average has a relative width between 0 and {_WIDEST:.3f}"
+        )
     share = width**-2
     return float(np.roots([1, 7, 16 - share, 12 - share]).real.max())

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -146,6 +147,24 @@ def _share_of_error(trial: Trial, net: nn.Module, score: ScoreNet, level: float,
     return guided / unguided
 
 
+def told_apart_by_labels(real: np.ndarray, generated: np.ndarray, classes: int) -> str | None:
+    """A sentence where labels int64 [N] alone, of which a discriminator is told, say what is generated."""
+    if not classes:
+        return None
+    shares = [np.bincount(labels, minlength=classes) / len(labels) for labels in (real, generated)]
+    # The largest part of it that is chance, as standard deviations of the shares.
+    chance = np.sqrt(sum(shares) / 2 * (1 / len(real) + 1 / len(generated))).sum() / 2
+    apart = float(abs(shares[0] - shares[1]).sum()) / 2
+    if apart < _BY_LABELS + chance:
+        return None
+    missing = np.flatnonzero((shares[0] > 0) & (shares[1] == 0))
+    which = f"; of class {', '.join(map(str, missing[:5]))} none is generated" if len(missing) else ""
+    return (
+        f"labels alone tell {0.5 + apart / 2:.0%} of real and generated images apart{which}: the discriminator will "
+        "learn that. Draw classes as often as the data have them"
+    )
+
+
 def verdict(by_sigma: dict[str, dict[str, float]], divergence: bool = False) -> str | None:
     """A sentence where it is of no use: it sees nothing, or everything, or not what the denoiser gets wrong.
 
@@ -176,3 +195,4 @@ def verdict(by_sigma: dict[str, dict[str, float]], divergence: bool = False) -> 
 
 _BLIND = 0.003  # nats below a guess's cross-entropy that still are chance in some thousand images
 _SHARP, _NOISY = 0.99, 0.2
+_BY_LABELS = 0.2  # total variation between the shares of classes

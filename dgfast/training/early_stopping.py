@@ -50,6 +50,13 @@ class Best:
             self.weights = copy.deepcopy(averages.state_dict())
         return {"held_out_loss": loss}
 
+    def told(self, step: int, steps: int) -> str | None:
+        """A sentence on which average of a run of so many steps, which ended at `step`, is kept; None: the last one."""
+        if not self.weights or self.step == steps:
+            return None
+        ended = f"ended at step {step} of {steps}: " if step < steps else ""
+        return f"{ended}the held-out loss was lowest at step {self.step}, whose average is kept"
+
     def restore(self, averages: nn.Module) -> None:
         """Give the averages the best weights, if any were judged."""
         if self.weights:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,11 +17,13 @@ from dgfast import nets
 from dgfast.bundle import Bundle
 from dgfast.checkpoints.joining import alone
 from dgfast.devices import pick_device
-from dgfast.errors import UserError
+from dgfast.errors import UserError, one_line
 from dgfast.options import command_line
-from dgfast.training.data import load_images, split
+from dgfast.training.data import ImageSet, labelled_as, load_images, split
 from dgfast.training.early_stopping import EarlyStopping
+from dgfast.training.encoding import as_latents, draws_latents
 from dgfast.training.loop import Loss, Player, Schedule, fit_together
+from dgfast.weights import UNBUILDABLE
 
 _SHAPE = (
     "img_resolution",
@@ -30,6 +33,9 @@ _SHAPE = (
     "label_dim",
     "num_classes",
 )  # as the data have it
+
+_DATA, _GENERATED = "--data", "--generated"
+_CLASSIFIERS = ("classifier", "features")  # which learn nothing but labels
 
 SIGMAS = (0.002, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 40.0)
 """Noise levels by which noise-aware networks are judged."""
@@ -41,25 +47,70 @@ class Job:
     Args:
         folder: of the bundle. data, holdout: see `load_images` and `split`. net_json: constructor keywords to change.
         start: bundle whose network of this role is trained on. recipe: what else belongs to this run alone.
+        replaced: whether a network of this role that another command made may be replaced.
         schedule: of `loop.Schedule`.
 
+    Attributes:
+        train, held_out: as the bundle's score network reads images, so encoded where it makes latents; but for
+            `features`, which are of pixels. classes: of the score network, or of the data where there is none.
+        recipe: what makes this run another than one in the same folder, by name, beside the schedule.
+
     Raises:
-        UserError: data, a device or an object of keywords that is none.
+        UserError: data, a device, a schedule or an object of keywords that is none; a bundle that has such a network.
     """
 
     def __init__(
         self, role: str, *, folder: Path, data: str, holdout: int, net_json: str, start: Path | None,
-        device: str | None, recipe: dict[str, Any] | None = None, **schedule: Any,
+        device: str | None, replaced: bool = False, recipe: dict[str, Any] | None = None, **schedule: Any,
     ) -> None:  # fmt: skip
         self._changes = json_object("--net", net_json)
         self.role, self.device = role, pick_device(device)
         self.schedule = Schedule(**schedule)
-        everything = load_images(data)
-        self.classes = int(everything.labels.max()) + 1
-        self.train, self.held_out = split(everything, holdout)
         self.bundle, self._start = bundles.read_or_new(folder), start
-        self._recipe = {"data": data, "holdout": holdout, "start": start and str(start), **(recipe or {})}
         self.folder = self.bundle.folder / "training" / role
+        if role in self.bundle.nets and not replaced and not (self.folder / "state.pt").exists():
+            raise UserError(
+                f"{folder} has a {role} network already, which no training in {self.folder} made: give --overwrite to "
+                "replace it, or another --bundle"
+            )
+        data_set, digest = self.read(data, _DATA)
+        self.classes = self._classes_of_score() or int(data_set.labels.max()) + 1
+        self.class_names = data_set.class_names
+        self.train, self.held_out = split(data_set, holdout)
+        self.recipe = {"data": data, "holdout": holdout, "start": start and str(start), **(recipe or {})}
+        self.recipe |= {"content of --data": digest}
+
+    def read(self, source: str, option: str) -> tuple[ImageSet, str]:
+        """Images as networks of this role read them, and the digest of what was read.
+
+        Raises:
+            UserError: see `load_images`; images that are not square; labels missing, or beyond the score network's.
+        """
+        of_latents = self.role != "features" and draws_latents(self.bundle)
+        data = load_images(source, option, prefer_latents=of_latents)
+        digest = data.digest()
+        if self.role != "score":
+            data = labelled_as(data, self.bundle.class_names, self._classes_of_score(), f"{option} {source}")
+        without = int((data.labels < 0).sum())
+        if without and (without < len(data) or self.role in _CLASSIFIERS or self._classes_of_score()):
+            raise UserError(
+                f"{option} {source}: {without} of {len(data)} images have no label, and a {self.role} network here "
+                "needs one for each"
+            )
+        if of_latents and data.images.dtype == np.uint8:
+            if option == _GENERATED:  # what comes back from the VAE is not what the network drew
+                raise UserError(f"{option} {source}: the bundle makes latents; draw them with --format latents")
+            data = as_latents(data, self.bundle, self.device)
+        height, width = data.images.shape[1:3]
+        if height != width:
+            raise UserError(f"{option} {source}: images of {height} x {width}; what is trained here reads square ones")
+        return data, digest
+
+    def _classes_of_score(self) -> int:
+        """Of the bundle's score network, beside which others are trained; 0: it has none, or is not there yet."""
+        if self.role == "score" or "score" not in self.bundle.nets:
+            return 0
+        return int(self.bundle.spec("score").keywords.get("label_dim") or 0)
 
     def build(self, kind: str, keywords: dict[str, Any]) -> Any:
         """The job's network, as --net changes it and as the seed draws it, or as --start has it.
@@ -93,7 +144,9 @@ class Job:
         self, players: Sequence[Player], watch: Callable[[Sequence[nn.Module]], None] | None = None,
         stopping: EarlyStopping | None = None,
     ) -> list[nn.Module]:  # fmt: skip
-        return fit_together(players, self.schedule, self.folder, self.device, watch, self._recipe, stopping)
+        _try_out(players, self.schedule.batch, self.device, self.train)
+        recipe = self.recipe | {"net": self._keywords}
+        return fit_together(players, self.schedule, self.folder, self.device, watch, recipe, stopping)
 
     def mean_loss(self, net: nn.Module, loss: Loss, batches: int = 20) -> float:
         """`loss` of `net` over fixed draws."""
@@ -120,15 +173,36 @@ class Job:
         click.echo(f"{self.bundle.folder}: {self.role}, {parameters:,} parameters, {json.dumps(metrics)}")
 
 
+def _try_out(players: Sequence[Player], batch: int, device: torch.device, data: ImageSet) -> None:
+    """One batch through every network: keywords that make a network may still not make one for these images.
+
+    Raises:
+        UserError: a network fails on them.
+    """
+    try:
+        for player in players:
+            with torch.no_grad():
+                player.loss(player.net.to(device).eval(), batch)
+    except (IndexError, RuntimeError, ValueError) as error:
+        shape = " x ".join(map(str, data.images.shape[1:]))
+        raise UserError(
+            f"a batch of {batch} does not go through this network for images of {shape} (height, width, channels); "
+            f"change --net or --batch: {one_line(error)}"
+        ) from error
+
+
 def json_object(option: str, text: str) -> dict[str, Any]:
     """
     Raises:
         UserError: the option's text is no JSON object.
     """
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{option} {text!r} is not a JSON object: {error}") from error
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{option} {text!r:.80} is not a JSON object: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{option} {text!r:.80} is not a JSON object, such as '{{\"dropout\": 0.1}}'")
+    return value
 
 
 def build(option: str, kind: str, keywords: dict[str, Any]) -> Any:
@@ -137,6 +211,7 @@ def build(option: str, kind: str, keywords: dict[str, Any]) -> Any:
         UserError: keywords with which there is no such network; names the option that they come from.
     """
     try:
+        nets.check_types(kind, keywords)
         return nets.build(kind, **keywords)
-    except ValueError as error:
-        raise UserError(f"{option}: {error}") from error
+    except UNBUILDABLE as error:
+        raise UserError(f"{option}: {one_line(error)}") from error

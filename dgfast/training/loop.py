@@ -1,59 +1,28 @@
 """The training loop that every network shares: Adam, warm-up and linear decay, averaged weights, exact resumption."""
 
 import json
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from dgfast.devices import DTYPES
-from dgfast.errors import UserError
+from dgfast.errors import StoppedError, StorageError, TerminatedError, UserError, one_line
+from dgfast.files import replacing
+from dgfast.progress import say
+from dgfast.stopping import Terminated
 from dgfast.training.averaging import averaged
 from dgfast.training.early_stopping import Best, EarlyStopping
+from dgfast.training.schedule import Schedule as Schedule
 
 _RECORDS = 200  # lines of metrics.jsonl in a whole run
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast to train.
-
-    Attributes:
-        images: training images to draw in all, with replacement.
-        batch: images a step.
-        lr: Adam's largest learning rate, reached after `warmup` of the run and falling linearly to 0.
-        weight_decay: Adam's, as DG uses it.
-        ema: decay of the averaged weights, which are the ones that are kept.
-        ema_rel: relative width of EDM2's power-function average, which takes the place of `ema`; None: `ema` it is.
-        seed: step k draws its batch and its noise from seed and k alone, so an interrupted run goes on exactly.
-        dtype: of `devices.DTYPES`; bf16 rounds what convolutions and matrix products read. Weights, their average,
-            normalisations and Adam stay in float32 (torch's autocast).
-    """
-
-    images: int
-    batch: int = 128
-    lr: float = 2e-3
-    weight_decay: float = 0.0
-    warmup: float = 0.05
-    ema: float = 0.999
-    ema_rel: float | None = None
-    seed: int = 0
-    dtype: str = "float32"
-
-    @property
-    def steps(self) -> int:
-        return max(1, self.images // self.batch)
-
-    def factor(self, step: int) -> float:
-        """Learning rate at `step`, as a share of `lr`."""
-        progress = step / self.steps
-        return min((step + 1) / (self.warmup * self.steps + 1), (1 - progress) / (1 - self.warmup))
 
 
 Loss = Callable[[nn.Module, int], Tensor]
@@ -104,56 +73,130 @@ def fit_together(
         stopping: judges the first player's average; the best one is returned, and the run may end before its time.
 
     Raises:
-        UserError: the folder holds a run of another schedule, recipe or network, or one whose state is damaged; a loss
-            or a weight is not finite.
+        UserError: the folder holds a run of another schedule, recipe or network, one whose state is damaged, or one
+            that is at work; a loss or a weight is not finite. StorageError: the folder cannot be written.
+        StoppedError: by Ctrl-C or SIGTERM.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    nets = nn.ModuleList(player.net for player in players)
-    nets.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # torch types one argument
-    average = averaged(nets, schedule.ema, schedule.ema_rel)
-    # One Adam holds all players: its state is each parameter's own, and who is not on turn has no gradient.
-    optimiser = torch.optim.Adam(
-        [{"params": p.net.parameters(), "betas": p.betas, "lr": p.rate * schedule.lr} for p in players],
-        weight_decay=schedule.weight_decay,
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, schedule.factor)
-    best = Best(stopping)
-    parts = {"net": nets, "average": average, "optimiser": optimiser, "scheduler": scheduler}
-    parts |= {"best": best} if stopping else {}
-    settings = asdict(schedule) | dict(recipe or {})
-    done = _restore(folder / "state.pt", parts, settings, device)
+    run = _Run(list(players), schedule, folder, device, stopping, dict(recipe or {}))
+    with _alone(folder):
+        done = run.restore()
+        bar = tqdm(total=schedule.steps, initial=done, unit="step", desc=folder.name, dynamic_ncols=True)
+        step, started = done, time.monotonic()
+        try:
+            for step in range(done, schedule.steps):
+                if run.best.settled:
+                    break
+                run.take(step)
+                bar.update()
+                if run.is_record(step + 1):
+                    losses = run.record(step + 1, time.monotonic() - started)
+                    bar.set_postfix(loss=" ".join(f"{loss:.4f}" for loss in losses))
+                    if watch is not None:
+                        watch(run.averages())
+        except KeyboardInterrupt as stop:
+            # The step under way is lost, the last record is not; every record holds a whole state.
+            goes_on = f"the same command goes on from {folder}" if run.saved else "nothing was saved yet"
+            kind = TerminatedError if isinstance(stop, Terminated) else StoppedError
+            raise kind(f"{folder.name}: interrupted at step {step}; {goes_on}") from None
+        finally:
+            bar.close()
+    if kept := run.best.told(bar.n, schedule.steps):
+        say(f"{folder.name}: {kept}", error=True)
+    run.best.restore(run.average.module)
+    return [net.requires_grad_(False) for net in run.averages()]
 
-    step, recent, started = done, [], time.monotonic()
-    interval = max(1, schedule.steps // _RECORDS)
-    if stopping:  # every check is a record
-        interval = max(1, schedule.steps // stopping.checks // max(1, _RECORDS // stopping.checks))
-    bar = tqdm(total=schedule.steps, initial=done, unit="step", desc=folder.name, dynamic_ncols=True)
+
+class _Run:
+    """The networks that are trained, what belongs to them, and how they are kept."""
+
+    def __init__(
+        self, players: Sequence[Player], schedule: Schedule, folder: Path, device: torch.device,
+        stopping: EarlyStopping | None, recipe: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.players, self.schedule, self.folder, self.device = players, schedule, folder, device
+        self.nets = nn.ModuleList(player.net for player in players)
+        self.nets.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # torch types one argument
+        self.average = averaged(self.nets, schedule.ema, schedule.ema_rel)
+        # One Adam holds all players: its state is each parameter's own, and who is not on turn has no gradient.
+        self.optimiser = torch.optim.Adam(
+            [{"params": p.net.parameters(), "betas": p.betas, "lr": p.rate * schedule.lr} for p in players],
+            weight_decay=schedule.weight_decay,
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimiser, schedule.factor)
+        self.best = Best(stopping)
+        self.saved = False
+        self._settings = asdict(schedule) | recipe
+        self._parts = {"net": self.nets, "average": self.average} | (
+            {"optimiser": self.optimiser, "scheduler": self.scheduler} | ({"best": self.best} if stopping else {})
+        )
+        self._recent: list[Tensor] = []
+        self._interval = max(1, schedule.steps // _RECORDS)
+        if stopping:  # every check is a record
+            self._interval = max(1, schedule.steps // stopping.checks // max(1, _RECORDS // stopping.checks))
+
+    def restore(self) -> int:
+        """How many steps lie behind the state that was kept, which the run goes on from."""
+        done = _restore(self.folder / "state.pt", self._parts, self._settings, self.device)
+        self.saved = done > 0
+        return done
+
+    def take(self, step: int) -> None:
+        """One turn of each player."""
+        torch.manual_seed(self.schedule.seed * 1_000_003 + step)
+        turns = [_turn(player, self.nets, self.optimiser, self.schedule, step) for player in self.players]
+        self._recent.append(torch.stack(turns))
+        self.scheduler.step()
+        self.average.update_parameters(self.nets)
+
+    def is_record(self, steps: int) -> bool:
+        return steps % self._interval == 0 or steps == self.schedule.steps
+
+    def record(self, steps: int, seconds: float) -> list[float]:
+        """Look whether all is well after so many steps, judge, and keep the state; the losses since the last record."""
+        losses = _checked(torch.stack(self._recent), self.nets, steps - 1, self.folder, self.saved)
+        self._recent.clear()
+        numbers = {"loss": losses[0]} if len(losses) == 1 else {f"loss_{k}": x for k, x in enumerate(losses)}
+        numbers |= self.best.see(self.average.module, steps, self.schedule.steps)
+        with _storage(self.folder):
+            _save(self.folder / "state.pt", self._parts, self._settings, steps)
+            _record(self.folder / "metrics.jsonl", step=steps, **numbers, seconds=seconds)
+        self.saved = True
+        return losses
+
+    def averages(self) -> list[nn.Module]:
+        return list(self.average.module.eval().children())
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Makes the folder, and lets no other training into it.
+
+    Raises:
+        UserError: another one is in it. StorageError: it cannot be written.
+    """
+    lock = FileLock(folder / ".lock")
+    with _storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{folder}: another training is at work there; wait for it, or stop it") from None
     try:
-        for step in range(done, schedule.steps):
-            if best.settled:
-                break
-            torch.manual_seed(schedule.seed * 1_000_003 + step)
-            recent.append(torch.stack([_turn(player, nets, optimiser, schedule, step) for player in players]))
-            scheduler.step()
-            average.update_parameters(nets)
-            bar.update()
-            if (step + 1) % interval == 0 or step + 1 == schedule.steps:
-                losses = _checked(torch.stack(recent), nets, step, folder)
-                recent.clear()
-                bar.set_postfix(loss=" ".join(f"{loss:.4f}" for loss in losses))
-                found = {"loss": losses[0]} if len(losses) == 1 else {f"loss_{k}": x for k, x in enumerate(losses)}
-                found |= best.see(average.module, step + 1, schedule.steps)
-                _record(folder / "metrics.jsonl", step=step + 1, **found, seconds=time.monotonic() - started)
-                _save(folder / "state.pt", parts, settings, step + 1)
-                if watch is not None:
-                    watch(list(average.module.eval().children()))
-    except KeyboardInterrupt:
-        # The step under way is lost, the last record is not; every record holds a whole state.
-        raise UserError(f"{folder.name}: interrupted at step {step}; the same command goes on from {folder}") from None
+        yield
     finally:
-        bar.close()
-    best.restore(average.module)
-    return list(average.module.eval().requires_grad_(False).children())
+        lock.release()
+
+
+@contextmanager
+def _storage(folder: Path) -> Iterator[None]:
+    """Makes a `StorageError`, which names the folder, of what the operating system or torch's writer raises."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise StorageError(
+            f"{folder} cannot be written ({one_line(error)}); the last whole state in it, if any, is kept: the same "
+            "command goes on"
+        ) from error
 
 
 def _turn(
@@ -176,26 +219,28 @@ def _turn(
     return value.detach()
 
 
-def _checked(losses: Tensor, nets: nn.Module, step: int, folder: Path) -> list[float]:
-    """Mean of each player's losses [steps, players] up to `step`, if they and the weights they led to are finite."""
+def _checked(losses: Tensor, nets: nn.Module, step: int, folder: Path, saved: bool) -> list[float]:
+    """Mean of each player's losses [steps, players] up to `step`, if they and the weights they led to are finite.
+
+    Args:
+        saved: whether a state from before is kept, for the message.
+    """
     bad = (~losses.isfinite()).any(1).nonzero()
     if len(bad):
         at = int(bad[0])
-        found = f"loss is {float(losses[at].sum())} at step {step + 1 - len(losses) + at}"
+        trouble = f"loss is {float(losses[at].sum())} at step {step + 1 - len(losses) + at}"
     elif not all(bool(parameter.isfinite().all()) for parameter in nets.parameters()):
-        found = f"a weight is NaN or infinite after step {step}"
+        trouble = f"a weight is NaN or infinite after step {step}"
     else:
         return losses.mean(0).tolist()
-    raise UserError(
-        f"{folder.name}: {found}; the state before it is kept in {folder}: to start anew, remove it and lower --lr"
-    )
+    kept = f"the state before it is kept in {folder}: to start anew, remove it and" if saved else "nothing was kept:"
+    raise UserError(f"{folder.name}: {trouble}; {kept} lower --lr, if the data are in order")
 
 
 def _save(path: Path, parts: dict[str, Any], settings: dict[str, Any], step: int) -> None:
     state = {name: part.state_dict() for name, part in parts.items()}
-    partial = path.with_suffix(".partial")
-    torch.save({"step": step, "schedule": settings, **state}, partial)
-    os.replace(partial, path)
+    with replacing(path) as file:
+        torch.save({"step": step, "schedule": settings, **state}, file)
 
 
 def _restore(path: Path, parts: dict[str, Any], settings: dict[str, Any], device: torch.device) -> int:
@@ -210,7 +255,7 @@ def _restore(path: Path, parts: dict[str, Any], settings: dict[str, Any], device
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         before = older | state["schedule"]
-        changed = [name for name, value in settings.items() if before.get(name) != value]
+        changed = [name for name, value in settings.items() if before.get(name, value) != value]
         if changed:
             raise UserError(f"{path} belongs to a run with another {', '.join(changed)}; remove it to start anew")
         for name, part in parts.items():

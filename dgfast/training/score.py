@@ -7,9 +7,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgfast.denoiser import EDMPrecond
+from dgfast.errors import UserError
 from dgfast.training.data import ImageSet
 
 P_MEAN, P_STD = -1.2, 1.2
+
+
+def deviation(data: ImageSet) -> float:
+    """sigma_data: the standard deviation of all values, to two decimals.
+
+    Raises:
+        UserError: it is 0 then.
+    """
+    value = round(float(data.tensors()[0].std(correction=0)), 2)
+    if not value:
+        raise UserError("--data: all pixels of all images are the same; there is nothing to learn")
+    return value
 
 
 def denoising_loss(

@@ -63,8 +63,9 @@ class Game:
     def __init__(
         self, real: tuple[Tensor, Tensor], generator: nn.Module, score: nn.Module, device: torch.device
     ) -> None:
-        order = real[1].argsort(stable=True)
-        self._images, self._labels = (tensor[order].to(device) for tensor in real)
+        labels = real[1].clamp(min=0)  # images without any are of one class
+        order = labels.argsort(stable=True)
+        self._images, self._labels = (tensor[order].to(device) for tensor in (real[0], labels))
         self._counts = self._labels.bincount()
         self._starts = self._counts.cumsum(0) - self._counts
         self._generator: Any = generator  # torch types no attributes of a module

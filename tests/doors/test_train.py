@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 from torch import Tensor, nn
 
 from dgfast import bundle as bundles
@@ -190,14 +191,49 @@ def test_training_bad_data_is_named(tmp_path: Path, arrays: dict[str, Any], mess
 
 
 @pytest.mark.parametrize(
+    ("role", "shape", "labels", "message"),
+    [
+        ("score", (60, 8, 6), np.arange(60) % 2, "images of 8 x 6; what is trained here reads square ones"),
+        ("score", (60, 8, 8), np.arange(60) % 2 - 1, "30 of 60 images have no label"),
+        ("classifier", (60, 8, 8), np.full(60, -1), "a classifier network here needs one for each"),
+        ("score", (60, 8, 8), np.zeros(60), "all pixels of all images are the same"),
+        ("score", (1, 8, 8), np.zeros(1), "--holdout 20 leaves nothing of 1 images"),
+    ],
+    ids=["oblong", "some", "none", "constant", "single"],
+)
+def test_train_on_data_that_teach_nothing_is_one_line(
+    tmp_path: Path, role: str, shape: tuple[int, ...], labels: np.ndarray, message: str
+) -> None:
+    np.savez(tmp_path / "data.npz", images=np.zeros(shape, np.uint8), labels=labels)
+    result = _train(role, tmp_path / "bundle", tmp_path / "data.npz", "--images", "64")
+    assert result.exit_code == 2 and message in result.output.splitlines()[-1], result.output
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_train_names_classes_by_their_folders(tmp_path: Path) -> None:
+    for index in range(40):
+        place = tmp_path / "data" / ("cat" if index % 2 else "ant")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 6 * index, np.uint8)).save(place / f"{index}.png")
+    result = _train("score", tmp_path / "bundle", tmp_path / "data", "--images", "8", "--net", _TINY_SCORE)
+    assert result.exit_code == 0 and bundles.read(tmp_path / "bundle").class_names == ("ant", "cat"), result.output
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--net", "[1"], "not a JSON object"),
         (["--net", '{"no_such_keyword": 1}'], "no_such_keyword"),
         (["--data", "nowhere.npz"], "no such file"),
         (["--device", "nonsense"], "--device nonsense"),
+        (["--net", "[]"], "--net '[]' is not a JSON object"),
+        (["--net", "[" * 9999], "is not a JSON object"),
+        (["--net", '{"model_channels": -8}'], "--net: "),
+        (["--net", '{"channel_mult": [1, 2, 2, 2, 2, 2]}'], "does not go through this network for images of 8 x 8 x 1"),
+        (["--p-std", "0"], "--p-std 0 one above 0"),
+        (["--images", "0"], "--images 0"),
     ],
-    ids=["json", "keyword", "data", "device"],
+    ids=["json", "keyword", "data", "device", "list", "deep", "negative", "levels", "spread", "images"],
 )
 def test_train_bad_input_is_one_line(squares: Path, tmp_path: Path, options: list[str], message: str) -> None:
     result = _train("score", tmp_path / "bundle", squares, "--images", "64", *options)

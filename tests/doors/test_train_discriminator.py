@@ -46,7 +46,9 @@ def test_train_discriminator_of_its_own_guides_without_a_classifier(tmp_path: Pa
     bundle = bundle_of(tmp_path / "bundle", channels=1, classes=_CLASSES)
     real, fakes = pictures(tmp_path / "real"), pictures(tmp_path / "fakes", count=30)
     for objective in ("cross-entropy", "kl"):
-        result = _train("discriminator", bundle, real, "--generated", str(fakes), "--objective", objective, *_SHORT)
+        result = _train(
+            "discriminator", bundle, real, "--generated", str(fakes), "--objective", objective, "--overwrite", *_SHORT
+        )
         assert result.exit_code == 0, result.output
         (bundle / "training/discriminator/state.pt").unlink()
     done = bundles.read(bundle)
@@ -74,10 +76,10 @@ def test_train_discriminator_of_latents_without_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fakes", "message"),
     [
-        ({"count": 4}, "draw at least 10"),
+        ({"count": 4}, "4 generated images and 20 to train on"),
         ({"side": 6}, "images of 6 x 6 x 1 (height, width, channels); the score network makes 8 x 8 x 1"),
         ({"classes": 0}, "30 of 30 images have no label"),
-        ({"classes": 3}, "label 2; the score network knows classes 0 to 1"),
+        ({"classes": 3}, "3 folders of classes, of which the score network has 2"),
     ],
     ids=["few", "size", "unlabelled", "classes"],
 )
@@ -88,6 +90,47 @@ def test_train_discriminator_bad_input_is_one_line(tmp_path: Path, fakes: dict[s
     errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
     assert result.exit_code == 2 and len(errors) == 1 and message in errors[0], result.output
     assert set(bundles.read(bundle).nets) == {"score"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trunk", "classifier"], "has no classifier whose features a discriminator could read"),
+        (["--batch", "1"], "half of each batch is real"),
+        (["--sigma-max", "inf"], "both finite"),
+        (["--patience", "0"], "--patience 0 must be 1 check at least"),
+        (["--holdout", "39"], "30 generated images and 1 to train on"),
+        (["--generated", "mnist"], "--generated mnist: no such file or folder"),
+        (["--net", '{"num_head_channels": 5}'], "do not split into heads"),
+        (["--net", '{"in_channels": 3}'], "does not go through this network for images of 8 x 8 x 1"),
+    ],
+    ids=["trunk", "batch", "sigma", "patience", "holdout", "generated", "build", "channels"],
+)
+def test_train_discriminator_bad_options_are_one_line(tmp_path: Path, options: list[str], message: str) -> None:
+    bundle = bundle_of(tmp_path / "bundle", channels=1, classes=_CLASSES)
+    real, fakes = pictures(tmp_path / "real"), pictures(tmp_path / "fakes", count=30)
+    result = _train("discriminator", bundle, real, "--generated", str(fakes), *_SHORT, *options)
+    errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert result.exit_code == 2 and len(errors) == 1 and message in errors[0], result.output
+    assert not (bundle / "training").exists()
+
+
+def test_train_discriminator_takes_samples_of_its_own_score_network_alone(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path / "bundle", channels=1, classes=_CLASSES)
+    real, fakes = pictures(tmp_path / "real"), tmp_path / "fakes"
+    fakes.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (20, _SIDE, _SIDE, 1), dtype=np.uint8)
+    np.savez(fakes / "images-0.npz", images=images, labels=np.arange(20) % _CLASSES)
+    for drawn_by, code in (("of another", 2), (bundles.read(bundle).fingerprint(["score"]), 0)):
+        (fakes / "manifest.json").write_text(json.dumps({"images": 20, "job": {"weights": drawn_by}}))
+        result = _train("discriminator", bundle, real, "--generated", str(fakes), *_SHORT)
+        assert result.exit_code == code, result.output
+        assert ("others drew it than the score network" in result.output) == bool(code)
+    (bundle / "training/discriminator/state.pt").unlink()
+    before = (bundle / "discriminator.safetensors").read_bytes()
+    result = _train("discriminator", bundle, real, "--generated", str(fakes), *_SHORT)
+    assert result.exit_code == 2 and "give --overwrite to replace it" in result.output
+    assert (bundle / "discriminator.safetensors").read_bytes() == before
 
 
 def test_train_refuses_pictures_of_different_sizes(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dgfast.training.discriminator import Trial, judge_by_sigma, verdict
+from dgfast.training.discriminator import Trial, judge_by_sigma, told_apart_by_labels, verdict
 from dgfast.vp import vp_alpha, vp_time
 
 REAL, MODEL = 0.5, 0.8  # standard deviations of the data and of what the model takes them for
@@ -111,3 +112,14 @@ def test_verdict_on_a_corrector_does_not_ask_what_it_tells_apart() -> None:
     by_sigma = {"0.2": judged(0.5, 0.9, 0.99), "1": judged(0.5, 0.7, 0.998)}
     assert verdict(by_sigma, divergence=True) is None
     assert "does not bring the denoiser closer" in (verdict({"1": judged(0.5, 0.7, 1.0)}, divergence=True) or "")
+
+
+def test_labels_that_tell_generated_images_are_told() -> None:
+    rng = np.random.default_rng(0)
+    real, alike, one = np.arange(1000) % 10, rng.integers(0, 10, 300), np.full(300, 3)
+    assert told_apart_by_labels(real, alike, 10) is None and told_apart_by_labels(real, one, 0) is None
+    # 9 in 10 real images are of a class that is never generated: 0.95 is right.
+    said = told_apart_by_labels(real, one, 10)
+    assert said is not None and "95%" in said and "of class 0, 1, 2, 4, 5 none is generated" in said
+    # So few of each that shares differ by chance.
+    assert told_apart_by_labels(rng.integers(0, 500, 1000), rng.integers(0, 500, 1000), 500) is None

@@ -30,9 +30,12 @@ def run(folder: Path, stopping: EarlyStopping) -> list[float]:
     return weights(fit_together([Player(fresh(), line)], SCHEDULE, folder, CPU, stopping=stopping)[0])
 
 
-def test_training_ends_after_its_patience_with_the_best_average(tmp_path: Path) -> None:
+def test_training_ends_after_its_patience_with_the_best_average(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: list[list[float]] = []
     kept = run(tmp_path, judged([3.0, 1.0, 2.0, 1.5, 1.1, 0.0], seen))
+    assert "ended at step 50 of 100: the held-out loss was lowest at step 20, whose average" in capsys.readouterr().err
     assert len(seen) == 5 and kept == seen[1]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["held_out_loss"] for record in records if "held_out_loss" in record] == [3.0, 1.0, 2.0, 1.5, 1.1]
@@ -41,9 +44,10 @@ def test_training_ends_after_its_patience_with_the_best_average(tmp_path: Path) 
     assert run(tmp_path, judged([], again)) == kept and not again  # a run that has ended is not gone on with
 
 
-def test_training_that_improves_to_the_end_is_not_ended(tmp_path: Path) -> None:
+def test_training_that_improves_to_the_end_is_not_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[list[float]] = []
     assert run(tmp_path, judged([1 / (1 + k) for k in range(_CHECKS)], seen)) == seen[-1]
+    assert "lowest" not in capsys.readouterr().err
 
 
 def test_training_interrupted_keeps_the_best_average_so_far(tmp_path: Path) -> None:

@@ -192,6 +192,16 @@ def test_score_mismatching_shows_images_with_their_class_in_groups_of_one() -> N
         assert torch.equal((x.mean((1, 2, 3)) - offset).round(), classes.float())
 
 
+def test_score_mismatching_takes_images_without_labels_for_one_class() -> None:
+    images, labels = real_scalars()
+    games = [Game((images, classes), Scalar(), Line(4), CPU) for classes in (0 * labels, 0 * labels - 1)]
+    losses = []
+    for game in games:
+        torch.manual_seed(0)
+        losses.append(float(game.score_loss(Line(4), 8).detach()))
+    assert losses[0] == losses[1]
+
+
 def test_score_mismatching_penalty_comes_every_sixteenth_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     game = Game(real_scalars(), Scalar(), Line(4), CPU)
     calls: list[int] = []

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dgfast import ops
-from dgfast.errors import UserError
-from dgfast.training.loop import Schedule, fit
+from dgfast.errors import StoppedError, StorageError, UserError
+from dgfast.stopping import Terminated
+from dgfast.training.loop import Player, Schedule, fit, fit_together
 
 CPU = torch.device("cpu")
 SCHEDULE = Schedule(images=1600, batch=16, lr=0.05)
@@ -42,8 +43,7 @@ def test_training_torn_while_it_saves_goes_on_from_the_state_before(
         saved += 1
         save(state, file)
         if saved == 40:  # the power fails when half of the bytes are on the disk
-            content = Path(file).read_bytes()
-            Path(file).write_bytes(content[: len(content) // 2])
+            file.truncate(file.tell() // 2)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -76,6 +76,61 @@ def test_training_state_of_another_network_is_one_line(tmp_path: Path) -> None:
     fit(fresh(), line, SCHEDULE, tmp_path, CPU)
     with pytest.raises(UserError, match=r"state\.pt.*remove it to start anew"):
         fit(nn.Linear(1, 1, bias=False), line, SCHEDULE, tmp_path, CPU)
+
+
+def test_training_of_data_that_changed_does_not_go_on(tmp_path: Path) -> None:
+    before = {"content of --data": "a", "net": {"width": 1}}
+    fit_together([Player(fresh(), line)], SCHEDULE, tmp_path, CPU, recipe=before)
+    for after, changed in (({"content of --data": "b"}, "content of --data"), ({"net": {"width": 2}}, "net")):
+        with pytest.raises(UserError, match=f"a run with another {changed}; remove it to start anew"):
+            fit_together([Player(fresh(), line)], SCHEDULE, tmp_path, CPU, recipe=before | after)
+
+
+def test_one_training_at_a_time_is_let_into_a_folder(tmp_path: Path) -> None:
+    def twice(net: nn.Module, batch: int) -> Tensor:
+        with pytest.raises(UserError, match="another training is at work there"):
+            fit(fresh(), line, SCHEDULE, tmp_path, CPU)
+        return line(net, batch)
+
+    whole = weights(fit(fresh(), twice, replace(SCHEDULE, images=16), tmp_path, CPU))
+    assert weights(fit(fresh(), line, replace(SCHEDULE, images=16), tmp_path, CPU)) == whole
+
+
+def test_full_disk_is_one_line_and_the_state_before_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = weights(fit(fresh(), line, SCHEDULE, tmp_path / "whole", CPU))
+    saved, save = 0, torch.save
+
+    def full(state: dict[str, Any], file: Any) -> None:
+        nonlocal saved
+        saved += 1
+        if saved == 40:
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(StorageError, match=r"parts cannot be written .*No space left") as caught:
+            fit(fresh(), line, SCHEDULE, tmp_path / "parts", CPU)
+    assert caught.value.exit_code == 4 and not list((tmp_path / "parts").glob("*.partial"))
+    assert weights(fit(fresh(), line, SCHEDULE, tmp_path / "parts", CPU)) == whole
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file/folder cannot be written"):
+        fit(fresh(), line, SCHEDULE, tmp_path / "file/folder", CPU)
+
+
+@pytest.mark.parametrize(("signal", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_signals_end_a_training_by_their_exit_codes(tmp_path: Path, signal: type[BaseException], code: int) -> None:
+    def stopped(net: nn.Module, batch: int) -> Tensor:
+        raise signal
+
+    with pytest.raises(StoppedError, match="interrupted at step 0; nothing was saved yet") as caught:
+        fit(fresh(), stopped, SCHEDULE, tmp_path, CPU)
+    assert caught.value.exit_code == code
+
+
+def test_loss_that_is_none_from_the_start_says_that_nothing_was_kept(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="loss is nan at step 0; nothing was kept: lower --lr"):
+        fit(fresh(), lambda net, batch: float("nan") * line(net, batch), SCHEDULE, tmp_path, CPU)
 
 
 def test_bf16_rounds_products_and_nothing_else(tmp_path: Path) -> None:
