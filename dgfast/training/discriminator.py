@@ -188,7 +188,8 @@ def verdict(by_sigma: dict[str, dict[str, float]], divergence: bool = False) -> 
     if share >= 1:
         return (
             f"on held-out real images, guidance of weight 1 does not bring the denoiser closer: its squared error is "
-            f"{share:.4f} of the unguided one's, in the mean over noise levels. Try --objective kl"
+            f"{share:.4f} of the unguided one's, in the mean over noise levels. "
+            + ("Train longer or on more images, or leave it out" if divergence else "Try --objective kl")
         )
     return None
 
