@@ -313,7 +313,6 @@ def test_sampler_refuses_guidance_by_class_without_classes(tiny_net: NetFactory,
         {"dg_window": (1.0, 0.01)},
         {"guidance_interval": (2.0, 1.0)},
         {"guidance_interval": (math.nan, 1.0)},
-        {"boosting": True},
     ],
 )
 def test_sampler_guidance_config_names_the_setting_it_refuses(wrong: dict[str, Any]) -> None:

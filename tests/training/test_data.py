@@ -51,7 +51,7 @@ def test_folders_that_leave_a_class_open_are_refused(tmp_path: Path) -> None:
     np.savez(pictures(tmp_path / "both", "a") / "images-0.npz", images=_IMAGES, labels=_LABELS)
     assert "both pictures and images-0.npz" in refused(tmp_path / "both")
     Image.new("L", (3, 3)).save(pictures(tmp_path / "sides", "a", "b") / "b" / "odd.png")
-    assert "b/odd.png has [3, 3, 1], a/0.png [4, 4, 1]" in refused(tmp_path / "sides")
+    assert "a/0.png are 4 x 4 x 1, those of b/odd.png 3 x 3 x 1" in refused(tmp_path / "sides")
 
 
 @pytest.mark.parametrize(
