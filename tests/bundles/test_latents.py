@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,7 @@ from dgfast.errors import UserError
 from dgfast.image_folder import read_images
 from dgfast.outputs import to_uint8
 from dgfast.sample import main
-
-with warnings.catch_warnings():  # diffusers and what it imports warn about each other
-    warnings.simplefilter("ignore")
-    from diffusers import AutoencoderKL
+from tests.support.tiny_vae import tiny_vae
 
 _SCORE = {
     "img_resolution": 8, "img_channels": 4, "label_dim": 3, "model_type": "SongUNet", "model_channels": 16,
@@ -35,15 +31,7 @@ _CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def vae() -> Any:
-    torch.manual_seed(0)
-    kind: Any = AutoencoderKL  # diffusers leaves it unannotated
-    return kind(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        latent_channels=4,
-    ).eval()
+    return tiny_vae()
 
 
 @pytest.fixture

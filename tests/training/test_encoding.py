@@ -1,6 +1,5 @@
 """Pictures beside a network of latents, against diffusers' own encoding, and a discriminator that learns from them."""
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,7 @@ from dgfast.sample import main as sample
 from dgfast.train import main as train
 from dgfast.training.data import ImageSet
 from dgfast.training.encoding import as_latents, draws_latents
-
-with warnings.catch_warnings():  # diffusers and what it imports warn about each other
-    warnings.simplefilter("ignore")
-    from diffusers import AutoencoderKL
+from tests.support.tiny_vae import tiny_vae
 
 _CPU = torch.device("cpu")
 _SCORE = {
@@ -35,15 +31,7 @@ _COUNT = AT_ONCE + 12
 
 @pytest.fixture(scope="module")
 def vae() -> Any:
-    torch.manual_seed(0)
-    kind: Any = AutoencoderKL  # diffusers leaves it unannotated
-    return kind(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        latent_channels=4,
-    ).eval()
+    return tiny_vae()
 
 
 @pytest.fixture
