@@ -210,6 +210,18 @@ def test_train_on_data_that_teach_nothing_is_one_line(
     assert not (tmp_path / "bundle").exists()
 
 
+def test_train_does_not_go_on_with_data_that_changed(squares: Path, tmp_path: Path) -> None:
+    """The file has the name that it had; only what it holds is another."""
+    data, options = tmp_path / "data.npz", ["--images", "16", "--net", '{"channels": 2}']
+    with np.load(squares) as file:
+        images, labels = file["images"], file["labels"]
+    np.savez(data, images=images, labels=labels)
+    assert _train("features", tmp_path / "bundle", data, *options).exit_code == 0
+    np.savez(data, images=255 - images, labels=labels)
+    refused = _train("features", tmp_path / "bundle", data, *options)
+    assert refused.exit_code == 2 and "a run with another content of --data; remove it" in refused.output
+
+
 def test_train_names_classes_by_their_folders(tmp_path: Path) -> None:
     for index in range(40):
         place = tmp_path / "data" / ("cat" if index % 2 else "ant")

@@ -157,11 +157,14 @@ def test_state_from_before_there_was_a_dtype_goes_on(tmp_path: Path) -> None:
     del state["schedule"]["dtype"]
     torch.save(state, tmp_path / "state.pt")
     assert weights(fit(fresh(), line, SCHEDULE, tmp_path, CPU)) == whole
+    with pytest.raises(UserError, match="another dtype"):  # it was one of float32
+        fit(fresh(), line, replace(SCHEDULE, dtype="bf16"), tmp_path, CPU)
 
 
 def test_normalisation_is_float32_under_autocast() -> None:
     x = 30 + torch.randn(2, 8, 4, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = ops.group_norm_silu(x, 2, torch.ones(8), torch.zeros(8), 1e-5)
-    assert y.dtype == torch.float32
-    assert torch.equal(y, ops.group_norm_silu(x, 2, torch.ones(8), torch.zeros(8), 1e-5))
+    for given in (x, x.bfloat16()):  # as a convolution before it leaves its result
+        with torch.autocast("cpu", torch.bfloat16):
+            y = ops.group_norm_silu(given, 2, torch.ones(8), torch.zeros(8), 1e-5)
+        assert y.dtype == torch.float32
+        assert torch.equal(y, ops.group_norm_silu(given.float(), 2, torch.ones(8), torch.zeros(8), 1e-5))

@@ -71,3 +71,18 @@ def test_fusion_norms_survive_a_mean_a_thousand_times_the_spread() -> None:
     tolerances = (1e-3, 1e-6, 1e-5, 1e-3)  # neighbours of 1000 are 6e-5 apart
     for mine, reference, tol in zip(graph(*tensors), exact(inputs, 4), tolerances, strict=True):
         torch.testing.assert_close(mine.double(), reference, rtol=tol, atol=tol)
+
+
+def test_fusion_norms_that_stand_side_by_side_keep_their_sums_apart() -> None:
+    """Two gradients of one region, each of which sums two numbers a channel in the same loop."""
+    x, dy, weight, bias = arguments((2, 8, 5, 3), torch.float32, "weight and bias", 0.3)
+    assert weight is not None and bias is not None
+
+    def both(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+        return (normalised(x, dy, weight, bias, 2)[3] + normalised(dy, x, weight, bias, 4)[3],)
+
+    tensors = [x, dy, weight, bias]
+    graph = lower(trace(both, tensors), tensors, channels_last=True)
+    assert regions.fuse(graph, 2) >= 1 and backward not in {node.target for node in graph.graph.nodes}
+    (exactly,) = both(*(tensor.double().contiguous() for tensor in tensors))
+    torch.testing.assert_close(graph(*tensors)[0].double(), exactly, rtol=0, atol=1e-5 * float(exactly.abs().max()))
