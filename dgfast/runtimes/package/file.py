@@ -125,13 +125,16 @@ def compile(program: "Callable[[], ExportedProgram]", settings: dict[str, Any], 
     Raises:
         UserError: AOTInductor fails, or one of the compilers that it calls.
     """
-    import torch._inductor  # the compiler, which takes a second
+    import torch._inductor.config  # with the compiler, which takes a second
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         new = Path(folder, path.name)
         try:
-            with without_collecting(), warnings.catch_warnings():
+            # By its own choice AOTInductor writes what it packs where the code's hash says, and packs it afterwards:
+            # of two processes with networks of one architecture, one would pack the other's weights.
+            own_folder = torch._inductor.config.patch("aot_inductor.output_path", str(Path(folder, "parts")))
+            with without_collecting(), own_folder, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, of its own code
                 torch._inductor.aoti_compile_and_package(program(), package_path=str(new), inductor_configs=settings)
         except Exception as error:  # the compilers' exceptions have no base class of their own

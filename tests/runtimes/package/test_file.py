@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.package.package import package_aoti
 
 from dgfast.errors import UserError
 from dgfast.runtimes.package import file
@@ -68,6 +69,27 @@ def test_package_is_small_without_its_weights(tmp_path: Path) -> None:
     light, whole = (tmp_path / f"{name}.pt2" for name in ("light", "whole"))
     assert light.stat().st_size < 4e6 and whole.stat().st_size > 9e6
     assert _agree(Package(whole, CPU)(x), product(x)) and metadata(whole)["what"] == "product"
+
+
+def test_package_holds_its_own_weights_when_another_process_compiles_the_same_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks of one architecture have the same code, and by its hash PyTorch names the files that it packs.
+
+    Stand-in for the other process: what it does while this one is about to pack.
+    """
+    first, second, x = torch.full((40, 40), 1.0), torch.full((40, 40), 2.0), torch.ones(1, 40)
+    packing = "torch._inductor.package.package_aoti"
+
+    def packed_late(path: str, files: list[Any]) -> str:
+        monkeypatch.setattr(packing, package_aoti)
+        write(file_graph(lambda x: (x @ second,), x), (x,), tmp_path / "second.pt2", {})
+        return package_aoti(path, files)  # type: ignore[return-value]
+
+    monkeypatch.setattr(packing, packed_late)
+    write(file_graph(lambda x: (x @ first,), x), (x,), tmp_path / "first.pt2", {})
+    for name, weights in (("first", first), ("second", second)):
+        assert _agree(Package(tmp_path / f"{name}.pt2", CPU)(x), (x @ weights,)), name
 
 
 def file_graph(function: Any, *example: Tensor) -> Any:
