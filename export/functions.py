@@ -85,7 +85,9 @@ class FunctionSubject:
         size = f"batch {batch}, " if self.open else ""
         return [Case(f"{size}{trial.name}", trial.inputs, trial.least(tolerance(self.dtype))) for trial in made]
 
-    def whole_run(self, reference: Runs, candidate: Runs, batch: int, tolerance: float) -> list[Row]:
+    def whole_run(
+        self, reference: Runs, candidate: Runs, batch: int, tolerance: float, of_median: bool = False
+    ) -> list[Row]:
         return []
 
     def said(self, case: Case) -> dict[str, str]:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dgfast.runtimes.onnx.values import STATISTIC
+
 PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _FLOAT32, _FLOAT64, _BFLOAT16 = 1, 11, 16  # onnx.TensorProto's numbers
 TYPES = {"fp16": 10, "bf16": _BFLOAT16}
@@ -90,7 +92,10 @@ def _of_image(graph: Any) -> set[str]:
 def _inner_products(graph: Any) -> set[str]:
     """Results of the products on the way of the image, but for the first and the last on each way."""
     nodes, of_image = [node for node in graph.node if node.op_type != "Shape"], _of_image(graph)
-    products = [node for node in nodes if node.op_type in PRODUCTS and node.output[0] in of_image]
+    products = [
+        node for node in nodes
+        if node.op_type in PRODUCTS and node.output[0] in of_image and not node.name.startswith(STATISTIC)
+    ]  # fmt: skip
     after, before = ({node.output[0] for node in products}, {name for node in products for name in node.input})
     for node in nodes:
         if after.intersection(node.input):

@@ -35,7 +35,9 @@ class Briefly(Joint):
             cases.append(self.amplified(f"sigma {level:g}, amplified", [level] * batch, seed))
         return cases
 
-    def whole_run(self, reference: Runs, candidate: Runs, batch: int, tolerance: float) -> list[Row]:
+    def whole_run(
+        self, reference: Runs, candidate: Runs, batch: int, tolerance: float, of_median: bool = False
+    ) -> list[Row]:
         return []
 
 

@@ -160,6 +160,22 @@ def test_whole_run_ends_at_the_last_denoised_images_and_measures_the_drift(what:
     assert drawn(subject, math.nan).error == math.inf and drawn(subject, math.nan).problem
 
 
+def test_whole_run_is_judged_by_the_worst_image_or_by_the_median_one() -> None:
+    """In 16 bits one image of three that takes another way is no fault of the file; two are."""
+
+    def off(*shifts: float) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        return lambda inputs: {"x_next": torch.zeros_like(inputs["x"]) + torch.tensor(shifts).view(-1, 1, 1, 1)}
+
+    subject = joint("step", lambda x, *_: (torch.zeros_like(x),), inputs=("x", "sigma", "sigma_next"), weights={})
+    (worst,), (median,) = (
+        subject.whole_run(subject, off(0.2, 0.0, 0.0), 3, 1e-3, of_median) for of_median in (False, True)
+    )
+    assert worst.error == pytest.approx(0.1) and worst.problem and not median.problem and median.error == 0
+    assert median.case == f"{worst.case}, median image"
+    (median,) = subject.whole_run(subject, off(0.2, 0.1, 0.0), 3, 1e-3, of_median=True)
+    assert median.error == pytest.approx(0.05) and median.problem
+
+
 def test_whole_run_follows_the_plan_and_takes_of_a_long_one_every_so_many_th_level() -> None:
     seen: list[tuple[float, float]] = []
 

@@ -23,6 +23,7 @@ class OnnxGraph:
         normalised: what a table entry wants to find again, by the name of a value.
         products: factors and result of every batched matrix product, by the name of the result.
         sums: both terms of every sum, by its name.
+        statistics: names of the matrix products that are sums over an image, see `values.STATISTIC`.
     """
 
     def __init__(self, rank_4: bool = False, fused: bool = False, double: bool = False) -> None:
@@ -40,6 +41,7 @@ class OnnxGraph:
         self.normalised: dict[str, Any] = {}
         self.products: dict[str, tuple[Value, Value, Value]] = {}
         self.sums: dict[str, tuple[Value, Value]] = {}
+        self.statistics: set[str] = set()
         self._known: dict[Any, tuple[Value, ...]] = {}
         self._source: dict[str, tuple[str, Value]] = {}  # result of a reshape, transpose or expand -> kind, its input
         self._affine: dict[str, tuple[Value, Value, Value | None]] = {}  # y = scale x + shift -> x, scale, shift

@@ -77,6 +77,7 @@ def _mean_product(g: OnnxGraph, a: Value, b: Value) -> Value:
     # factor it would take in too, and then leave its fast product of a row and a column.
     (column,) = g.emit("Transpose", [b], [(*b.shape[:2], size, 1)], g.wide, perm=[0, 1, 3, 2])
     (total,) = g.emit("MatMul", [a, column], [(*a.shape[:2], 1, 1)], g.wide)
+    g.statistics.add(total.name)
     return g.binary("Mul", total, g.constant(np.full((1, *a.shape[1:2], 1, 1), 1 / size), g.wide))
 
 

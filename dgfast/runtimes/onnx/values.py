@@ -27,6 +27,8 @@ NUMPY = {
     torch.int32: np.int32, torch.bool: np.bool_, torch.uint8: np.uint8,
 }  # fmt: skip
 """Types of tensors in a file."""
+STATISTIC = "statistic_"
+"""How the names of nodes begin that sum over an image: in half precision they would overflow."""
 
 
 @dataclass(frozen=True)

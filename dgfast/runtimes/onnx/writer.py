@@ -26,7 +26,7 @@ from dgfast.runtimes.onnx.fused import OPERATORS
 from dgfast.runtimes.onnx.graph import OnnxGraph
 from dgfast.runtimes.onnx.operations import TABLE, NoFormError, Out
 from dgfast.runtimes.onnx.simpler import decompositions
-from dgfast.runtimes.onnx.values import NUMPY, Batch, Dim, Value
+from dgfast.runtimes.onnx.values import NUMPY, STATISTIC, Batch, Dim, Value
 
 OLDEST_OPSET = 18  # the first in which sums take their axes as an input
 _ONE_SIZE = "export it for one batch size"
@@ -215,9 +215,8 @@ def _model(graph: OnnxGraph, results: Sequence[Value], outputs: Sequence[str], o
         attributes = {k: _attribute(v) for k, v in record.attributes.items() if record.op != "Identity"}
         written = [final.get(name, name) for name in record.outputs]
         domain = OPERATORS.get(record.op, "")
-        nodes.append(
-            helper.make_node(record.op, record.inputs, written, f"{record.op}_{i}", domain=domain, **attributes)
-        )
+        name = f"{STATISTIC if graph.statistics.intersection(record.outputs) else ''}{record.op}_{i}"
+        nodes.append(helper.make_node(record.op, record.inputs, written, name, domain=domain, **attributes))
 
     def info(name: str, value: Value) -> Any:
         if any(isinstance(size, Batch) and size.times != 1 for size in value.shape):

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch.nn import functional as F
 
 import dgfast
 from dgfast import bundle
@@ -17,6 +18,7 @@ from dgfast.export.half_products import PRODUCTS, half_products, product_type, r
 from dgfast.export.joint_graph import joint
 from dgfast.graph.agreement import relative_error
 from dgfast.runtimes.onnx.session import OnnxEngine
+from dgfast.runtimes.onnx.values import STATISTIC
 from dgfast.runtimes.onnx.writer import convert
 from dgfast.runtimes.tensorrt import builder as engine_builder
 from dgfast.runtimes.tensorrt import engine as tensorrt
@@ -92,6 +94,31 @@ def test_trt_products_left_in_float32_read_tensor_float_32(tmp_path: Path) -> No
     found = OnnxEngine(path)({"x": x})["y"]
     assert found[0, [0, 1, 3]].equal(expected[0, [0, 1, 3]])
     assert abs(float(found[0, 2]) / 1e-30 - 1) <= 2**-11 and float(found[0, 2]) != float(x[0, 2])
+
+
+def test_half_precision_leaves_the_sums_of_a_normalisation_exact(tmp_path: Path) -> None:
+    """The squares of a group, 4,096 numbers of deviation 10, add up to more than float16 holds."""
+    generator, path = torch.Generator().manual_seed(0), tmp_path / "statistics.onnx"
+    eye = torch.eye(8).view(8, 8, 1, 1)
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = F.conv2d(F.group_norm(F.conv2d(F.conv2d(x, eye), eye), 2), eye)
+            (slope,) = torch.autograd.grad(F.conv2d(y, eye).pow(3).sum(), x)
+        return y.detach(), slope
+
+    x = 10 * torch.randn(2, 8, 32, 32, generator=generator)
+    model = convert(function, {"x": x}, ["y", "slope"])
+    sums = [node.name for node in model.graph.node if node.name.startswith(STATISTIC)]
+    half_products(model, "fp16")
+    halved = [node.name for node in model.graph.node if node.op_type in PRODUCTS and node.input[0].endswith("_fp16")]
+    assert len(sums) == 2 and halved and not {*sums} & {*halved}
+    round_on_a_cpu(model)
+    onnx.save(model, path)
+    results = OnnxEngine(path)({"x": x})
+    for name, expected in zip(("y", "slope"), function(x), strict=True):
+        assert relative_error(results[name], expected) < 5e-3, name
 
 
 def test_half_precision_leaves_what_the_image_has_no_part_in_exact(tmp_path: Path) -> None:
