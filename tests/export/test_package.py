@@ -30,6 +30,12 @@ OPTIONS = ["--device", "cpu", "--what", "step", "--solver", "euler", "--batch", 
 
 
 @pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Of two networks, for each is half a minute of compiling."""
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "small", ("score", "discriminator"))
+
+
+@pytest.fixture(scope="module")
 def step_package(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("package")
     done = CliRunner().invoke(to_package.main, ["--bundle", str(bundle.folder), *OPTIONS, "--out", str(out)])

@@ -21,14 +21,19 @@ _HEAD = {
     "image_size": 4, "in_channels": 32, "out_channels": 1, "channel_mult": [1], "num_classes": 10,
     "use_scale_shift_norm": True, "pool": "attention",
 }  # fmt: skip
+_ON_ITS_OWN = {"image_size": 8, "in_channels": 1}
 
 
 def write_bundle(folder: Path, roles: tuple[str, ...]) -> Bundle:
-    """A bundle whose networks have random weights everywhere: what is zero would hide the guidance."""
+    """A bundle whose networks have random weights everywhere: what is zero would hide the guidance.
+
+    Without a classifier the discriminator reads the image itself.
+    """
+    head = _HEAD if "classifier" in roles else _HEAD | _ON_ITS_OWN
     bundle = Bundle(folder, folder.name, {}, SamplingConfig(num_steps=4), GuidanceConfig(dg_weight=2.0))
     described = {
         "score": ("EDMPrecond", SCORE), "classifier": ("EncoderUNetModel", _ENCODER | _TRUNK),
-        "discriminator": ("EncoderUNetModel", _ENCODER | _HEAD),
+        "discriminator": ("EncoderUNetModel", _ENCODER | head),
     }  # fmt: skip
     torch.manual_seed(0)
     for role in roles:
