@@ -3,6 +3,7 @@
 import json
 import subprocess
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,34 @@ def test_package_that_was_there_stays_when_its_successor_is_stopped(
             subject(), subject(), path, batch=3, dtype="float32", device=CPU, metadata=dict(ABOUT, what="denoiser")
         )
     assert path.read_bytes() == b"proved before" and [*tmp_path.iterdir()] == [path]
+
+
+def test_package_that_was_there_keeps_its_report_when_its_successor_is_stopped_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-in for an engine that agrees, and that the user stops in its self-test."""
+
+    class Stopped:
+        def __init__(self, path: Path, device: torch.device) -> None:
+            pass
+
+        def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+            return subject()(inputs)
+
+        def self_test(self) -> None:
+            raise KeyboardInterrupt
+
+    path, report = tmp_path / "f.pt2", tmp_path / "f.parity.json"
+    path.write_bytes(b"proved before")
+    report.write_bytes(b"of what was proved before")
+    for name, stand_in in (("write", lambda *_: None), ("add_self_test", lambda *_: None), ("PackageEngine", Stopped)):
+        monkeypatch.setattr(package_file, name, stand_in)
+    with pytest.raises(KeyboardInterrupt):
+        package_file.export(
+            subject(), subject(), path, batch=3, dtype="float32", device=CPU, metadata=dict(ABOUT, what="denoiser")
+        )
+    assert path.read_bytes() == b"proved before" and report.read_bytes() == b"of what was proved before"
+    assert sorted(tmp_path.iterdir()) == [report, path]
 
 
 def test_package_that_is_wrong_is_removed(tmp_path: Path) -> None:
