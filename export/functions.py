@@ -86,7 +86,7 @@ class FunctionSubject:
         return [Case(f"{size}{trial.name}", trial.inputs, trial.least(tolerance(self.dtype))) for trial in made]
 
     def whole_run(
-        self, reference: Runs, candidate: Runs, batch: int, tolerance: float, of_median: bool = False
+        self, reference: Runs, candidate: Runs, batch: int, tolerance: float, share: float = 1.0
     ) -> list[Row]:
         return []
 

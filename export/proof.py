@@ -7,8 +7,8 @@ from dgfast.functions.compiled import DOUBLE
 TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1}
 """Most that an output may be off, see `parity.Row`: in the other types than float32 what eager's own rounding makes."""
 TRAJECTORY_TOLERANCES = {"float32": 2e-3, "fp16": 1e-2, "bf16": 1e-1}
-"""The same for a whole run, as a share of the pixel range, which is 2. In 16 bits it is the median image's: rounding is
-enough for a few of many to take another way where they decide on what they show."""
+"""The same for a whole run, as a share of the pixel range, which is 2. In 16 bits one image in ten may be off by
+more: rounding is enough for a few of many to take another way where they decide on what they show."""
 OPEN_BATCHES = 1, 5
 
 
@@ -25,5 +25,5 @@ def value_rows(engine: Runs, subject: Subject, batch: int | None, dtype: str) ->
     sizes = [batch] if batch else list(OPEN_BATCHES)
     cases = [case for size in sizes for case in subject.cases(size)]
     rows = compare(subject, engine, cases, tolerance(dtype), subject.dtypes()).rows
-    allowed, in_16_bits = TRAJECTORY_TOLERANCES.get(dtype, 0.0), dtype in ("fp16", "bf16")
-    return rows + subject.whole_run(subject, engine, batch or 1, allowed, in_16_bits)
+    allowed, share = TRAJECTORY_TOLERANCES.get(dtype, 0.0), 0.9 if dtype in ("fp16", "bf16") else 1.0
+    return rows + subject.whole_run(subject, engine, batch or 1, allowed, share)

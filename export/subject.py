@@ -72,12 +72,12 @@ class Subject(Protocol):
         ...
 
     def whole_run(
-        self, reference: Runs, candidate: Runs, batch: int, tolerance: float, of_median: bool = False
+        self, reference: Runs, candidate: Runs, batch: int, tolerance: float, share: float = 1.0
     ) -> list[Row]:
         """Images drawn by both, where more than one call makes them: the largest difference in the pixel range of 2.
 
         Args:
-            of_median: that of the median image, not of the worst.
+            share: of the images, those that differ least, among which the largest is.
         """
         ...
 
@@ -210,18 +210,18 @@ class Joint(_OfSamples):
         return cases
 
     def whole_run(
-        self, reference: Runs, candidate: Runs, batch: int, tolerance: float, of_median: bool = False
+        self, reference: Runs, candidate: Runs, batch: int, tolerance: float, share: float = 1.0
     ) -> list[Row]:
         """The plan with its own steps, or with Euler's or ancestral ones; of a long plan every so many-th level."""
         steps = len(self.sigmas) - 1
         kept = [*self.sigmas[: -1 : -(-steps // _MOST_STEPS)], 0.0]
         expected, drawn = (self._draw(runs, batch, kept).double() for runs in (reference, candidate))
         drifts = (drawn - expected).abs().flatten(1).amax(1) / 2
-        error = float(drifts.quantile(0.5) if of_median else drifts.max())
+        error = float(drifts.quantile(share))
         error = error if error == error else float("inf")
         count = f"all {steps}" if len(kept) == steps + 1 else f"{len(kept) - 1} of {steps}"
         problem = "" if error <= tolerance else ValueMismatchError.__name__
-        case = f"{count} steps, share of the pixel range{', median image' if of_median else ''}"
+        case = f"{count} steps, share of the pixel range{f', {share:.0%} of the images' if share < 1 else ''}"
         return [Row(case, "x", error, tolerance, problem, f"drifts by {error:.1e} of the pixel range")]
 
     def _draw(self, runs: Runs, batch: int, sigmas: Sequence[float]) -> Tensor:
@@ -288,7 +288,7 @@ class GeneratorSubject(_OfSamples):
         return cases
 
     def whole_run(
-        self, reference: Runs, candidate: Runs, batch: int, tolerance: float, of_median: bool = False
+        self, reference: Runs, candidate: Runs, batch: int, tolerance: float, share: float = 1.0
     ) -> list[Row]:
         return []
 

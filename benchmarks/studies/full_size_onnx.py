@@ -36,7 +36,7 @@ class Briefly(Joint):
         return cases
 
     def whole_run(
-        self, reference: Runs, candidate: Runs, batch: int, tolerance: float, of_median: bool = False
+        self, reference: Runs, candidate: Runs, batch: int, tolerance: float, share: float = 1.0
     ) -> list[Row]:
         return []
 
