@@ -45,7 +45,7 @@ def test_file_has_its_proof_and_its_report_beside_it(tmp_path: Path, batch: int 
     engine.self_test()
     assert engine.batch == batch and list(engine.inputs) == ["x", "sigma", "dg_weight"]
     assert {int(row.case.split()[1].rstrip(",")) for row in report.rows if row.case.startswith("batch")} == sizes
-    assert report.rows[-1].case.startswith("all 2 steps")
+    assert report.rows[-1].case == "all 2 steps, share of the pixel range"
     metadata = engine.metadata
     assert {**metadata, **ABOUT} == metadata and (metadata["opset"], metadata["dtype"]) == ("18", "float32")
     assert json.loads(metadata["parity"]) == report.worst and set(report.worst) == {"denoised", "log_ratio", "x"}
@@ -83,6 +83,7 @@ def test_file_that_is_wrong_is_removed_and_its_report_stays(tmp_path: Path, monk
 
 def test_file_in_half_precision_is_judged_as_a_gpu_rounds_too(tmp_path: Path) -> None:
     report, _ = write(tmp_path / "f.onnx", batch=2, dtype="fp16")
+    assert "all 2 steps, share of the pixel range, 90% of the images" in {row.case for row in report.rows}
     rounded = [row for row in report.rows if row.case.endswith(", rounded as on a GPU")]
     assert len(rounded) * 2 == len(report.rows)
     assert {row.tolerance for row in rounded} == {2e-2, 1e-2}
