@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="kernels run in this process")
-@pytest.mark.parametrize("subject", ["group_norm", "switch"])
+@pytest.mark.parametrize("subject", ["group_norm", "attention", "switch"])
 def test_kernels_in_the_interpreter(subject: str) -> None:
     path = Path(__file__).with_name(f"test_{subject}.py")
     command = [sys.executable, "-m", "pytest", str(path), "-q", "--tb=short", "-p", "no:cacheprovider"]
