@@ -107,7 +107,8 @@ def test_kernels_attention_of_equal_keys_is_the_mean_of_the_values() -> None:
     "qkv",
     [
         torch.zeros(2, 1, 1, 8, 16), torch.zeros(3, 1, 8, 16), torch.zeros(3, 1, 1, 8, 16, dtype=torch.float64),
-        torch.zeros(3, 1, 1, 8, 24), torch.zeros(3, 1, 1, 16, 8).mT, torch.zeros(3, 1, 1, 1, 16).expand(3, 300, 300, 1, 16),
+        torch.zeros(3, 1, 1, 8, 24), torch.zeros(3, 1, 1, 16, 8).mT,
+        torch.zeros(3, 1, 1, 1, 16).expand(3, 300, 300, 1, 16),
     ],
     ids=["two", "without heads", "float64", "odd channels", "channels apart", "heads"],
 )  # fmt: skip
@@ -197,7 +198,7 @@ def test_kernels_attention_stands_in_a_layer_without_copies(new_order: bool) -> 
 
 @pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: there is no kernel to hand over")
 def test_kernels_attention_is_handed_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor compiles the three Triton kernels themselves: called as operations, they would need Python at run time."""
+    """Inductor compiles the Triton kernels themselves: called as operations, they would need Python at run time."""
     triton = pytest.importorskip("triton")
     for name in ops.KERNELS:  # before the switch is turned, which decides what a kernel is when it is read
         ops.register(name)
