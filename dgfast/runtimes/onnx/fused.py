@@ -85,28 +85,28 @@ def take_in_sums(g: OnnxGraph, outputs: Sequence[Value]) -> None:
     """Have a normalisation that reads a sum compute it too: in the sum's place, and for all others that read it."""
     written = {record.outputs[0]: record for record in g.records}
     in_place, taken = dict[str, list[Record]](), set[str]()
-    for norm in g.live(outputs)[0]:
+    for norm in [record for record in g.live(outputs)[0] if record.op == "GroupNorm"]:
         images, *parameters = norm.inputs
-        read = g.normalised.get(images) if norm.op == "GroupNorm" else None
+        read = g.normalised.get(images)
         if read is None or images in taken:
             continue
         norm.op, norm.inputs = "SkipGroupNorm", (read.image.name, *parameters, read.skip.name)
-        norm.outputs.append(images)
+        norm.outputs.append(images)  # the name of what was the transpose of the sum
         taken.add(images)
         turned = [written[name] for name in (read.image.name, read.skip.name) if name in written]
         back = Record("Transpose", (images,), [read.total.name], {"perm": list(_TO_NCHW)})
-        in_place[read.total.name] = [*turned, norm, back]
+        in_place[read.total.name] = [*turned, norm, back]  # before all that reads the sum; what stood later moves up
     moved = [record for old in g.records for record in in_place.get(old.outputs[0], [old])]
     first = {record.outputs[0]: record for record in moved}
     g.records = [record for name, record in first.items() if name not in taken]
 
 
 def _unscaled(g: OnnxGraph, x: Value) -> tuple[Value, float]:
-    """s and c > 0 of an x that is c s, s such a sum: normalised, both are the same, but for eps; else x and 1."""
+    """s and c of an x that is c s, c > 0: normalised, they are the same, but for eps. Else x and 1."""
     op, *arguments = g.operands.get(x.name, ("",))
     for s, c in (arguments, arguments[::-1]) if op == "Mul" else ():
         factor = g.array(c)
-        if factor is not None and factor.size == 1 and factor.item() > 0 and _terms(g, s):
+        if factor is not None and factor.size == 1 and factor.item() > 0 and s.shape == x.shape:
             return s, factor.item()
     return x, 1.0
 
