@@ -18,12 +18,12 @@ from benchmarks.studies.quality import judged
 from dgfast.extras import require
 
 GRADIENTS: dict[str, tuple[str, ...]] = {
-    "discriminator": ("--dg-weight 2", "--dg-weight 4", "--dg-weight 8"),
+    "discriminator": ("--dg-weight 4", "--dg-weight 8", "--dg-weight 12"),
     "classifier": ("--classifier-scale 0.5", "--classifier-scale 1", "--classifier-scale 2", "--classifier-scale 4"),
     "predicted clean": ("--fidelity 1", "--fidelity 3"),
     "low density": ("--diversity 0.5", "--diversity 1"),
     "autoguidance": ("--autoguidance 1.15", "--autoguidance 1.3", "--autoguidance 1.5"),
-    "discriminator 4 + autoguidance": ("--dg-weight 4 --autoguidance 1.15", "--dg-weight 4 --autoguidance 1.3"),
+    "discriminator 8 + autoguidance": ("--dg-weight 8 --autoguidance 1.15", "--dg-weight 8 --autoguidance 1.3"),
     "PAG": ("--pag-scale 0.5", "--pag-scale 1", "--pag-scale 2"),
     "SEG": ("--seg-scale 0.5", "--seg-scale 1", "--seg-scale 2"),
     "SLG": ("--slg-scale 0.1", "--slg-scale 0.3", "--slg-scale 1"),

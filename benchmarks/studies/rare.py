@@ -33,7 +33,7 @@ from dgfast.training.classifier import to_vp
 from dgfast.training.data import load_images, split
 
 SETTINGS = (
-    (0, 0, 0), (0, 3, 0), (0.25, 0, 0), (0.5, 0, 0), (1, 0, 0), (1, 1, 0), (1, 2, 0), (1, 0, 4), (1, 0, 16),
+    (0, 0, 0), (0, 3, 0), (0.25, 0, 0), (0.5, 0, 0), (1, 0, 0), (1, 1, 0), (1, 2, 0), (1, 0, 8), (1, 0, 16),
 )  # fmt: skip
 QUALITY = ("frechet", "precision", "recall", "density", "coverage")
 YARDSTICK = "training"
