@@ -3,7 +3,7 @@
 import json
 import subprocess
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +37,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def step_package(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("package")
-    done = CliRunner().invoke(to_package.main, ["--bundle", str(bundle.folder), *OPTIONS, "--out", str(out)])
-    assert done.exit_code == 0, done.output
-    assert "all 4 steps, share of the pixel range" in done.output
-    return out / "small-step-b40-float32-cpu.pt2"
+def step_package(bundle: Bundle, made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    def make(out: Path) -> None:
+        done = CliRunner().invoke(to_package.main, ["--bundle", str(bundle.folder), *OPTIONS, "--out", str(out)])
+        assert done.exit_code == 0, done.output
+        assert "all 4 steps, share of the pixel range" in done.output
+
+    return made_once("step-package", make) / "small-step-b40-float32-cpu.pt2"
 
 
 def test_package_is_the_step_and_says_so(step_package: Path, bundle: Bundle) -> None:
@@ -147,26 +148,39 @@ def test_package_that_was_there_stays_when_its_successor_is_stopped(
     assert path.read_bytes() == b"proved before" and [*tmp_path.iterdir()] == [path]
 
 
+class Engine:
+    """In place of an opened package, which takes seconds to compile: it agrees with `subject`."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        pass
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return subject()(inputs)
+
+    def self_test(self) -> None:
+        pass
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
+    """What is opened, though nothing is compiled."""
+    for name, stand_in in (("write", lambda *_: None), ("add_self_test", lambda *_: None), ("PackageEngine", Engine)):
+        monkeypatch.setattr(package_file, name, stand_in)
+    return Engine
+
+
 def test_package_that_was_there_keeps_its_report_when_its_successor_is_stopped_late(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, opened: type[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stand-in for an engine that agrees, and that the user stops in its self-test."""
+    """By the user, in its self-test."""
 
-    class Stopped:
-        def __init__(self, path: Path, device: torch.device) -> None:
-            pass
-
-        def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-            return subject()(inputs)
-
-        def self_test(self) -> None:
-            raise KeyboardInterrupt
+    def stopped(_: Engine) -> None:
+        raise KeyboardInterrupt
 
     path, report = tmp_path / "f.pt2", tmp_path / "f.parity.json"
     path.write_bytes(b"proved before")
     report.write_bytes(b"of what was proved before")
-    for name, stand_in in (("write", lambda *_: None), ("add_self_test", lambda *_: None), ("PackageEngine", Stopped)):
-        monkeypatch.setattr(package_file, name, stand_in)
+    monkeypatch.setattr(opened, "self_test", stopped)
     with pytest.raises(KeyboardInterrupt):
         package_file.export(
             subject(), subject(), path, batch=3, dtype="float32", device=CPU, metadata=dict(ABOUT, what="denoiser")
@@ -175,7 +189,7 @@ def test_package_that_was_there_keeps_its_report_when_its_successor_is_stopped_l
     assert sorted(tmp_path.iterdir()) == [report, path]
 
 
-def test_package_that_is_wrong_is_removed(tmp_path: Path) -> None:
+def test_package_that_is_wrong_is_removed(tmp_path: Path, opened: type[Engine]) -> None:
     path = tmp_path / "f.pt2"
     path.write_bytes(b"another's report would lie beside it")
     reference = subject(lambda x, sigma, weight: (weight.view(-1, 1, 1, 1) * x, 0 * sigma))
