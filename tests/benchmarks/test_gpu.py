@@ -92,7 +92,11 @@ def test_gpu_onnx_variant_that_fails_hides_no_other(small: Setting, monkeypatch:
     def refuse(path: Path, device: Any, *, cuda: Any) -> Any:
         raise RuntimeError("no such\nprovider")
 
+    def files(at: Setting, batch: int, fused: bool, folder: Path) -> Iterator[tuple[str, Path]]:
+        return ((dtype, folder / dtype) for dtype in ("float32", "fp16"))
+
     monkeypatch.setattr(engines, "OnnxEngine", refuse)
+    monkeypatch.setattr(engines, "_files", files)  # which nobody opens
     eager, *others = rows_of(PARTS["ONNX Runtime"].run, small)
     assert eager["ended"] == "ok" and {row["ended"] for row in others} == {"RuntimeError: no such provider"}
 
