@@ -1,5 +1,6 @@
 """Shared set-up: the golden folder, its recipe for weights, tiny networks, and the golden table after the run."""
 
+import gc
 import importlib.util
 import os
 import tempfile
@@ -60,6 +61,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a million objects that live as long as the run: the collector need not look at them again and again
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from benchmarks.lab import Case, Lab
 from benchmarks.measure import relative_error
 from benchmarks.subjects import GUIDED_STEP, guided_function, guided_levels, noise_at
 from benchmarks.workloads import WORKLOADS, flops
+from tests.support import warm_python
 from tests.support.paths import ROOT
 
 CPU = torch.device("cpu")
@@ -45,10 +45,10 @@ def run_benchmarks(folder: Path, *options: str) -> tuple[subprocess.CompletedPro
     """`pytest benchmarks/` on the toy workload with the runtimes above, and the file that it writes."""
     (folder / "further_runtimes.py").write_text(RUNTIMES)
     path = folder / "results.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks/", "-p", "further_runtimes", "-q", "-p", "no:cacheprovider"]
-    command += ["--benchmark-only", "--benchmark-json", str(path), "--workload", "tiny", "--seconds", "0", *options]
+    words = ["-m", "pytest", "benchmarks/", "-p", "further_runtimes", "-q", "-p", "no:cacheprovider"]
+    words += ["--benchmark-only", "--benchmark-json", str(path), "--workload", "tiny", "--seconds", "0", *options]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = warm_python.run(*words, folder=ROOT, variables=environment)
     written = path.read_text() if path.is_file() else ""
     return done, json.loads(written) if written else {}
 
