@@ -1,4 +1,4 @@
-"""The operation of dgfast/ops.py as it stands in the networks, with and without its gradient, and ways to run it."""
+"""The operations of dgfast/ops.py as they stand in the networks, with and without gradient, and ways to run them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import LOW_PRECISION_SLACK, PRECISIONS, Call, check, relative_error
 from dgfast import ops
@@ -18,6 +19,8 @@ Function = Callable[..., Any]
 _GROUPS, _EPS, _TOLERANCE = 32, 1e-5, 2e-5
 _NORM_SHAPE = {"cpu": (2, 256, 32, 32), "cuda": (512, 256, 32, 32)}  # the layers of edm-cifar10 that move most
 _SMALL_NORM_SHAPE = (2, 32, 8, 8)
+_HEADS_SHAPE = (64, 2, 1024, 64)  # batch, heads, tokens, channels: the layers of its discriminator that compute most
+_SMALL_HEADS_SHAPE = (2, 2, 20, 16)
 _PRECISIONS = {"cpu": ("float32",), "cuda": ("bf16", "float32")}
 
 
@@ -50,10 +53,11 @@ class KernelCase:
 
 def cases(device: torch.device, small: bool = False) -> Iterator[KernelCase]:
     """Every operation in every way that this device has; `small` for trying the benchmarks themselves."""
+    on_cuda = device.type == "cuda"
     for name, suffix, operation in _operations(device, small):
-        for implementation in IMPLEMENTATIONS:
-            if implementation != "triton" or device.type == "cuda":
-                yield KernelCase(f"{name}-{implementation}{suffix}", operation, implementation)
+        libraries = _LIBRARIES if on_cuda and name.startswith("attention") else {}
+        for implementation in ("eager", "compiled", *(["triton"] if on_cuda else []), *libraries):
+            yield KernelCase(f"{name}-{implementation}{suffix}", operation, implementation)
 
 
 def gate(case: KernelCase, results: Sequence[Tensor]) -> tuple[float, float]:
@@ -122,7 +126,22 @@ def _triton(operation: Operation) -> Call:
     return call
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Operation], Call]] = {"eager": _eager, "compiled": _compiled, "triton": _triton}
+def _by_library(backend: SDPBackend, operation: Operation) -> Call:
+    """Attention by one of those among which PyTorch chooses."""
+    arguments = operation.arguments()
+
+    def call() -> list[Tensor]:
+        with sdpa_kernel(backend):
+            return tensors(operation.reference(**arguments))
+
+    return call
+
+
+_LIBRARIES = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+IMPLEMENTATIONS: dict[str, Callable[[Operation], Call]] = {
+    "eager": _eager, "compiled": _compiled, "triton": _triton,
+    **{name: partial(_by_library, backend) for name, backend in _LIBRARIES.items()},
+}  # fmt: skip
 
 
 # What they are called with --------------------------------------------------------------------------------------------
@@ -137,6 +156,20 @@ def _operations(device: torch.device, small: bool) -> Iterator[tuple[str, str, O
         yield "group_norm_silu", suffix, Operation(reference, kernel, arguments)
         with_gradient = Operation(_with_gradient(reference), _with_gradient(kernel), arguments)
         yield "group_norm_silu_with_gradient", suffix, with_gradient
+    if small or device.type == "cuda":  # the CPU has no kernel for it
+        shape = _SMALL_HEADS_SHAPE if small else _HEADS_SHAPE
+        arguments = partial(_attention_arguments, shape, PRECISIONS[precisions[0]], device)
+        yield "attention", "", Operation(_attention_reference, _attention, arguments)
+        with_gradient = Operation(_with_gradient(_attention_reference), _with_gradient(_attention), arguments)
+        yield "attention_with_gradient", "", with_gradient
+
+
+def _attention(x: Tensor) -> Tensor:
+    return ops.attention(x)
+
+
+def _attention_reference(x: Tensor) -> Tensor:
+    return ops.attention_reference(x)
 
 
 def _with_gradient(function: Function) -> Function:
@@ -164,3 +197,10 @@ def _norm_arguments(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     scale, shift = normal(batch, 2 * channels).chunk(2, dim=1)
     affine = {"weight": normal(channels), "bias": normal(channels), "scale": scale, "shift": shift}
     return {"x": x, "num_groups": _GROUPS, "eps": _EPS, **affine}
+
+
+def _attention_arguments(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Arguments:
+    """Queries, keys and values of an ADM block, head by head as its linear layer writes them."""
+    batch, heads, tokens, channels = shape
+    drawn = torch.randn(batch, tokens, heads, 3, channels, generator=torch.Generator().manual_seed(0))
+    return {"x": drawn.to(device, dtype).permute(3, 0, 2, 1, 4)}

@@ -1,15 +1,16 @@
-"""The operation that has a Triton kernel, group normalisation: what it is, in plain torch, and the switch between both.
+"""The operations that have Triton kernels: what they are, in plain torch, and the switch between both.
 
     with ops.kernels("reference"):
         images = sampler(seeds)
 
-`group_norm_silu_reference` is the definition: differentiable, exportable, and what runs on the CPU. Left to themselves
-("auto"), tensors on CUDA take the kernel of dgfast/kernels wherever Triton can run. The choice is made when the
-operation is called; a trace or a compiled function keeps the choice of its making.
+`group_norm_silu_reference` and `attention_reference` are the definitions: differentiable, exportable, and what runs on
+the CPU. Left to themselves ("auto"), tensors on CUDA take those kernels of dgfast/kernels that were measured to be
+faster, wherever Triton can run; with "triton" they take all. The choice is made when the operation is called; a trace
+or a compiled function keeps the choice of its making.
 
-Measured on an H200, `edm-cifar10` at batch 512 in bfloat16, one compiled guided call: 97.8 ms with the kernel and its
-input gradient, 106.7 ms with what inductor makes of the reference (`python benchmarks/gpu.py` times both). The solver's
-updates have no kernels: inductor writes the same ones.
+Group normalisation was measured on an H200, `edm-cifar10` at batch 512 in bfloat16, one compiled guided call: 97.8 ms
+with the kernel and its input gradient, 106.7 ms with what inductor makes of the reference. Attention has not been
+measured yet (`python benchmarks/gpu.py` times both). The solver's updates have no kernels: inductor writes the same.
 """
 
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from dgfast.errors import UserError
 from dgfast.extras import how_to_install
 
 Choice = Literal["auto", "reference", "triton"]
+KERNELS = ("group_norm_silu", "attention")
+"""Operations that have one."""
 
 _CHOICE: ContextVar[Choice] = ContextVar("dgfast_kernels", default="auto")
 
@@ -36,7 +39,8 @@ def kernels(choice: Choice) -> Iterator[None]:
     """Which implementation the operations called inside take; outside of any such block, "auto".
 
     With "triton", tensors on the CPU still take the reference, unless Triton's interpreter is on (TRITON_INTERPRET=1).
-    "auto" takes the reference where Triton cannot run; "triton" fails there.
+    "auto" takes the reference where Triton cannot run, or no GPU has shown that the kernel is faster; "triton" takes
+    every kernel, and fails where there is no Triton.
 
     Raises:
         UserError: another name, or "triton" where it cannot be imported.
@@ -70,11 +74,15 @@ def require_kernels(choice: Choice, device: str) -> None:
             )
 
 
-def takes_triton(device: str) -> bool:
-    """Whether the operations take a kernel for tensors on devices of that type, as chosen here and now."""
+def takes_triton(device: str, measured: bool = True) -> bool:
+    """Whether an operation takes its kernel for tensors on devices of that type, as chosen here and now.
+
+    Args:
+        measured: whether a GPU has shown that this kernel is faster than the reference.
+    """
     choice = _CHOICE.get()
     if choice == "auto":
-        return device == "cuda" and _triton_runs()
+        return measured and device == "cuda" and _triton_runs()
     if choice == "reference":
         return False
     from dgfast.kernels.launch import devices
@@ -150,3 +158,29 @@ def group_norm_silu_reference(
     if shift is not None:
         z = z + shift[:, :, None, None]
     return F.silu(z) if silu else z
+
+
+def attention(qkv: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v of every head (arXiv 1706.03762).
+
+    Args:
+        qkv: queries, keys and values, [3, B, heads, tokens, D].
+
+    Returns:
+        [B, heads, tokens, D] in the type of qkv.
+
+    The kernel reads qkv as it lies, if the D channels lie next to each other, and its gradient lies likewise: nothing
+    is copied in between. It has half precision and 16, 32, 64 or 128 channels; all else takes the reference.
+    """
+    if takes_triton(qkv.device.type, measured=False):
+        from dgfast.kernels.attention import attention as launch
+        from dgfast.kernels.tokens import multiplies, obstacle
+
+        if multiplies(qkv.dtype) and obstacle(qkv) is None:
+            return launch(qkv)[0]
+    return attention_reference(qkv)
+
+
+def attention_reference(qkv: Tensor) -> Tensor:
+    """The definition of `attention`, by PyTorch's choice among the libraries that it has for it."""
+    return F.scaled_dot_product_attention(*qkv)

@@ -73,7 +73,7 @@ from dgfast.stopping import interruptible
 @option("--provider", group=Group.RUNTIME, type=click.Choice(PROVIDERS), help="ONNX Runtime's; default: the device's.")
 @option(
     "--kernels", group=Group.RUNTIME, type=click.Choice(["auto", "reference", "triton"]), default="auto",
-    help="Of group normalisation: plain PyTorch's, or Triton's; auto takes Triton's on CUDA, where it can run.",
+    help="Of normalisation and attention: PyTorch's or Triton's; on CUDA auto takes those measured to be faster.",
 )  # fmt: skip
 @option(
     "--out", group=Group.OUTPUT, type=PATH, default="out", help="A new folder, or that of the same job, which goes on."

@@ -1,7 +1,7 @@
 """ONNX Runtime's own operators in ONNX's, as its documentation defines them: for its CPU provider, which lacks them.
 
     GroupNorm       y = a(gamma (x - m) / sqrt(v + eps) + beta),  m and v of the group, a the silu or nothing
-    SkipGroupNorm   the same of x + skip
+    SkipGroupNorm   the same of s = x + skip, and s;  skip [B, H, W, C], [B, 1, 1, C] or [B, C]
 
 Written apart from `dgfast.runtimes.onnx.normalisation`, of whose errors it must know nothing.
 """
@@ -43,7 +43,10 @@ def _group_norm(graph: Any, node: Any) -> list[Any]:
         return name
 
     if skip:
-        x = add("Add", x, add("Unsqueeze", skip[0], constant([1, 2], np.int64)))
+        channels = next(weight.dims[0] for weight in graph.initializer if weight.name == gamma)
+        pixels = constant([0, -1, channels], np.int64)
+        total = add("Add", *(add("Reshape", term, pixels) for term in (x, skip[0])))
+        x = add("Reshape", total, add("Shape", x), output=node.output[1] if len(node.output) > 1 else "")
     first = add("Transpose", x, perm=[0, 3, 1, 2])
     ones, zeros = (constant([value] * options["groups"], np.float32) for value in (1, 0))
     rows = add("Reshape", first, constant([0, options["groups"], -1], np.int64))

@@ -21,14 +21,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dgfast.kernels.group_norm import options
+from dgfast.kernels import group_norm, tokens
+from dgfast.kernels.attention import attention_kernel
+from dgfast.kernels.attention_backward import attention_backward_keys_kernel, attention_backward_queries_kernel
 from dgfast.kernels.group_norm_silu import group_norm_silu_kernel
 from dgfast.kernels.group_norm_silu_backward import group_norm_silu_backward_kernel
-from dgfast.kernels.tuning import BACKWARD, FORWARD
+from dgfast.kernels.tuning import ATTENTION, ATTENTION_BACKWARD, BACKWARD, FORWARD
 
 ARCHITECTURES = (80, 90, 100)
 LAYERS = ((128, 32), (256, 16), (384, 16), (512, 8), (192, 64))
 """Channels and image side, all in 32 groups of 4 to 16 channels: tiles held whole and looped over."""
+HEADS = ((2, 1024, 64), (4, 256, 128))
+"""Heads, tokens and channels a head of the attention layers: of the discriminator's trunk, and the widest heads."""
 
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 _REGISTERS = 65536  # of one multiprocessor, on all three
@@ -37,11 +41,11 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel and the arguments of one launch, in which a dtype stands for a pointer to it."""
+    """A kernel, its warps and stages, and the arguments of one launch, in which a dtype stands for a pointer to it."""
 
     kernel: Any
     name: str
-    num_warps: int
+    how: dict[str, int]
     arguments: dict[str, Any]
 
 
@@ -65,6 +69,8 @@ def cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         for channels, side in LAYERS:
             yield from _group_norm_cases(dtype, channels, side)
+    for heads, count, channels in HEADS:
+        yield from _attention_cases(torch.bfloat16, heads, count, channels)
 
 
 def _group_norm_cases(dtype: torch.dtype, channels: int, side: int) -> Iterator[Case]:
@@ -73,16 +79,36 @@ def _group_norm_cases(dtype: torch.dtype, channels: int, side: int) -> Iterator[
     pointers = dict.fromkeys(big + rows, dtype) | dict.fromkeys(("mean", "rstd"), torch.float32)
     scalars = {"scale_stride": 2 * channels, "shift_stride": 2 * channels, "channel_bias_stride": channels, "EPS": 1e-5}
     for kernel, limits in ((group_norm_silu_kernel, FORWARD), (group_norm_silu_backward_kernel, BACKWARD)):
-        fixed = options((1, channels, side, side), 32, dtype.itemsize, True, True, limits)
-        warps = fixed.pop("num_warps")
-        yield Case(kernel, name, warps, pointers | scalars | fixed)
+        fixed = group_norm.options((1, channels, side, side), 32, dtype.itemsize, True, True, limits)
+        yield _case(kernel, name, pointers | scalars | fixed)
+
+
+def _attention_cases(dtype: torch.dtype, heads: int, count: int, channels: int) -> Iterator[Case]:
+    name = f"{str(dtype).removeprefix('torch.')} {heads} x {count} x {channels}"
+    pointers = dict.fromkeys(("grad", "qkv", "y", "dqkv"), dtype) | dict.fromkeys(("lse", "delta"), torch.float32)
+    strides = tokens.strides(torch.empty(1, count, heads, 3, channels, device="meta").permute(3, 0, 2, 1, 4))
+    scalars = dict(zip(("three_stride", "batch_stride", "head_stride", "token_stride"), strides, strict=True))
+    for kernel, tiles in (
+        (attention_kernel, ATTENTION),
+        (attention_backward_queries_kernel, ATTENTION_BACKWARD),
+        (attention_backward_keys_kernel, ATTENTION_BACKWARD),
+    ):
+        yield _case(kernel, name, pointers | scalars | tokens.options((3, 1, heads, count, channels), tiles))
+
+
+def _case(kernel: Any, name: str, arguments: dict[str, Any]) -> Case:
+    how: dict[str, int] = {}
+    for option in ("num_warps", "num_stages"):
+        if option in arguments:
+            how[option] = arguments.pop(option)
+    return Case(kernel, name, how, arguments)
 
 
 def measure(case: Case, sm: int) -> Usage:
     """Compile one case for one architecture and read the usage from its machine code."""
     source = _source(case)
-    how = {"num_warps": case.num_warps, "enable_fp_fusion": True}  # Triton 3.9 warns unless the latter is said
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=how)
+    options = case.how | {"enable_fp_fusion": True}  # Triton 3.9 warns unless it is said
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -92,9 +118,9 @@ def measure(case: Case, sm: int) -> Usage:
     found = _USAGE.search(printed)
     assert found is not None, printed
     registers, stack, local = (int(group) for group in found.groups())
-    shared = compiled.metadata.shared
-    programs = _REGISTERS // (-(-registers // 8) * 8 * 32 * case.num_warps)  # a thread gets a multiple of 8
-    return Usage(source.name, case.name, sm, case.num_warps, registers, shared, stack, local, programs)
+    shared, warps = compiled.metadata.shared, case.how["num_warps"]
+    programs = _REGISTERS // (-(-registers // 8) * 8 * 32 * warps)  # a thread gets a multiple of 8
+    return Usage(source.name, case.name, sm, warps, registers, shared, stack, local, programs)
 
 
 def _source(case: Case) -> Any:

@@ -60,3 +60,25 @@ def group_tile(channels: int, num_groups: int, pixels: int, itemsize: int, limit
         block_pixels = max(1, limits.looped // block_channels)
     warps = block_channels * block_pixels // (32 * limits.per_thread)
     return GroupTile(tile, block_channels, block_pixels, min(max(warps, 1), _MAX_WARPS))
+
+
+@dataclass(frozen=True)
+class TokenTiles:
+    """How attention cuts its scores [N, N] up.
+
+    Attributes:
+        rows: of a program, which holds their channels in registers; columns: of a pass of its loop.
+        num_warps: 16 rows each, what the tensor cores of all generations multiply at once.
+        num_stages: passes whose loads are under way at a time.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+# By the most channels a head. From sm_90 on two programs fit into a multiprocessor's registers: one takes exponentials
+# while the other multiplies. The gradient holds two sums and two tiles of scores: more columns spill on sm_80.
+ATTENTION = {64: TokenTiles(128, 64, num_warps=8, num_stages=3), 128: TokenTiles(64, 64, num_warps=4, num_stages=2)}
+ATTENTION_BACKWARD = {128: TokenTiles(64, 32, num_warps=4, num_stages=2)}

@@ -47,7 +47,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "machine": (platform.machine(), torch.backends.cpu.get_cpu_capability()),
         "gpu": (torch.cuda.get_device_name(device), cudnn.version()) if device.type == "cuda" else None,
         "dgfast": (_sources(), _in_memory()),
-        "kernels": ops.takes_triton(device.type),
+        "kernels": [ops.takes_triton(device.type, measured) for measured in (True, False)],
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
         "inference mode": torch.is_inference_mode_enabled(),

@@ -39,6 +39,6 @@ class PerturbedAttentionGuidance(Perturbed):
         return cls(reference, config.pag_scale, config.pag_interval)
 
 
-def values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def values(qkv: Tensor) -> Tensor:
     """What attention gives where every token attends to itself alone."""
-    return v
+    return qkv[2]

@@ -53,17 +53,19 @@ class SmoothedEnergyGuidance(Perturbed):
         return cls(reference, config.seg_scale, config.seg_interval)
 
 
-def mean_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def mean_attention(qkv: Tensor) -> Tensor:
     """Attention [B, heads, tokens, C] of the mean query, which is the same for all tokens."""
     from torch.nn import functional as F
 
+    q, k, v = qkv
     return F.scaled_dot_product_attention(q.mean(dim=2, keepdim=True), k, v).expand_as(v)
 
 
-def blurred_attention(blur: float, aspect: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def blurred_attention(blur: float, aspect: float, qkv: Tensor) -> Tensor:
     """Attention of queries that are blurred over the image, whose height is `aspect` times its width."""
     from torch.nn import functional as F
 
+    q, k, v = qkv
     height = round(math.sqrt(q.shape[2] * aspect))
     rows, columns = (_blur_matrix(blur, length).to(q) for length in (height, q.shape[2] // height))
     image = q.unflatten(2, (height, -1)).movedim(4, 2)  # [B, heads, C, H, W]

@@ -120,11 +120,10 @@ class AttentionBlock(nn.Module):
         # A matrix product over tokens leaves q, k and v contiguous in their channels, as fused attention kernels ask.
         qkv = F.linear(tokens, weight, bias)
         if self.new_order:
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         else:
-            q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        # each [B, heads, HW, C / heads]
-        h = self.attend(q, k, v).transpose(1, 2).flatten(2)
+            qkv = qkv.unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        h = self.attend(qkv).transpose(1, 2).flatten(2)
         out = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias)  # type: ignore[operator, arg-type]
         return x + out.transpose(1, 2).reshape(b, c, height, width)
 

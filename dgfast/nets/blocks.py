@@ -237,8 +237,7 @@ class UNetBlock(nn.Module):
         # result leaves each of the three contiguous in its channels, which the fused attention kernels ask for.
         weight, bias = (_deinterleaved(parameter, self.num_heads) for parameter in (self.qkv.weight, self.qkv.bias))
         qkv = F.linear(tokens, weight.flatten(1), bias).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, HW, C / heads]
-        return attend(q, k, v).permute(0, 1, 3, 2).reshape(b, c, height, width)
+        return attend(qkv.permute(2, 0, 3, 1, 4)).permute(0, 1, 3, 2).reshape(b, c, height, width)
 
 
 def _deinterleaved(parameter: Tensor | None, heads: int) -> Tensor:

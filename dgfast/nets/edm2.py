@@ -108,8 +108,7 @@ class EDM2Block(nn.Module):
             weight = _deinterleaved(self.attn_qkv.effective_weight(), self.heads)
         tokens = x.flatten(2).transpose(1, 2)  # [B, HW, C]
         qkv = F.linear(tokens, weight.flatten(1).to(x.dtype)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = normalise(qkv, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, HW, C / heads]
-        y = attend(q, k, v).permute(0, 1, 3, 2).reshape(x.shape)
+        y = attend(normalise(qkv, -1).permute(2, 0, 3, 1, 4)).permute(0, 1, 3, 2).reshape(x.shape)
         return self.attn_proj(y)
 
 

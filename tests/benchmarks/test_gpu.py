@@ -128,7 +128,8 @@ def test_gpu_tensorrt_engines_are_compared(small: Setting, monkeypatch: pytest.M
 
 def test_gpu_package_is_compared_with_torch_compile(small: Setting, tmp_path: Path) -> None:
     rows = rows_of(PARTS["package against torch.compile"].run, small)
-    assert [row["guided call"] for row in rows] == ["eager"] * 2 and all(row["ms"] > 0 for row in rows)
+    assert [(row["guided call"], row["kernels"]) for row in rows] == [("eager", "auto"), ("eager", "triton")] * 2
+    assert all(row["ms"] > 0 for row in rows)
     assert {*Setting(CUDA, False, tmp_path).compilers} == {"package", "inductor"} <= RUNTIMES.keys()
 
 
@@ -184,6 +185,14 @@ def test_gpu_kernels_are_timed_on_the_device(small: Setting, monkeypatch: pytest
     monkeypatch.setattr(operations, "cases", lambda device, small: cases)
     monkeypatch.setattr(triton.testing, "do_bench", lambda call, return_mode: 2.0)
     assert {row["us"] for row in rows_of(gpu_parts.kernels, replace(small, device=CUDA))} == {2000.0}
+
+
+def test_gpu_attention_is_timed_by_every_library_that_has_it() -> None:
+    names = {case.name for case in operations.cases(CUDA, small=True) if case.name.startswith("attention-")}
+    assert names == {f"attention-{way}" for way in ("eager", "compiled", "triton", "flash", "cudnn")}
+    (operation,) = {case.operation for case in operations.cases(CPU, small=True) if case.name == "attention-eager"}
+    for way in ("flash", "triton"):  # the CPU has one of that name too, and the kernel's switch
+        assert operations.gate(operations.KernelCase(way, operation, way), operations.IMPLEMENTATIONS[way](operation)())
 
 
 def test_gpu_kernel_tests_run_but_those_of_the_compiler_alone(small: Setting, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,8 @@ def test_perturbed_attention_is_the_identity_for_a_matrix_of_attention() -> None
 
 @pytest.mark.parametrize(("blur", "height", "width"), [(0.6, 8, 8), (1.0, 6, 4), (3.0, 5, 5)])
 def test_smoothed_queries_are_blurred_by_the_published_kernel(blur: float, height: int, width: int) -> None:
-    q, k, v = (images(2, 3, height * width, 4, seed=seed) for seed in (1, 2, 3))
+    qkv = images(3, 2, 3, height * width, 4)
+    q, k, v = qkv
     padded = q.unflatten(2, (height, width)).movedim(4, 2).flatten(0, 2)[:, None]
     for length, dim in ((height, 2), (width, 3)):
         size = math.ceil(6 * blur) | 1
@@ -146,13 +147,14 @@ def test_smoothed_queries_are_blurred_by_the_published_kernel(blur: float, heigh
         padded = F.conv2d(F.pad(padded, pad, "reflect"), kernel)
     blurred = padded.view(2, 3, 4, height, width).movedim(2, 4).flatten(2, 3)
     expected = F.scaled_dot_product_attention(blurred, k, v)
-    torch.testing.assert_close(blurred_attention(blur, height / width, q, k, v), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(blurred_attention(blur, height / width, qkv), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_an_infinite_blur_gives_every_token_the_mean_query() -> None:
-    q, k, v = (images(2, 3, 16, 4, seed=seed) for seed in (1, 2, 3))
+    qkv = images(3, 2, 3, 16, 4)
+    q, k, v = qkv
     everywhere = q.mean(dim=2, keepdim=True).expand_as(q)
-    torch.testing.assert_close(mean_attention(q, k, v), F.scaled_dot_product_attention(everywhere, k, v))
+    torch.testing.assert_close(mean_attention(qkv), F.scaled_dot_product_attention(everywhere, k, v))
 
 
 def test_skipped_blocks_of_a_transformer_are_a_transformer_without_them(filled_net: Callable[..., Any]) -> None:

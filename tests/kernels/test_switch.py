@@ -15,11 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dgfast import ops
 from dgfast.errors import UserError
-from tests.support.kernels import INTERPRETED, ON_GPU, NormCase, called, images, runs_kernels
+from tests.support.kernels import INTERPRETED, ON_GPU, OPCHECKS, NormCase, called, images, own, runs_kernels
 
 KERNELS = ["group_norm_silu", "group_norm_silu_backward"]
-# Ahead-of-time tracing takes an operation apart into its kernels, of which the interpreter has none.
-OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", *(["test_aot_dispatch_static"] * ON_GPU))
 
 
 # The switch -----------------------------------------------------------------------------------------------------------
@@ -131,10 +129,6 @@ def with_gradient(given: dict[str, Any]) -> Callable[[Tensor], tuple[Tensor, Ten
         return y.detach(), dx
 
     return function
-
-
-def own(graph: GraphModule) -> list[str]:
-    return [node.target._opname for node in graph.graph.nodes if getattr(node.target, "namespace", "") == "dgfast"]
 
 
 @runs_kernels

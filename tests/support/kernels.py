@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgfast import ops
@@ -20,6 +21,8 @@ ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Ahead-of-time tracing takes an operation apart into its kernels, of which the interpreter has none.
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", *(["test_aot_dispatch_static"] * ON_GPU))
 
 Test = Callable[..., None]
 
@@ -106,6 +109,11 @@ class Recorded(TorchDispatchMode):
         if func.namespace == "dgfast":
             self.names.append(func._opname)
         return func(*args, **(kwargs or {}))
+
+
+def own(graph: GraphModule) -> list[str]:
+    """The names of dgfast's own operations that stand in a graph."""
+    return [node.target._opname for node in graph.graph.nodes if getattr(node.target, "namespace", "") == "dgfast"]
 
 
 def called(choice: AbstractContextManager[None], arguments: dict[str, Any] | None = None) -> list[str]:

@@ -22,7 +22,7 @@ class OnnxGraph:
         records: the operations in order; constants: arrays by name.
         normalised: what a table entry wants to find again, by the name of a value.
         products: factors and result of every batched matrix product, by the name of the result.
-        sums: both terms of every sum, by its name.
+        operands: what `binary` recorded, the operation and both arguments, by the name of the result.
         statistics: names of the matrix products that are sums over an image, see `values.STATISTIC`.
     """
 
@@ -40,7 +40,7 @@ class OnnxGraph:
         self.inputs: list[Value] = []
         self.normalised: dict[str, Any] = {}
         self.products: dict[str, tuple[Value, Value, Value]] = {}
-        self.sums: dict[str, tuple[Value, Value]] = {}
+        self.operands: dict[str, tuple[str, Value, Value]] = {}
         self.statistics: set[str] = set()
         self._known: dict[Any, tuple[Value, ...]] = {}
         self._source: dict[str, tuple[str, Value]] = {}  # result of a reshape, transpose or expand -> kind, its input
@@ -124,8 +124,7 @@ class OnnxGraph:
         if left is not None and right is not None:
             return self.constant(_FOLDED[op](left, right))
         result = self.emit(op, [a, b], [shape], dtype or a.dtype)[0]
-        if op == "Add":
-            self.sums[result.name] = a, b
+        self.operands[result.name] = op, a, b
         return result
 
     def add(self, a: Value, b: Value) -> Value:
@@ -240,7 +239,7 @@ class OnnxGraph:
         return records[::-1], [name for name in self.constants if name in needed]
 
 
-_OPTIONAL_RESULTS = {"LayerNormalization", "MaxPool"}
+_OPTIONAL_RESULTS = {"LayerNormalization", "MaxPool", "SkipGroupNorm"}
 """Operations that may leave out their last results where nobody reads them."""
 
 _FOLDED = {

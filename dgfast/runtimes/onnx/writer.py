@@ -22,7 +22,7 @@ from dgfast.graph.lower import lower
 from dgfast.graph.nodes import constant
 from dgfast.graph.trace import trace
 from dgfast.ops import kernels
-from dgfast.runtimes.onnx.fused import OPERATORS
+from dgfast.runtimes.onnx.fused import OPERATORS, take_in_sums
 from dgfast.runtimes.onnx.graph import OnnxGraph
 from dgfast.runtimes.onnx.operations import TABLE, NoFormError, Out
 from dgfast.runtimes.onnx.simpler import decompositions
@@ -208,6 +208,8 @@ def _model(graph: OnnxGraph, results: Sequence[Value], outputs: Sequence[str], o
     from onnx import helper, numpy_helper
 
     named = [graph.unary("Identity", value, name=name) for value, name in zip(results, outputs, strict=True)]
+    if graph.fused:
+        take_in_sums(graph, named)
     records, constants = graph.live(named)
     final = {value.name: name for value, name in zip(named, outputs, strict=True)}
     nodes = []

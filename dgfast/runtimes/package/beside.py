@@ -65,7 +65,8 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def _compile(folder: Path) -> None:
     with suppress(ImportError):  # no Triton, then the program has none of its kernels
-        ops.register("group_norm_silu")
+        for name in ops.KERNELS:
+            ops.register(name)
     rounding, told = json.loads((folder / _SETTINGS).read_text())
     with precision(rounding):
         compile(lambda: torch.export.load(folder / _PROGRAM), told, folder / _PACKAGE)
