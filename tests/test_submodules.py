@@ -98,17 +98,17 @@ def test_submodules_are_imported_where_they_are_used(package: str) -> None:
 
 def test_submodules_that_nobody_imported_are_noticed() -> None:
     sources = {
+        "lazy": "import torch\ntorch._dynamo.reset()\ntorch.utils._triton.has_triton()",
         "crash": "import torch\ndef runs(): return torch.utils._triton.has_triton()",
         "same": "import torch\ntorch.nn.Module, torch.utils._triton.has_triton()",
         "mended": "from torch.utils._triton import has_triton\ndef runs(): return has_triton()",
         "alias": "from torch import utils as u\nu._triton.has_triton()",
-        "lazy": "import torch\ntorch._dynamo.reset()\ntorch.utils._triton.has_triton()",
         "gone": "def runs(): from torch.utils._triton import no_such_name",
     }
     assert unreachable("torch", sources) == [
+        "lazy torch.utils._triton.has_triton",
         "crash torch.utils._triton.has_triton",
         "same torch.utils._triton.has_triton",
         "alias torch.utils._triton.has_triton",
-        "lazy torch.utils._triton.has_triton",
         "gone fails to import",
     ]
