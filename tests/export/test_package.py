@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from dgfast import devices
 from dgfast.bundle import Bundle
 from dgfast.errors import UserError
 from dgfast.export import package_file, to_package
@@ -56,6 +57,21 @@ def test_package_is_the_step_and_says_so(step_package: Path, bundle: Bundle) -> 
     assert engine.metadata["what"] == "step" and json.loads(engine.metadata["sampling"])["solver"] == "euler"
     assert (engine.metadata["weights_sha256"], engine.batch) == (bundle.fingerprint(), 40)
     assert json.loads(step_package.with_suffix(".parity.json").read_text())["passed"] is True
+
+
+def test_package_is_made_and_compared_in_float32_alone(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA torch rounds convolutions by itself: such a package would differ from its reference."""
+    held: list[dict[str, str]] = []
+
+    def export(*_: object, **__: object) -> None:
+        held.append(devices.arithmetic())
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(package_file, "export", export)
+    done = CliRunner().invoke(to_package.main, ["--bundle", str(bundle.folder), *OPTIONS, "--out", str(tmp_path)])
+    assert done.exit_code == 2 and held == [{"products": "float32", "convolutions": "float32"}], done.output
 
 
 def test_package_draws_without_python(step_package: Path, tmp_path: Path) -> None:
