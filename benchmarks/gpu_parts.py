@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import product
@@ -41,6 +42,8 @@ from dgfast.runtimes.cuda.build import by_inductor
 from dgfast.runtimes.cuda.capture import capture
 from dgfast.runtimes.cuda.streams import concurrent, split
 
+_COMPILED = "test_aot.py"  # of Triton's compiler alone, which needs no GPU
+
 
 def environment(at: Setting) -> Rows:
     """The machine, the versions, and the fastest matrix product in every number format."""
@@ -51,19 +54,27 @@ def environment(at: Setting) -> Rows:
 
 
 def kernels_right(at: Setting) -> Rows:
-    """The kernels' own tests."""
-    files = ["tests/kernels/test_references.py"]
-    if not at.small:
-        files = ["tests/kernels", "--ignore=tests/kernels/test_aot.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *files]
+    """The kernels' own tests, a process a file: most of the time is Triton's, which compiles on one core."""
+    folder = REPOSITORY / "tests" / "kernels"
+    every = sorted(path for path in folder.glob("test_*.py") if path.name != _COMPILED)
+    paths = [folder / "test_references.py"] if at.small else every
     # The tests ask for deterministic algorithms, for which cuBLAS wants this; no speed is measured with it.
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["said nothing"]
-    yield from ({"tests": line} for line in lines if line.startswith(("FAILED", "ERROR")))
-    yield {"tests": lines[-1]}
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
+
+    def run(path: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", str(path)]
+        return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+
+    failures = []
+    with ThreadPoolExecutor() as pool:
+        for path, done in zip(paths, pool.map(run, paths), strict=True):
+            lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["said nothing"]
+            wrong = [line for line in lines[:-1] if line.startswith(("FAILED", "ERROR"))]
+            yield from ({"file": path.name, "tests": line} for line in [*wrong, lines[-1]])
+            if done.returncode:
+                failures.append(done.stdout + done.stderr)
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 def command_line(at: Setting) -> Rows:

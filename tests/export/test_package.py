@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from torch import Tensor
 
 from dgfast import devices
 from dgfast.bundle import Bundle
@@ -132,6 +133,22 @@ def test_package_refuses_other_arguments(step_package: Path, bundle: Bundle) -> 
             engine({**inputs, **change})
     with pytest.raises(UserError, match="its inputs are x, sigma"):
         engine({"x": inputs["x"]})
+
+
+def test_package_computes_in_the_precision_that_it_was_proved_in(
+    step_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside of any `precision`, torch's own default would round convolutions on CUDA."""
+    engine = PackageEngine(step_package)
+    seen: list[dict[str, str]] = []
+
+    def package(*_: Tensor) -> list[Tensor]:
+        seen.append(devices.arithmetic())
+        return [torch.ones(1) for _ in engine.outputs]
+
+    monkeypatch.setattr(engine, "_package", package)
+    engine({name: torch.ones(shape) for name, (shape, _) in engine.inputs.items()})
+    assert seen == [{"products": "float32", "convolutions": "float32"}] != [devices.arithmetic()]
 
 
 def test_package_notices_that_it_computes_something_else(step_package: Path, tmp_path: Path) -> None:
