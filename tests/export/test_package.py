@@ -11,7 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from torch import Tensor
 
+from dgfast import devices
 from dgfast.bundle import Bundle
 from dgfast.errors import UserError
 from dgfast.export import package_file, to_package
@@ -57,6 +59,21 @@ def test_package_is_the_step_and_says_so(step_package: Path, bundle: Bundle) -> 
     assert engine.metadata["what"] == "step" and json.loads(engine.metadata["sampling"])["solver"] == "euler"
     assert (engine.metadata["weights_sha256"], engine.batch) == (bundle.fingerprint(), 40)
     assert json.loads(step_package.with_suffix(".parity.json").read_text())["passed"] is True
+
+
+def test_package_is_made_and_compared_in_float32_alone(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA torch rounds convolutions by itself: such a package would differ from its reference."""
+    held: list[dict[str, str]] = []
+
+    def export(*_: object, **__: object) -> None:
+        held.append(devices.arithmetic())
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(package_file, "export", export)
+    done = CliRunner().invoke(to_package.main, ["--bundle", str(bundle.folder), *OPTIONS, "--out", str(tmp_path)])
+    assert done.exit_code == 2 and held == [{"products": "float32", "convolutions": "float32"}], done.output
 
 
 def test_package_draws_without_python(step_package: Path, tmp_path: Path) -> None:
@@ -117,6 +134,22 @@ def test_package_refuses_other_arguments(step_package: Path, bundle: Bundle) -> 
             engine({**inputs, **change})
     with pytest.raises(UserError, match="its inputs are x, sigma"):
         engine({"x": inputs["x"]})
+
+
+def test_package_computes_in_the_precision_that_it_was_proved_in(
+    step_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside of any `precision`, torch's own default would round convolutions on CUDA."""
+    engine = PackageEngine(step_package)
+    seen: list[dict[str, str]] = []
+
+    def package(*_: Tensor) -> list[Tensor]:
+        seen.append(devices.arithmetic())
+        return [torch.ones(1) for _ in engine.outputs]
+
+    monkeypatch.setattr(engine, "_package", package)
+    engine({name: torch.ones(shape) for name, (shape, _) in engine.inputs.items()})
+    assert seen == [{"products": "float32", "convolutions": "float32"}] != [devices.arithmetic()]
 
 
 def test_package_notices_that_it_computes_something_else(step_package: Path, tmp_path: Path) -> None:

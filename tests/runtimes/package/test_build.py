@@ -176,12 +176,14 @@ def test_package_runtime_ends_its_processes_when_it_is_stopped(
     def start(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
         if started:
             raise KeyboardInterrupt
+        assert settings["env"]["TORCHINDUCTOR_COMPILE_THREADS"] == "3"  # as the user has said
         started.append(popen([sys.executable, "-c", "import time; time.sleep(600)"], **settings))
         return started[0]
 
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "3")
     with pytest.raises(KeyboardInterrupt):
         RUNTIMES["package"].prepare([(pure_function.generator(_net(seed)), LATENTS) for seed in (0, 1)])
     assert started[0].returncode == -signal.SIGKILL and not [*cache_folder("packages").iterdir()]
