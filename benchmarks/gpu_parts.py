@@ -10,6 +10,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from operator import attrgetter
@@ -40,6 +42,8 @@ from dgfast.runtimes.cuda.build import by_inductor
 from dgfast.runtimes.cuda.capture import capture
 from dgfast.runtimes.cuda.streams import concurrent, split
 
+_COMPILED = "test_aot.py"  # of Triton's compiler alone, which needs no GPU
+
 
 def environment(at: Setting) -> Rows:
     """The machine, the versions, and the fastest matrix product in every number format."""
@@ -50,19 +54,27 @@ def environment(at: Setting) -> Rows:
 
 
 def kernels_right(at: Setting) -> Rows:
-    """The kernels' own tests."""
-    files = ["tests/kernels/test_references.py"]
-    if not at.small:
-        files = ["tests/kernels", "--ignore=tests/kernels/test_aot.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *files]
+    """The kernels' own tests, a process a file: most of the time is Triton's, which compiles on one core."""
+    folder = REPOSITORY / "tests" / "kernels"
+    every = sorted(path for path in folder.glob("test_*.py") if path.name != _COMPILED)
+    paths = [folder / "test_references.py"] if at.small else every
     # The tests ask for deterministic algorithms, for which cuBLAS wants this; no speed is measured with it.
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["said nothing"]
-    yield from ({"tests": line} for line in lines if line.startswith(("FAILED", "ERROR")))
-    yield {"tests": lines[-1]}
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
+
+    def run(path: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", str(path)]
+        return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+
+    failures = []
+    with ThreadPoolExecutor() as pool:
+        for path, done in zip(paths, pool.map(run, paths), strict=True):
+            lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["said nothing"]
+            wrong = [line for line in lines[:-1] if line.startswith(("FAILED", "ERROR"))]
+            yield from ({"file": path.name, "tests": line} for line in [*wrong, lines[-1]])
+            if done.returncode:
+                failures.append(done.stdout + done.stderr)
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 def command_line(at: Setting) -> Rows:
@@ -192,19 +204,29 @@ def streams(at: Setting, batches: tuple[int, ...]) -> Rows:
 
 
 def kernels(at: Setting) -> Rows:
-    """The operations of dgfast/ops.py in plain torch, by inductor and in Triton."""
+    """The operations of dgfast/ops.py in plain torch, by inductor and in Triton; one that fails hides no other."""
     ready: list[tuple[operations.KernelCase, Call]] = []
     for case in operations.cases(at.device, at.small):
-        ready.append((case, case.call()))
-        ready[-1][1]()
+        call = case.call()
+        with suppress(Exception):  # said when it is measured
+            call()
+        ready.append((case, call))
     yield None
     for case, call in ready:
-        results = call()
-        error, allowed = operations.gate(case, results)
-        moved = operations.bytes_moved(case.operation.arguments(), results)
-        on_gpu = at.device.type == "cuda"
-        spent = operations.device_seconds(call) if on_gpu else at.milliseconds(call, 30) / 1e3
-        yield {"kernel": case.name, "us": 1e6 * spent, "GB/s": moved / spent / 1e9, "error": error, "allowed": allowed}
+        try:
+            yield _kernel(case, call, at)
+        except Exception as error:
+            yield {"kernel": case.name, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def _kernel(case: operations.KernelCase, call: Call, at: Setting) -> Row:
+    """Its time, once it is known to be right."""
+    results = call()
+    error, allowed = operations.gate(case, results)
+    moved = operations.bytes_moved(case.operation.arguments(), results)
+    on_gpu = at.device.type == "cuda"
+    spent = operations.device_seconds(call) if on_gpu else at.milliseconds(call, 30) / 1e3
+    return {"kernel": case.name, "us": 1e6 * spent, "GB/s": moved / spent / 1e9, "error": error, "allowed": allowed}
 
 
 def _compiled(part: nn.Module, *_: object) -> Function:
@@ -234,7 +256,7 @@ PARTS = {
     part.name: part
     for part in (
         Part("environment", environment, 0, 6),
-        Part("kernels right", kernels_right, 120, 0),
+        Part("kernels right", kernels_right, 135, 0),
         Part("command line", command_line, 260, 30),
         Part("noise of CUDA", cuda_noise, 0, 4, new=True),
         Part("golden networks", partial(golden_networks, runtime="eager"), 60, 0, new=True),

@@ -169,8 +169,9 @@ def attention(qkv: Tensor) -> Tensor:
     Returns:
         [B, heads, tokens, D] in the type of qkv.
 
-    The kernel reads qkv as it lies, if the D channels lie next to each other, and its gradient lies likewise: nothing
-    is copied in between. It has half precision and 16, 32, 64 or 128 channels; all else takes the reference.
+    The kernel reads qkv as it lies, if it has no gaps and the D channels lie next to each other, and its gradient lies
+    likewise: nothing is copied in between. It has half precision and 16, 32, 64 or 128 channels; all else takes the
+    reference. A second derivative of the kernel is refused by torch with a RuntimeError.
     """
     if takes_triton(qkv.device.type, measured=False):
         from dgfast.kernels.attention import attention as launch

@@ -5,8 +5,10 @@
 //   g++ -std=c++20 -I$TORCH/include -I$TORCH/include/torch/csrc/api/include examples/package_only.cpp -o package_only \
 //       -L$TORCH/lib -Wl,-rpath,$TORCH/lib -Wl,--no-as-needed -ltorch_cpu -ltorch -lc10
 //   ./package_only exported/mnist32-step-b40-float32-cpu.pt2 digits.pgm
-#include <ATen/ATen.h>
 #include <ATen/Context.h>
+#include <ATen/ops/eye.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/randn.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/headeronly/version.h>
@@ -35,7 +37,7 @@ int main(int argc, char** argv) try {
   const c10::InferenceMode no_gradients;
   Loader step(argv[1]);
   at::manual_seed(0);
-  at::Tensor x = std::stod(levels[0]) * at::randn({batch, 1, side, side});
+  at::Tensor x = at::randn({batch, 1, side, side}).mul(std::stod(levels[0]));
   for (size_t i = 0; i + 1 < levels.size(); ++i) {
     std::unordered_map<std::string, at::Tensor> named{{"x", x}};
     named["sigma"] = at::full({batch}, std::stod(levels[i]));
@@ -46,7 +48,7 @@ int main(int argc, char** argv) try {
     for (const auto& name : names) inputs.push_back(named.at(name));
     x = step.run(inputs)[0].contiguous();
   }
-  const auto pixels = (127.5 * x + 128).clamp(0, 255).to(at::kByte).view({10, rows, side, side});
+  const auto pixels = x.mul(127.5).add(128).clamp(0, 255).to(at::kByte).view({10, rows, side, side});
   const auto grid = pixels.permute({1, 2, 0, 3}).contiguous();
   std::ofstream file(argv[2], std::ios::binary);
   file << "P5 " << 10 * side << " " << rows * side << " 255\n";

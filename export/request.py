@@ -14,7 +14,7 @@ from dgfast import __version__
 from dgfast import bundle as bundles
 from dgfast.bundle import Bundle
 from dgfast.config import GuidanceConfig, SamplingConfig
-from dgfast.devices import DTYPES
+from dgfast.devices import DTYPES, precision
 from dgfast.errors import UserError
 from dgfast.export.joint_graph import generator, joint
 from dgfast.export.onnx_file import OPSET, export
@@ -105,9 +105,10 @@ class Request:
 
         subject, reference = self.subject(device, DTYPES[dtype]), self.subject()
         path = out / f"{self.bundle.name}-{subject.what}-b{batch}-{dtype}-{device.type}.pt2"
-        report = package_file.export(
-            subject, reference, path, batch=batch, dtype=dtype, device=device, metadata=self.describe(subject)
-        )
+        with precision(dtype):  # torch's own default would round convolutions on CUDA by more than what is allowed
+            report = package_file.export(
+                subject, reference, path, batch=batch, dtype=dtype, device=device, metadata=self.describe(subject)
+            )
         click.echo(report.table(), nl=False)
         return path
 

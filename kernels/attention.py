@@ -71,7 +71,7 @@ def attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
     """y [B, H, N, D], whose memory is [B, N, H, D], in the type of qkv, and log2(sum(exp(scores))) [B, H, N], float32.
 
     Args:
-        qkv: queries, keys and values [3, B, H, N, D], any strides but for D, which is contiguous; see `tokens.check`.
+        qkv: queries, keys and values [3, B, H, N, D] in any order without gaps, D contiguous; see `tokens.check`.
     """
     check(qkv)
     _, batch, heads, tokens, _ = qkv.shape

@@ -58,10 +58,12 @@ def attention_backward_queries_kernel(
         b_k = tile(qkv + o_k, i_column + o_columns, token_stride, N, D, BLOCK_COLUMNS)
         b_v = tile(qkv + o_v, i_column + o_columns, token_stride, N, D, BLOCK_COLUMNS)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        if N % BLOCK_COLUMNS != 0:  # a score of 0 would be infinitely more than scores that all are far below it
+            b_scores = tl.where((i_column + o_columns < N)[None, :], b_scores, float("-inf"))
         b_p = tl.exp2(b_scores * SCALE - b_lse[:, None])
         b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision="ieee")
         b_ds = b_p * (b_dp - b_delta[:, None])
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")  # keys beyond the last are 0
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
     b_dq *= SCALE * 0.6931471805599453  # ln(2): 1 / sqrt(D) is left
     tl.store(
         dqkv + o_q + token_tile(o_rows, token_stride, D), b_dq.to(dqkv.dtype.element_ty), mask=(o_rows < N)[:, None]

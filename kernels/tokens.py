@@ -25,7 +25,7 @@ _LEAST_TOKENS = 16  # of a tile, for a matrix product
 @triton.jit
 def heads_at(i_head: tl.tensor, H: tl.constexpr, batch_stride: int, head_stride: int) -> tl.tensor:
     """Where the tokens of a head begin; heads are counted through the batch."""
-    return (i_head // H).to(tl.int64) * batch_stride + (i_head % H) * head_stride
+    return (i_head // H).to(tl.int64) * batch_stride + (i_head % H).to(tl.int64) * head_stride
 
 
 @triton.jit
@@ -89,9 +89,21 @@ def obstacle(qkv: Tensor) -> str | None:
     _, batch, heads, tokens, channels = qkv.shape
     if channels not in CHANNELS or qkv.stride(4) != 1:
         return f"channels a head must be one of {CHANNELS} and contiguous, not {channels} of stride {qkv.stride(4)}"
+    if not _fills_its_memory(qkv):
+        return f"qkv must have no gaps or overlaps, which its gradient cannot have, not strides {qkv.stride()}"
     if batch * heads > _MOST_HEADS or tokens * qkv.stride(3) > _MOST_ELEMENTS:
         return f"{batch} x {heads} heads of {tokens} tokens are more than the kernels count"
     return None
+
+
+def _fills_its_memory(x: Tensor) -> bool:
+    """Whether x lies as `torch.empty_like(x)` does: each element in a place of its own, with none left free between."""
+    count = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride != count:
+            return x.numel() == 0
+        count *= size
+    return True
 
 
 def check(qkv: Tensor) -> None:

@@ -1,7 +1,9 @@
 """Shared set-up: the golden folder, its recipe for weights, tiny networks, and the golden table after the run."""
 
+import gc
 import importlib.util
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from dgfast import SamplingConfig, nets
@@ -60,6 +63,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a million objects that live as long as the run: the collector need not look at them again and again
+
+
 @pytest.fixture(scope="session", autouse=True)
 def deterministic_torch() -> Iterator[None]:
     """Repeatable kernels; this mode also fills `torch.empty` with NaN, so reading what nobody wrote shows."""
@@ -68,14 +75,34 @@ def deterministic_torch() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiled code is shared among the tests of this run, on all workers, and with nothing else."""
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of this run, on all workers."""
     folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def made_once(shared_folder: Path) -> Callable[[str, Callable[[Path], None]], Path]:
+    """(name, make) -> the folder of that name, which `make` has filled for all workers: what takes long to make."""
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        path = shared_folder / name
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                new = Path(tempfile.mkdtemp(dir=shared_folder))
+                make(new)
+                new.rename(path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(shared_folder: Path) -> Iterator[None]:
+    """Compiled code is shared among the tests of this run, on all workers, and with nothing else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "DGFAST_CACHE_DIR", str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "dgfast")
-        )
+        patch.setenv("DGFAST_CACHE_DIR", str(shared_folder / "dgfast"))
         yield
 
 

@@ -59,9 +59,10 @@ SHORT = (
     (r"dgfast[ .]evaluate", "{} --holdout 8 --data few.npz"),
     (r"^\$draw", "{} --seeds 0-15 --steps 2"),
     (r"dgfast[ .]sample .*--out fakes", "{} --seeds 0-15 --steps 2"),
+    (r"torchrun .* -m (dgfast\.sample .*)", r"python -m \1 --seeds 0-1 --steps 2"),  # tests/jobs/test_jobs.py runs it
     (r"dgfast[ .]sample", "{} --seeds 0-1 --steps 2"),
     (r"dgfast[ .]train", "{} --images 8 --batch 8 --holdout 8 --data few.npz"),
-    (r"to_onnx.* --what step", "{} --dg-weight 0"),
+    (r"to_onnx.* --what step", "{} --dg-weight 0 --solver euler"),
     (r"kernels\.resources", "python -c 'import dgfast.kernels.resources'"),
 )
 

@@ -14,29 +14,30 @@ import pytest
 
 from tests.support.paths import ROOT
 
-# Of each source in a process of its own, which has imported nothing but the package and what the source itself imports.
+# Sources that import the same share a process, which has imported nothing but the package and what they import.
 _RESOLVE = """
 import importlib, json, os, sys
 
-def missing(statements, chains):
-    exec("\\n".join(statements), {})
-    for chain in chains:
-        name, *rest = chain.split(".")
-        value = sys.modules[name]
-        for attribute in rest:
-            if not hasattr(value, attribute):
-                yield chain
-                break
-            value = getattr(value, attribute)
+def is_there(chain):
+    name, *rest = chain.split(".")
+    value = sys.modules[name]
+    for attribute in rest:
+        if not hasattr(value, attribute):
+            return False
+        value = getattr(value, attribute)
+    return True
 
 importlib.import_module(sys.argv[1])
-for source, (statements, chains) in json.load(sys.stdin).items():
+for statements, chains_of in json.load(sys.stdin):
     if not os.fork():
-        for chain in missing(statements, chains):
-            print(source, chain, flush=True)
+        exec("\\n".join(statements), {})
+        for source, chains in chains_of.items():
+            for chain in chains:
+                if not is_there(chain):
+                    print(source, chain, flush=True)
         os._exit(0)
     if os.wait()[1]:
-        print(source, "fails to import", flush=True)
+        print(*chains_of, "fails to import", flush=True)
 """
 
 
@@ -65,9 +66,22 @@ def of_package(package: str, source: str) -> tuple[list[str], list[str]]:
     return statements, sorted(longest, key=lambda chain: (chain.split(".")[1].startswith("_"), chain))
 
 
+def together(asked: dict[str, tuple[list[str], list[str]]]) -> list[tuple[list[str], dict[str, list[str]]]]:
+    """The sources that have the same statements: these once, and the names of each source.
+
+    A private name may be what torch imports when it is asked for. Whoever has one shares with its equals alone.
+    """
+    groups = dict[str, tuple[list[str], dict[str, list[str]]]]()
+    for source, (statements, chains) in asked.items():
+        if statements:
+            lazy = [chain for chain in chains if "._" in chain]
+            groups.setdefault(json.dumps([sorted(statements), lazy]), (statements, {}))[1][source] = chains
+    return [*groups.values()]
+
+
 def unreachable(package: str, sources: dict[str, str]) -> list[str]:
     """A line for each name that a source reaches only after somebody else has imported it."""
-    asked = json.dumps({name: of_package(package, source) for name, source in sources.items()})
+    asked = json.dumps(together({name: of_package(package, source) for name, source in sources.items()}))
     done = subprocess.run(
         [sys.executable, "-c", _RESOLVE, package], input=asked, capture_output=True, text=True, cwd=ROOT
     )
@@ -84,15 +98,17 @@ def test_submodules_are_imported_where_they_are_used(package: str) -> None:
 
 def test_submodules_that_nobody_imported_are_noticed() -> None:
     sources = {
+        "lazy": "import torch\ntorch._dynamo.reset()\ntorch.utils._triton.has_triton()",
         "crash": "import torch\ndef runs(): return torch.utils._triton.has_triton()",
+        "same": "import torch\ntorch.nn.Module, torch.utils._triton.has_triton()",
         "mended": "from torch.utils._triton import has_triton\ndef runs(): return has_triton()",
         "alias": "from torch import utils as u\nu._triton.has_triton()",
-        "lazy": "import torch\ntorch._dynamo.reset()\ntorch.utils._triton.has_triton()",
         "gone": "def runs(): from torch.utils._triton import no_such_name",
     }
     assert unreachable("torch", sources) == [
-        "crash torch.utils._triton.has_triton",
-        "alias torch.utils._triton.has_triton",
         "lazy torch.utils._triton.has_triton",
+        "crash torch.utils._triton.has_triton",
+        "same torch.utils._triton.has_triton",
+        "alias torch.utils._triton.has_triton",
         "gone fails to import",
     ]

@@ -8,6 +8,8 @@ from click.testing import CliRunner
 
 from benchmarks.studies import formats, full_size_onnx
 from benchmarks.studies.drift import main
+from dgfast import bundle as bundles
+from tests.support.export import write_bundle
 
 
 def drifts(precision: str) -> list[list[float]]:
@@ -31,11 +33,13 @@ def test_drift_of_bfloat16_begins_with_the_first_call() -> None:
     assert rows[0][-1] == 0 and all(0 < row[-1] < 1 for row in rows[1:])
 
 
-def test_formats_compares_images_of_the_same_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_formats_compares_images_of_the_same_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def judged(folders: Sequence[Path], names: Sequence[str]) -> list[dict[str, float]]:
         assert all(list(folder.glob("*.npz")) for folder in folders)
         return [{"frechet": float(i)} for i in range(len(folders))]
 
+    small = write_bundle(tmp_path / "small", ("score", "discriminator"))
+    monkeypatch.setattr(bundles, "read", lambda name: small)  # in place of mnist32
     monkeypatch.setattr(formats, "judged", judged)  # takes a minute, and judges digits by the thousand
     result = CliRunner().invoke(formats.main, ["--count", "2", "--batch", "2", "--device", "cpu"])
     assert result.exit_code == 0, result.output

@@ -1,12 +1,12 @@
 """CONTRIBUTING's recipes: a solver, a runtime and a network are everywhere after the one entry that a recipe names."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
+
+from tests.support import warm_python
 
 _ENTRIES = """
 import torch
@@ -52,7 +52,7 @@ export(["--bundle", "TwinUNet", "--what", "step", "--solver", "forward", "--out"
 
 def test_recipes_need_no_other_line(tmp_path: Path) -> None:
     """Each twin draws the images of the one that it is a copy of; the new solver's step is exported and proved."""
-    made = subprocess.run([sys.executable, "-c", _ENTRIES], cwd=tmp_path, capture_output=True, text=True)
+    made = warm_python.run("-c", _ENTRIES, folder=tmp_path)
     assert made.returncode == 0, made.stderr
     drawn = {path.parent.name: np.load(path)["images"] for path in tmp_path.glob("*/images-*.npz")}
     assert len(drawn) == 4

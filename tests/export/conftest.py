@@ -1,5 +1,6 @@
-"""A bundle, its denoiser and the files that are exported of it, made once."""
+"""A bundle, its denoiser and the files that are exported of it, made once by all workers."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,17 +23,19 @@ def subject(bundle: Bundle) -> Joint:
 
 
 @pytest.fixture(scope="session")
-def denoiser_file(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("denoiser")
-    done = export("--bundle", str(bundle.folder), "--out", str(out))
-    assert done.exit_code == 0, done.output
-    return out / "small-denoiser-dynamic-float32.onnx"
+def denoiser_file(bundle: Bundle, made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    def make(out: Path) -> None:
+        done = export("--bundle", str(bundle.folder), "--out", str(out))
+        assert done.exit_code == 0, done.output
+
+    return made_once("denoiser", make) / "small-denoiser-dynamic-float32.onnx"
 
 
 @pytest.fixture(scope="session")
-def step_file(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("step")
-    options = ["--what", "step", "--batch", "40", "--dg-weight-2nd", "1"]
-    done = export("--bundle", str(bundle.folder), *options, "--out", str(out))
-    assert done.exit_code == 0, done.output
-    return out / "small-step-b40-float32.onnx"
+def step_file(bundle: Bundle, made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    def make(out: Path) -> None:
+        options = ["--what", "step", "--batch", "40", "--dg-weight-2nd", "1"]
+        done = export("--bundle", str(bundle.folder), *options, "--out", str(out))
+        assert done.exit_code == 0, done.output
+
+    return made_once("step", make) / "small-step-b40-float32.onnx"

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from torch import Tensor
 
+from dgfast import devices
 from dgfast.bundle import Bundle
 from dgfast.errors import UserError
 from dgfast.export import package_file, to_package
@@ -37,12 +39,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def step_package(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("package")
-    done = CliRunner().invoke(to_package.main, ["--bundle", str(bundle.folder), *OPTIONS, "--out", str(out)])
-    assert done.exit_code == 0, done.output
-    assert "all 4 steps, share of the pixel range" in done.output
-    return out / "small-step-b40-float32-cpu.pt2"
+def step_package(bundle: Bundle, made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    def make(out: Path) -> None:
+        done = CliRunner().invoke(to_package.main, ["--bundle", str(bundle.folder), *OPTIONS, "--out", str(out)])
+        assert done.exit_code == 0, done.output
+        assert "all 4 steps, share of the pixel range" in done.output
+
+    return made_once("step-package", make) / "small-step-b40-float32-cpu.pt2"
 
 
 def test_package_is_the_step_and_says_so(step_package: Path, bundle: Bundle) -> None:
@@ -56,6 +59,21 @@ def test_package_is_the_step_and_says_so(step_package: Path, bundle: Bundle) -> 
     assert engine.metadata["what"] == "step" and json.loads(engine.metadata["sampling"])["solver"] == "euler"
     assert (engine.metadata["weights_sha256"], engine.batch) == (bundle.fingerprint(), 40)
     assert json.loads(step_package.with_suffix(".parity.json").read_text())["passed"] is True
+
+
+def test_package_is_made_and_compared_in_float32_alone(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA torch rounds convolutions by itself: such a package would differ from its reference."""
+    held: list[dict[str, str]] = []
+
+    def export(*_: object, **__: object) -> None:
+        held.append(devices.arithmetic())
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(package_file, "export", export)
+    done = CliRunner().invoke(to_package.main, ["--bundle", str(bundle.folder), *OPTIONS, "--out", str(tmp_path)])
+    assert done.exit_code == 2 and held == [{"products": "float32", "convolutions": "float32"}], done.output
 
 
 def test_package_draws_without_python(step_package: Path, tmp_path: Path) -> None:
@@ -118,6 +136,22 @@ def test_package_refuses_other_arguments(step_package: Path, bundle: Bundle) -> 
         engine({"x": inputs["x"]})
 
 
+def test_package_computes_in_the_precision_that_it_was_proved_in(
+    step_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside of any `precision`, torch's own default would round convolutions on CUDA."""
+    engine = PackageEngine(step_package)
+    seen: list[dict[str, str]] = []
+
+    def package(*_: Tensor) -> list[Tensor]:
+        seen.append(devices.arithmetic())
+        return [torch.ones(1) for _ in engine.outputs]
+
+    monkeypatch.setattr(engine, "_package", package)
+    engine({name: torch.ones(shape) for name, (shape, _) in engine.inputs.items()})
+    assert seen == [{"products": "float32", "convolutions": "float32"}] != [devices.arithmetic()]
+
+
 def test_package_notices_that_it_computes_something_else(step_package: Path, tmp_path: Path) -> None:
     path = tmp_path / "f.pt2"
     path.write_bytes(step_package.read_bytes())
@@ -147,26 +181,39 @@ def test_package_that_was_there_stays_when_its_successor_is_stopped(
     assert path.read_bytes() == b"proved before" and [*tmp_path.iterdir()] == [path]
 
 
+class Engine:
+    """In place of an opened package, which takes seconds to compile: it agrees with `subject`."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        pass
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return subject()(inputs)
+
+    def self_test(self) -> None:
+        pass
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
+    """What is opened, though nothing is compiled."""
+    for name, stand_in in (("write", lambda *_: None), ("add_self_test", lambda *_: None), ("PackageEngine", Engine)):
+        monkeypatch.setattr(package_file, name, stand_in)
+    return Engine
+
+
 def test_package_that_was_there_keeps_its_report_when_its_successor_is_stopped_late(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, opened: type[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stand-in for an engine that agrees, and that the user stops in its self-test."""
+    """By the user, in its self-test."""
 
-    class Stopped:
-        def __init__(self, path: Path, device: torch.device) -> None:
-            pass
-
-        def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-            return subject()(inputs)
-
-        def self_test(self) -> None:
-            raise KeyboardInterrupt
+    def stopped(_: Engine) -> None:
+        raise KeyboardInterrupt
 
     path, report = tmp_path / "f.pt2", tmp_path / "f.parity.json"
     path.write_bytes(b"proved before")
     report.write_bytes(b"of what was proved before")
-    for name, stand_in in (("write", lambda *_: None), ("add_self_test", lambda *_: None), ("PackageEngine", Stopped)):
-        monkeypatch.setattr(package_file, name, stand_in)
+    monkeypatch.setattr(opened, "self_test", stopped)
     with pytest.raises(KeyboardInterrupt):
         package_file.export(
             subject(), subject(), path, batch=3, dtype="float32", device=CPU, metadata=dict(ABOUT, what="denoiser")
@@ -175,7 +222,7 @@ def test_package_that_was_there_keeps_its_report_when_its_successor_is_stopped_l
     assert sorted(tmp_path.iterdir()) == [report, path]
 
 
-def test_package_that_is_wrong_is_removed(tmp_path: Path) -> None:
+def test_package_that_is_wrong_is_removed(tmp_path: Path, opened: type[Engine]) -> None:
     path = tmp_path / "f.pt2"
     path.write_bytes(b"another's report would lie beside it")
     reference = subject(lambda x, sigma, weight: (weight.view(-1, 1, 1, 1) * x, 0 * sigma))

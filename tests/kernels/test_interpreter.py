@@ -14,11 +14,12 @@ from tests.support.kernels import INTERPRETED, ON_GPU
 from tests.support.paths import ROOT
 
 
+@pytest.mark.long
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="kernels run in this process")
-@pytest.mark.parametrize("subject", ["group_norm", "attention", "switch"])
-def test_kernels_in_the_interpreter(subject: str) -> None:
-    path = Path(__file__).with_name(f"test_{subject}.py")
-    command = [sys.executable, "-m", "pytest", str(path), "-q", "--tb=short", "-p", "no:cacheprovider"]
+def test_kernels_in_the_interpreter() -> None:
+    subjects = ("group_norm", "attention", "switch")
+    paths = [str(Path(__file__).with_name(f"test_{subject}.py")) for subject in subjects]
+    command = [sys.executable, "-m", "pytest", *paths, "-q", "--tb=short", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout)

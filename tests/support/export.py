@@ -13,7 +13,7 @@ from dgfast.export import to_onnx
 
 SCORE = {
     "img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_type": "SongUNet", "model_channels": 16,
-    "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8], "dropout": 0.0,
+    "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "dropout": 0.0,  # the decoder has attention anyway
 }  # fmt: skip
 _ENCODER = {"num_res_blocks": 1, "attention_resolutions": [], "num_head_channels": 16, "model_channels": 16}
 _TRUNK = {"image_size": 8, "in_channels": 1, "out_channels": 10, "channel_mult": [1, 2], "resblock_updown": True}

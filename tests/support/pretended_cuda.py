@@ -89,7 +89,9 @@ def _on_the_cpu(value: object) -> object:
     return torch.device("cpu") if named.partition(":")[0] == "cuda" else value
 
 
-_PROPERTIES = SimpleNamespace(name=NAME, major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=2**33)
+_PROPERTIES = SimpleNamespace(
+    name=NAME, major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=2**33, multi_processor_count=66
+)
 STREAMS: dict[str, Any] = {
     "Stream": Stream, "Event": Stream, "current_stream": Stream, "stream": lambda stream: contextlib.nullcontext(),
     "CUDAGraph": Graph, "graph": lambda graph, **settings: graph,

@@ -17,6 +17,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +49,12 @@ def warm_python() -> Path:
     return Path(process.stdout.readline().decode().strip())
 
 
+def run(*arguments: str, folder: Path, variables: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`python` with these arguments in that folder. variables: those of this process, if none are given."""
+    command = [str(warm_python()), *arguments]
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+
+
 class _Command(NamedTuple):
     """Of `python`, after its name; where, with which variables, and its standard input, output and error."""
 
@@ -68,7 +76,8 @@ class _Command(NamedTuple):
         first = self.folder if kind.startswith("-") else str(Path(kind).resolve().parent)
         sys.path[:1] = [first, *filter(None, self.variables.get("PYTHONPATH", "").split(os.pathsep))]
         sys.modules.pop("sitecustomize", None)
-        importlib.import_module("sitecustomize")
+        with suppress(ModuleNotFoundError):
+            importlib.import_module("sitecustomize")
         if kind == "-m":
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         elif kind == "-c":

@@ -35,7 +35,7 @@ def compile_all(graphs: Sequence[tuple[GraphModule, Sequence[Tensor | None], Pat
     at_once = min(len(graphs), cores // 2)
     if at_once < 2:
         return
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(cores // at_once)}
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(cores // at_once)} | os.environ
     with ExitStack() as stack:
         processes: list[subprocess.Popen[bytes]] = []
         stack.callback(_end, processes)  # also when the user has stopped this one

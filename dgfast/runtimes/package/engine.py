@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dgfast import bounds
+from dgfast.devices import DTYPES, precision
 from dgfast.errors import UserError, one_line
 from dgfast.graph.agreement import LEAST, PREDICTS_NOISE, least_said, least_sizes, relative_error
 from dgfast.runtimes.package.file import Package, add, read
@@ -41,9 +42,9 @@ class PackageEngine:
             of_samples = self.metadata.get("what") != "function"
             self.batch = forms[0].shape[0] if of_samples else None
             self._least = least_said(bounds.parse_json(self.metadata.get(LEAST, "{}")))
-            self._tolerance = float(self.metadata[TOLERANCE])
-            if not 0 < self._tolerance < 1 or not self.outputs:
-                raise ValueError("no outputs, or a tolerance that allows anything")
+            self._tolerance, self._dtype = float(self.metadata[TOLERANCE]), self.metadata["dtype"]
+            if not 0 < self._tolerance < 1 or not self.outputs or self._dtype not in DTYPES:
+                raise ValueError("no outputs, a tolerance that allows anything, or no such type")
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"{path} does not say what its arguments are; make it anew") from error
 
@@ -64,7 +65,8 @@ class PackageEngine:
                 )
             if size != shape:
                 raise UserError(f"{self.path}: {name} has shape {list(size)}, not {list(shape)}")
-        results = self._package(*(arguments[name] for name in self.inputs))
+        with precision(self._dtype):  # libraries that its code calls round as torch's flags say at that moment
+            results = self._package(*(arguments[name] for name in self.inputs))
         if len(results) != len(self.outputs):
             raise UserError(f"{self.path} returns {len(results)} tensors, and names {len(self.outputs)}; make it anew")
         return dict(zip(self.outputs, results, strict=True))

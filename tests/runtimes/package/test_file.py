@@ -1,9 +1,7 @@
 """A package returns what its graph returns, reads weights where they lie, and opens only where it may run."""
 
-import os
 import platform
 import shutil
-import subprocess
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from torch._inductor.package.package import package_aoti
 
 from dgfast.errors import UserError
 from dgfast.runtimes.package import file
-from dgfast.runtimes.package.beside import compile_all
 from dgfast.runtimes.package.file import Package, add, metadata, read, write
 from tests.runtimes.package.conftest import Slope, arguments, graph_of
 
@@ -56,40 +53,38 @@ def test_package_reads_the_weights_where_they_lie(package_file: Path) -> None:
     assert not _agree(package(*arguments(1)), before)
 
 
-def test_package_is_small_without_its_weights(tmp_path: Path) -> None:
-    large = torch.randn(1500, 1500, generator=torch.Generator().manual_seed(0))  # 9 MB
+def test_package_compiled_in_another_process_is_small_and_reads_weights_as_they_lie(package_file: Path) -> None:
+    """Its filters are every second of more, and on their way to that process they go through a file.
+
+    The process beside it failed, and left no file.
+    """
+    assert [*package_file.parent.iterdir()] == [package_file]
+    assert package_file.stat().st_size < 2e6 < sum(x.nbytes for x in Slope(0).parameters())
+    assert _agree(Package(package_file, CPU, graph_of(0))(*arguments(1)), Slope(0)(*arguments(1)))
+
+
+def test_package_holds_its_own_weights_and_packs_them_where_no_other_process_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks of one architecture have the same code, and by its hash PyTorch names the files that it packs."""
+    path, packed = tmp_path / "whole.pt2", set[Path]()
+
+    def pack(archive: str, files: list[Any]) -> str:
+        packed.update(Path(file) for file in files)
+        (own_folder,) = tmp_path.iterdir()  # of this call alone, see `TemporaryDirectory`
+        assert packed and all(file.is_relative_to(own_folder) and file.is_file() for file in packed)
+        return package_aoti(archive, files)  # type: ignore[return-value]
+
+    monkeypatch.setattr("torch._inductor.package.package_aoti", pack)
+    large, x = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)), torch.ones(1, 1024)  # 4 MB
 
     def product(x: Tensor) -> tuple[Tensor, ...]:
         return (x @ large,)
 
-    x = torch.ones(1, 1500)
-    graph = file_graph(product, x)
-    for name, said in (("light", None), ("whole", {"what": "product"})):
-        write(graph, (x,), tmp_path / f"{name}.pt2", said)
-    light, whole = (tmp_path / f"{name}.pt2" for name in ("light", "whole"))
-    assert light.stat().st_size < 4e6 and whole.stat().st_size > 9e6
-    assert _agree(Package(whole, CPU)(x), product(x)) and metadata(whole)["what"] == "product"
-
-
-def test_package_holds_its_own_weights_when_another_process_compiles_the_same_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Networks of one architecture have the same code, and by its hash PyTorch names the files that it packs.
-
-    Stand-in for the other process: what it does while this one is about to pack.
-    """
-    first, second, x = torch.full((40, 40), 1.0), torch.full((40, 40), 2.0), torch.ones(1, 40)
-    packing = "torch._inductor.package.package_aoti"
-
-    def packed_late(path: str, files: list[Any]) -> str:
-        monkeypatch.setattr(packing, package_aoti)
-        write(file_graph(lambda x: (x @ second,), x), (x,), tmp_path / "second.pt2", {})
-        return package_aoti(path, files)  # type: ignore[return-value]
-
-    monkeypatch.setattr(packing, packed_late)
-    write(file_graph(lambda x: (x @ first,), x), (x,), tmp_path / "first.pt2", {})
-    for name, weights in (("first", first), ("second", second)):
-        assert _agree(Package(tmp_path / f"{name}.pt2", CPU)(x), (x @ weights,)), name
+    write(file_graph(product, x), (x,), path, {"what": "product"})
+    assert packed and [*tmp_path.iterdir()] == [path]
+    assert path.stat().st_size > large.nbytes and metadata(path)["what"] == "product"
+    assert _agree(Package(path, CPU)(x), product(x))
 
 
 def file_graph(function: Any, *example: Tensor) -> Any:
@@ -193,24 +188,3 @@ def test_package_that_says_nothing_of_itself_is_refused(said: str, tmp_path: Pat
         archive.writestr("f/data/aotinductor/model/x_metadata.json", said)
     with pytest.raises(UserError, match="is not a package of dgfast"):
         metadata(path)
-
-
-def test_package_compiled_in_another_process_reads_weights_as_they_lie(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its filters are every second of more, and on their way to the process they go through a file.
-
-    The second process fails, and leaves no file.
-    """
-    popen, started = subprocess.Popen, list[subprocess.Popen[bytes]]()
-
-    def start(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
-        started.append(popen(["false"] if started else command, **settings))
-        return started[-1]
-
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(subprocess, "Popen", start)
-    paths = [tmp_path / f"{seed}.pt2" for seed in (0, 1)]
-    compile_all([(graph_of(seed), arguments(0), path) for seed, path in enumerate(paths)])
-    assert _agree(Package(paths[0], CPU, graph_of(0))(*arguments(1)), Slope(0)(*arguments(1)))
-    assert len(started) == 2 and [*tmp_path.iterdir()] == paths[:1]
