@@ -41,7 +41,7 @@ def _colours(path: Path) -> None:
 
 
 def _hoards(path: Path) -> None:
-    assert len(bytearray(os.urandom(2**10)) * 1_250_000)
+    assert len(bytearray(os.urandom(2**10)) * 2_500_000)
 
 
 @pytest.mark.parametrize(

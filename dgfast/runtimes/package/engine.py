@@ -42,9 +42,10 @@ class PackageEngine:
             of_samples = self.metadata.get("what") != "function"
             self.batch = forms[0].shape[0] if of_samples else None
             self._least = least_said(bounds.parse_json(self.metadata.get(LEAST, "{}")))
-            self._tolerance, self._dtype = float(self.metadata[TOLERANCE]), self.metadata["dtype"]
-            if not 0 < self._tolerance < 1 or not self.outputs or self._dtype not in DTYPES:
-                raise ValueError("no outputs, a tolerance that allows anything, or no such type")
+            self._tolerance, dtype = float(self.metadata[TOLERANCE]), self.metadata["dtype"]
+            self._precision = dtype if dtype in DTYPES else "float32"  # a function's may be float64, which never rounds
+            if not 0 < self._tolerance < 1 or not self.outputs:
+                raise ValueError("no outputs, or a tolerance that allows anything")
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"{path} does not say what its arguments are; make it anew") from error
 
@@ -65,7 +66,7 @@ class PackageEngine:
                 )
             if size != shape:
                 raise UserError(f"{self.path}: {name} has shape {list(size)}, not {list(shape)}")
-        with precision(self._dtype):  # libraries that its code calls round as torch's flags say at that moment
+        with precision(self._precision):  # libraries that its code calls round as torch's flags say at that moment
             results = self._package(*(arguments[name] for name in self.inputs))
         if len(results) != len(self.outputs):
             raise UserError(f"{self.path} returns {len(results)} tensors, and names {len(self.outputs)}; make it anew")
