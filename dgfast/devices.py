@@ -15,7 +15,8 @@ DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat1
 """--dtype to the type of the weights; how what is float32 is computed says `precision`."""
 
 _CUDA = {"products": ("cuda", "matmul"), "convolutions": ("cuda", "conv")}
-_ALL_SET = (*_CUDA.values(), ("cuda", "rnn"), ("mkldnn", "matmul"))  # by the two switches of `_allow`
+_ON_CUDA = (*_CUDA.values(), ("cuda", "rnn"))
+_ALL_SET = (*_ON_CUDA, ("mkldnn", "matmul"))  # by the two switches of `_allow`
 
 
 @contextmanager
@@ -33,6 +34,8 @@ def precision(name: str) -> Iterator[None]:
         raise UserError(f"no precision {name}: there are {', '.join(DTYPES)}")
     before = {what: torch._C._get_fp32_precision_getter(*what) for what in _ALL_SET}
     _allow(name == "tf32", "high" if name == "tf32" else "highest")
+    for what in _ON_CUDA:  # the older switches leave to torch's general flag what they do not allow
+        torch._C._set_fp32_precision_setter(*what, "tf32" if name == "tf32" else "ieee")
     try:
         yield
     finally:

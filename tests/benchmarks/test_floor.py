@@ -21,6 +21,12 @@ def test_floor_counts_the_products_that_pytorch_counts(guided: bool) -> None:
     assert computed == flops(guided_function(made, networks, guided, device), *arguments)
 
 
+@pytest.mark.parametrize("option", ["--batch", "--tflops", "--bandwidth", "--itemsize"])
+def test_floor_of_nothing_is_refused_in_a_line(option: str) -> None:
+    done = CliRunner().invoke(floor.main, ["--workload", "tiny", option, "0"])
+    assert done.exit_code == 2 and f"Invalid value for '{option}'" in done.output
+
+
 def test_floor_prints_the_larger_of_computing_and_moving() -> None:
     done = CliRunner().invoke(
         floor.main, ["--workload", "tiny", "--batch", "64", "--tflops", "1", "--bandwidth", "0.1"]

@@ -36,12 +36,18 @@ def _newer() -> None:
     torch._C._set_fp32_precision_setter("cuda", "conv", "ieee")
 
 
+def _general() -> None:
+    torch._C._set_fp32_precision_setter("generic", "all", "tf32")
+    torch.backends.cudnn.fp32_precision = "tf32"
+
+
 STATES: dict[str, Callable[[], object]] = {
     "torch's own": lambda: None,
     "older: medium": lambda: torch.set_float32_matmul_precision("medium"),
     "older: high": lambda: torch.set_float32_matmul_precision("high"),
     "older: strict": lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
     "newer": _newer,
+    "newer, of everything": _general,
 }
 
 
@@ -50,6 +56,8 @@ def state(request: pytest.FixtureRequest) -> Iterator[str]:
     """What a user did to the flags before."""
     STATES[request.param]()
     yield request.param
+    torch._C._set_fp32_precision_setter("generic", "all", "none")
+    torch.backends.cudnn.fp32_precision = "none"
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     torch._C._set_fp32_precision_setter("cuda", "conv", "tf32")
     torch.set_float32_matmul_precision("highest")

@@ -78,7 +78,7 @@ def group_norm(
 def with_silu(g: OnnxGraph, y: Value) -> Value | None:
     """silu(y) of a y that is such a normalisation."""
     norm = g.normalised.get(y.name)
-    return replace(norm, silu=True).write(g) if isinstance(norm, GroupNorm) else None
+    return replace(norm, silu=True).write(g) if isinstance(norm, GroupNorm) and not norm.silu else None
 
 
 def take_in_sums(g: OnnxGraph, outputs: Sequence[Value]) -> None:

@@ -69,6 +69,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, int]]] = {
     "plain": (lambda x: F.group_norm(x + 5, 4, WEIGHT, BIAS), {"GroupNorm": 1}),
     "without weights": (lambda x: F.group_norm(x, 2), {"GroupNorm": 1}),
     "with silu": (lambda x: F.silu(F.group_norm(x, 4, WEIGHT, BIAS)), {"GroupNorm": 1, "Sigmoid": 0}),
+    "with silu twice": (lambda x: F.silu(F.silu(F.group_norm(x, 4, WEIGHT, BIAS))), {"GroupNorm": 1, "Sigmoid": 1}),
     "of a sum, with silu": (silu_of_sum, {"SkipGroupNorm": 1, "Sigmoid": 0, "Add": 0}),
     "scaled and shifted": (scaled_and_shifted, {"GroupNorm": 1, "Sigmoid": 1}),
     "groups of one channel": (lambda x: F.group_norm(x, 8, WEIGHT, BIAS), {"GroupNorm": 0}),
