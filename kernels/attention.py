@@ -16,7 +16,7 @@ from torch.library import triton_op, wrap_triton
 
 from dgfast.kernels.attention_backward import attention_backward
 from dgfast.kernels.launch import on_device_of
-from dgfast.kernels.tokens import check, heads_at, like_tokens, options, strides, tile, token_tile
+from dgfast.kernels.tokens import check, heads_at, heads_of_three, like_tokens, options, strides, tile, token_tile
 from dgfast.kernels.tuning import ATTENTION
 
 
@@ -37,9 +37,7 @@ def attention_kernel(
     BLOCK_COLUMNS: tl.constexpr,  # keys
 ) -> None:
     i_head = tl.program_id(1)
-    o_q = heads_at(i_head, H, batch_stride, head_stride)
-    o_k = o_q + three_stride
-    o_v = o_k + three_stride
+    o_q, o_k, o_v = heads_of_three(i_head, H, three_stride, batch_stride, head_stride)
     o_rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_columns = tl.arange(0, BLOCK_COLUMNS)
     b_q = tile(qkv + o_q, o_rows, token_stride, N, D, BLOCK_ROWS)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from dgfast.kernels.launch import on_device_of
-from dgfast.kernels.tokens import check, heads_at, options, strides, tile, token_tile
+from dgfast.kernels.tokens import check, heads_at, heads_of_three, of_scores, options, strides, tile, token_tile
 from dgfast.kernels.tuning import ATTENTION_BACKWARD
 
 
@@ -39,9 +39,7 @@ def attention_backward_queries_kernel(
     BLOCK_COLUMNS: tl.constexpr,  # keys
 ) -> None:
     i_head = tl.program_id(1)
-    o_q = heads_at(i_head, H, batch_stride, head_stride)
-    o_k = o_q + three_stride
-    o_v = o_k + three_stride
+    o_q, o_k, o_v = heads_of_three(i_head, H, three_stride, batch_stride, head_stride)
     o_rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_columns = tl.arange(0, BLOCK_COLUMNS)
     o_y = heads_at(i_head, H, N * H * D, D)
@@ -64,10 +62,8 @@ def attention_backward_queries_kernel(
         b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision="ieee")
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-    b_dq *= SCALE * 0.6931471805599453  # ln(2): 1 / sqrt(D) is left
-    tl.store(
-        dqkv + o_q + token_tile(o_rows, token_stride, D), b_dq.to(dqkv.dtype.element_ty), mask=(o_rows < N)[:, None]
-    )
+    b_dq = of_scores(b_dq, SCALE).to(dqkv.dtype.element_ty)
+    tl.store(dqkv + o_q + token_tile(o_rows, token_stride, D), b_dq, mask=(o_rows < N)[:, None])
 
 
 @triton.jit
@@ -89,9 +85,7 @@ def attention_backward_keys_kernel(
     BLOCK_COLUMNS: tl.constexpr,  # queries
 ) -> None:
     i_head = tl.program_id(1)
-    o_q = heads_at(i_head, H, batch_stride, head_stride)
-    o_k = o_q + three_stride
-    o_v = o_k + three_stride
+    o_q, o_k, o_v = heads_of_three(i_head, H, three_stride, batch_stride, head_stride)
     o_rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_columns = tl.arange(0, BLOCK_COLUMNS)
     o_y = heads_at(i_head, H, N * H * D, D)
@@ -113,7 +107,7 @@ def attention_backward_keys_kernel(
         b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision="ieee")
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-    b_dk *= SCALE * 0.6931471805599453  # ln(2): 1 / sqrt(D) is left
+    b_dk = of_scores(b_dk, SCALE)
     o_tile, m_rows = token_tile(o_rows, token_stride, D), (o_rows < N)[:, None]
     tl.store(dqkv + o_k + o_tile, b_dk.to(dqkv.dtype.element_ty), mask=m_rows)
     tl.store(dqkv + o_v + o_tile, b_dv.to(dqkv.dtype.element_ty), mask=m_rows)

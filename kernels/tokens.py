@@ -29,6 +29,22 @@ def heads_at(i_head: tl.tensor, H: tl.constexpr, batch_stride: int, head_stride:
 
 
 @triton.jit
+def heads_of_three(
+    i_head: tl.tensor, H: tl.constexpr, three_stride: int, batch_stride: int, head_stride: int
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Where its queries, its keys and its values begin."""
+    o_q = heads_at(i_head, H, batch_stride, head_stride)
+    o_k = o_q + three_stride
+    return o_q, o_k, o_k + three_stride
+
+
+@triton.jit
+def of_scores(b_gradient: tl.tensor, SCALE: tl.constexpr) -> tl.tensor:
+    """A gradient times 1 / sqrt(D), which SCALE is but for the log2(e) of the exponentials to base 2."""
+    return b_gradient * (SCALE * 0.6931471805599453)
+
+
+@triton.jit
 def token_tile(o_tokens: tl.tensor, token_stride: int, D: tl.constexpr) -> tl.tensor:
     """Offsets of these tokens' channels [BLOCK, D]."""
     return o_tokens[:, None] * token_stride + tl.arange(0, D)[None, :]
