@@ -49,7 +49,7 @@ def attention_backward_queries_kernel(
     b_delta = tl.sum(b_grad.to(tl.float32) * b_y.to(tl.float32), axis=1)
     o_row = i_head.to(tl.int64) * N + o_rows
     tl.store(delta + o_row, b_delta, mask=o_rows < N)
-    b_lse = tl.load(lse + o_row, mask=o_rows < N, other=float("inf"))
+    b_lse = tl.load(lse + o_row, mask=o_rows < N, other=0.0)
 
     b_dq = tl.zeros((BLOCK_ROWS, D), tl.float32)
     for i_column in range(0, N, BLOCK_COLUMNS):
@@ -99,7 +99,7 @@ def attention_backward_keys_kernel(
         o_lse, m_column = i_head.to(tl.int64) * N + o_column, o_column < N
         b_q = tile(qkv + o_q, o_column, token_stride, N, D, BLOCK_COLUMNS)
         b_grad = tile(grad + o_y, o_column, H * D, N, D, BLOCK_COLUMNS)
-        b_lse = tl.load(lse + o_lse, mask=m_column, other=float("inf"))  # queries beyond the last get p = 0
+        b_lse = tl.load(lse + o_lse, mask=m_column, other=0.0)  # queries beyond the last are 0, as their gradients are
         b_delta = tl.load(delta + o_lse, mask=m_column, other=0.0)
         b_scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
         b_p = tl.exp2(b_scores * SCALE - b_lse[None, :])
